@@ -1,0 +1,66 @@
+"""The layout of the shared mapping; _scoreboard.pyx has the theory."""
+
+from libc.stdint cimport int64_t, uint64_t
+
+cdef enum:
+    HOLDER_BYTES = 192
+
+# One name in _scoreboard.COUNTER_NAMES for each, in this order.
+cdef enum:
+    RX_DATAGRAMS
+    RX_MESSAGES
+    RX_BYTES
+    RX_TRUNCATED
+    DECODE_EMPTY_COUNT
+    DECODE_SHORT_COUNT
+    DECODE_NEGATIVE_LENGTH_COUNT
+    DECODE_LENGTH_PAST_END_COUNT
+    DECODE_NOT_ASCII_COUNT
+    UNKNOWN_MAGIC
+    HANDLER_ERRORS
+    HANDLED
+    TX_MESSAGES
+    TX_BYTES
+    TX_DROPPED_FULL
+    TX_DROPPED_TOO_BIG
+    TX_DROPPED_REFUSED
+    ICMP_ERRORS
+    TURNS
+    COUNTER_COUNT
+
+# Each group of fields has one writer and cache lines (64 bytes) of its own.
+cdef struct SlotData:
+    # The supervisor writes.
+    int64_t pid
+    int64_t generation
+    int64_t state
+    int64_t restarts
+    int64_t since_ns
+    int64_t supervisor_pad[3]
+    # The registrar writes.
+    int64_t lease_id
+    int64_t registered
+    char holder[HOLDER_BYTES]
+    int64_t registrar_pad[6]
+    # The worker writes.
+    int64_t heartbeat_ns
+    int64_t worker_pad[7]
+    uint64_t counters[24]
+
+# The head of the mapping; the registrar writes.
+cdef struct BoardData:
+    int64_t registry_state
+    int64_t pad[7]
+
+
+cdef class Slot:
+    cdef SlotData *data
+    cdef readonly int index
+    cdef object _board  # keeps the mapping alive
+
+
+cdef class Scoreboard:
+    cdef BoardData *_board
+    cdef void *_mapping
+    cdef size_t _mapping_bytes
+    cdef readonly tuple slots

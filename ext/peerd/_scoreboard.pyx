@@ -1,0 +1,190 @@
+"""What all processes of one supervisor know about its peers, in one anonymous shared mapping.
+
+The supervisor makes the mapping before its first fork; every child inherits it. There is one slot a
+peer. Every field has a single writer (the supervisor, the registrar or the peer's worker), groups of
+one writer have cache lines of their own, and every field is one aligned 64-bit word: a reader sees
+the old or the new value, never half of one, so nobody takes a lock, and a writer that is killed
+leaves nothing held. The mapping outlives the workers, so a counter never goes back when one is
+replaced. It has no name and no file: it is gone with the last process that has it.
+
+Rejected: a pipe a worker (a full pipe stops the writer, a dead reader kills it), files (left behind),
+POSIX shared memory (a name that somebody must unlink), multiprocessing.Value (a lock that a killed
+holder never releases).
+
+``holder`` is the one field wider than a word. Its writer clears the first byte, writes the rest and
+sets the first byte last, so a reader gets a whole text or, for a moment, none.
+"""
+
+from libc.errno cimport errno
+from libc.stdint cimport int64_t
+from libc.string cimport memcpy, memset
+
+from peerd.linux_udp cimport MAP_ANONYMOUS, MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+
+import os
+from enum import IntEnum
+
+COUNTER_NAMES = (
+    "rx_datagrams",
+    "rx_messages",
+    "rx_bytes",
+    "rx_truncated",
+    "decode_empty",
+    "decode_short",
+    "decode_negative_length",
+    "decode_length_past_end",
+    "decode_not_ascii",
+    "unknown_magic",
+    "handler_errors",
+    "handled",
+    "tx_messages",
+    "tx_bytes",
+    "tx_dropped_full",
+    "tx_dropped_too_big",
+    "tx_dropped_refused",
+    "icmp_errors",
+    "turns",
+)
+assert len(COUNTER_NAMES) == COUNTER_COUNT
+
+
+class PeerState(IntEnum):
+    STOPPED = 0
+    STARTING = 1
+    READY = 2
+    STOPPING = 3
+    BACKOFF = 4
+    CRASHLOOP = 5
+
+
+class RegistryState(IntEnum):
+    SUSPENDED = 0
+    CONNECTED = 1
+    LOST = 2
+
+
+cdef class Slot:
+    def __init__(self):
+        raise TypeError("a Slot belongs to a Scoreboard: use Scoreboard(n).slots")
+
+    @property
+    def pid(self):
+        return self.data.pid
+
+    @pid.setter
+    def pid(self, int64_t value):
+        self.data.pid = value
+
+    @property
+    def generation(self):
+        return self.data.generation
+
+    @generation.setter
+    def generation(self, int64_t value):
+        self.data.generation = value
+
+    @property
+    def state(self):
+        return PeerState(self.data.state)
+
+    @state.setter
+    def state(self, value):
+        self.data.state = PeerState(value)
+
+    @property
+    def restarts(self):
+        return self.data.restarts
+
+    @restarts.setter
+    def restarts(self, int64_t value):
+        self.data.restarts = value
+
+    @property
+    def since_ns(self):
+        return self.data.since_ns
+
+    @since_ns.setter
+    def since_ns(self, int64_t value):
+        self.data.since_ns = value
+
+    @property
+    def lease_id(self):
+        return self.data.lease_id
+
+    @lease_id.setter
+    def lease_id(self, int64_t value):
+        self.data.lease_id = value
+
+    @property
+    def registered(self):
+        return self.data.registered != 0
+
+    @registered.setter
+    def registered(self, bint value):
+        self.data.registered = value
+
+    @property
+    def holder(self):
+        # The last byte is never written, so the text always ends.
+        return (<bytes><char *>self.data.holder).decode("utf-8", "ignore")
+
+    @holder.setter
+    def holder(self, str value not None):
+        cdef bytes text = value.encode("utf-8", "replace")[: HOLDER_BYTES - 1]
+        cdef const char *source = text
+        cdef char *target = self.data.holder
+        target[0] = 0
+        memset(target + 1, 0, HOLDER_BYTES - 1)
+        if len(text) > 1:
+            memcpy(target + 1, source + 1, len(text) - 1)
+        target[0] = source[0]
+
+    @property
+    def heartbeat_ns(self):
+        return self.data.heartbeat_ns
+
+    def counters(self):
+        cdef int i
+        return {COUNTER_NAMES[i]: self.data.counters[i] for i in range(COUNTER_COUNT)}
+
+    @property
+    def progress(self):
+        return self.data.heartbeat_ns, self.data.counters[RX_MESSAGES]
+
+
+cdef class Scoreboard:
+    def __cinit__(self, int slots):
+        cdef int i
+        cdef Slot slot
+        cdef SlotData *data
+        if slots < 1:
+            raise ValueError(f"a scoreboard needs at least 1 slot, not {slots}")
+        self._mapping_bytes = sizeof(BoardData) + <size_t>slots * sizeof(SlotData)
+        self._mapping = mmap(
+            NULL, self._mapping_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0
+        )
+        if self._mapping == MAP_FAILED:
+            self._mapping = NULL
+            raise OSError(errno, f"mmap of the scoreboard: {os.strerror(errno)}")
+        self._board = <BoardData *>self._mapping
+        data = <SlotData *>(<char *>self._mapping + sizeof(BoardData))
+        made = []
+        for i in range(slots):
+            slot = Slot.__new__(Slot)
+            slot.data = data + i
+            slot.index = i
+            slot._board = self
+            made.append(slot)
+        self.slots = tuple(made)
+
+    def __dealloc__(self):
+        if self._mapping != NULL:
+            munmap(self._mapping, self._mapping_bytes)
+
+    @property
+    def registry_state(self):
+        return RegistryState(self._board.registry_state)
+
+    @registry_state.setter
+    def registry_state(self, value):
+        self._board.registry_state = RegistryState(value)

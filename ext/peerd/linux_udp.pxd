@@ -1,0 +1,114 @@
+"""Foreign declarations only: what the datagram loop calls in the kernel and in libc."""
+
+from libc.stdint cimport uint16_t, uint32_t
+from posix.types cimport pid_t
+
+cdef extern from "<sys/socket.h>" nogil:
+    ctypedef unsigned int socklen_t
+
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+
+    cdef struct sockaddr:
+        unsigned short sa_family
+
+    cdef struct sockaddr_storage:
+        unsigned short ss_family
+
+    cdef struct msghdr:
+        void *msg_name
+        socklen_t msg_namelen
+        iovec *msg_iov
+        size_t msg_iovlen
+        void *msg_control
+        size_t msg_controllen
+        int msg_flags
+
+    cdef struct mmsghdr:
+        msghdr msg_hdr
+        unsigned int msg_len
+
+    cdef struct cmsghdr:
+        size_t cmsg_len
+        int cmsg_level
+        int cmsg_type
+
+    cmsghdr *CMSG_FIRSTHDR(msghdr *)
+    cmsghdr *CMSG_NXTHDR(msghdr *, cmsghdr *)
+    unsigned char *CMSG_DATA(cmsghdr *)
+    size_t CMSG_LEN(size_t)
+
+    int recvmmsg(int, mmsghdr *, unsigned int, int, void *)
+    int sendmmsg(int, mmsghdr *, unsigned int, int)
+    int setsockopt(int, int, int, const void *, socklen_t)
+
+    int AF_INET
+    int AF_INET6
+    int SOL_UDP
+    int MSG_DONTWAIT
+    int MSG_TRUNC
+
+cdef extern from "<netinet/udp.h>" nogil:
+    int UDP_GRO
+
+cdef extern from "<netinet/in.h>" nogil:
+    cdef struct in_addr:
+        uint32_t s_addr
+
+    cdef struct in6_addr:
+        unsigned char s6_addr[16]
+
+    cdef struct sockaddr_in:
+        unsigned short sin_family
+        uint16_t sin_port
+        in_addr sin_addr
+
+    cdef struct sockaddr_in6:
+        unsigned short sin6_family
+        uint16_t sin6_port
+        in6_addr sin6_addr
+
+    bint IN6_IS_ADDR_V4MAPPED(const in6_addr *)
+    int INET6_ADDRSTRLEN
+
+cdef extern from "<arpa/inet.h>" nogil:
+    const char *inet_ntop(int, const void *, char *, socklen_t)
+    uint16_t ntohs(uint16_t)
+
+cdef extern from "<poll.h>" nogil:
+    cdef struct pollfd:
+        int fd
+        short events
+        short revents
+
+    int poll(pollfd *, unsigned long, int)
+    int POLLIN
+    int POLLOUT
+
+cdef extern from "<time.h>" nogil:
+    cdef struct timespec:
+        long tv_sec
+        long tv_nsec
+
+    int clock_gettime(int, timespec *)
+    int CLOCK_MONOTONIC
+
+cdef extern from "<fcntl.h>" nogil:
+    int O_CLOEXEC
+    int O_NONBLOCK
+
+cdef extern from "<unistd.h>" nogil:
+    int pipe2(int *, int)
+    int close(int)
+    ssize_t read(int, void *, size_t)
+    ssize_t write(int, const void *, size_t)
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *, size_t, int, int, int, long)
+    int munmap(void *, size_t)
+    int PROT_READ
+    int PROT_WRITE
+    int MAP_SHARED
+    int MAP_ANONYMOUS
+    void *MAP_FAILED
