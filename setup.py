@@ -9,7 +9,13 @@ import os
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-COMPILE_ARGS = ["-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-cast-function-type"]
+COMPILE_ARGS = [
+    "-std=gnu11",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-cast-function-type",
+]
 LINK_ARGS = []
 
 if os.environ.get("PEERD_DEBUG") == "1":

@@ -1,0 +1,61 @@
+# What .ci/run and the README use. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(wildcard ext/peerd/*.pyx ext/peerd/*.pxd)
+
+.PHONY: help run test lint stubs pytest build bench sdist-check clean
+
+help:
+	@echo 'make run         set up, then run 8 peers on UDP 5001 to 5008 (make run ARGS="--peers 2")'
+	@echo 'make test        set up, then lint, type checks, stubs and the whole test suite'
+	@echo 'make build       rebuild the compiled modules after a change in ext/'
+	@echo 'make lint        ruff and mypy'
+	@echo 'make bench       benchmarks/throughput.py'
+	@echo 'make sdist-check build the sdist, and the wheel from it, and look inside'
+	@echo 'make clean       remove the virtual environment and what was built'
+	@echo 'PYTHON=python3.12 make ... chooses the interpreter (3.11 or newer)'
+
+ARGS ?= --peers 8 --base-port 5001
+
+run: $(VENV)/.run
+	@$(BIN)/peerd supervise $(ARGS)
+
+test: lint stubs pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy tests benchmarks examples tools
+
+stubs: $(VENV)/.test
+	$(BIN)/python -m mypy.stubtest peerd._core peerd._scoreboard --allowlist tests/stubtest-allowlist.txt
+
+pytest: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+build: $(VENV)/.test
+	$(BIN)/python setup.py -q build_ext --inplace
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/throughput.py
+
+sdist-check: $(VENV)/.test
+	$(BIN)/python -m pytest tests/integration/test_packaging.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info ext/peerd/*.c peerd/*.so
+
+# The stamps are newer than everything that the compiled modules and the dependencies come from.
+$(VENV)/.run: $(SOURCES) | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --editable '.[embedded]'
+	@touch $@
+
+$(VENV)/.test: $(SOURCES) | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --editable '.[embedded,test,bench]'
+	@touch $@ $(VENV)/.run
+
+$(VENV)/bin/pip:
+	@$(PYTHON) tools/make_venv.py $(VENV)

@@ -1,0 +1,5 @@
+"""``python -m peerd`` is ``peerd``."""
+
+from peerd.cli import main
+
+main()

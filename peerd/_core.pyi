@@ -1,0 +1,124 @@
+"""The compiled datagram path: the envelope, the message and the receive loop.
+
+The wire format (``ext/peerd/wire.pxd`` has the byte table) is an int32 length and an ASCII magic
+code, an int32 length and an ASCII version, and a body to the end of the datagram; integers are big
+endian. :func:`encode` and :func:`decode` run the same C functions as :class:`DatagramLoop`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, final
+
+from typing_extensions import Buffer
+
+from peerd._scoreboard import Slot
+
+DECODE_REASONS: Final[tuple[str, ...]]
+"""Why a datagram is no envelope, in the order of the C enum; the first entry is ``ok``."""
+
+@final
+class Message:
+    """One message: what a handler gets, and, when it is returned, a reply with a magic of its own.
+
+    The body is a copy and may be kept. Two messages are equal when their four fields are.
+    """
+
+    def __init__(
+        self, magic: str, version: str, body: bytes, sender: tuple[str, int] | None = None
+    ) -> None:
+        """Raises ValueError when magic or version is not ASCII."""
+
+    @property
+    def magic(self) -> str:
+        """The magic code: which handler a message is for. ASCII."""
+
+    @property
+    def version(self) -> str:
+        """The sender's version of the protocol. ASCII, may be empty."""
+
+    @property
+    def body(self) -> bytes:
+        """Everything behind the version, may be empty."""
+
+    @property
+    def sender(self) -> tuple[str, int] | None:
+        """(address, port) that the datagram came from, built when first asked for.
+
+        An IPv4 address in an IPv6 socket is shown as IPv4. None for a message made by hand.
+        """
+
+    def json(self) -> Any:
+        """The body as JSON (orjson). Raises orjson.JSONDecodeError, a ValueError."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+def encode(magic: str, version: str, body: bytes = b"") -> bytes:
+    """The datagram of a message. Raises ValueError when magic or version is not ASCII.
+
+    Whether it fits into a UDP datagram (65,507 bytes on IPv4) is the sender's business.
+    """
+
+def decode(datagram: Buffer, sender: tuple[str, int] | None = None) -> Message:
+    """The message in a datagram. Raises :class:`peerd.DecodeError`, and nothing else, on any bytes."""
+
+@final
+class DatagramLoop:
+    """Receives on a bound UDP socket, calls handlers and sends their replies, in one thread.
+
+    ``fd``
+        A bound UDP socket, IPv4 or IPv6. The loop does not own it and never blocks on it.
+    ``handlers``
+        Magic code to ``handler(message)``, called once a message. It returns bytes (a reply with
+        the magic and version of the request), a Message (a reply as it is) or None (no reply).
+        A handler must not block: while it runs, this peer receives nothing.
+    ``batch_handlers``
+        Magic code to ``handler(messages)``, called once a turn with a non-empty list that the
+        handler may keep. It returns None.
+    ``slot``
+        Heartbeat and counters are written here.
+    ``on_handler_error``
+        Called with (magic, sender, exception) when a handler raises an Exception or returns
+        something else. The loop has counted it and goes on. What this callable raises, and what a
+        handler raises beside Exception (SystemExit), ends :meth:`run`.
+    ``gro``
+        Ask the kernel to join datagrams of one sender (UDP_GRO, udp(7)); the attribute of the
+        same name says whether it does.
+
+    Raises OSError when a system call fails for a reason other than the network's weather.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        handlers: Mapping[str, Callable[[Message], bytes | Message | None]],
+        batch_handlers: Mapping[str, Callable[[list[Message]], None]],
+        slot: Slot,
+        on_handler_error: Callable[[str, tuple[str, int] | None, Exception], object],
+        *,
+        gro: bool = True,
+    ) -> None:
+        """Raises ValueError for two handlers of one magic code, or one that is not ASCII."""
+
+    @property
+    def gro(self) -> bool:
+        """Whether the kernel joins datagrams for this socket."""
+
+    @property
+    def wakeup_fd(self) -> int:
+        """A pipe whose every byte wakes the loop: for ``signal.set_wakeup_fd``."""
+
+    def run(self) -> None:
+        """Serve until :meth:`stop`. Python's signal handlers run between turns (main thread)."""
+
+    def turn(self) -> int:
+        """Take, hand out and answer what one recvmmsg gives now, without waiting.
+
+        Returns the number of datagrams taken (at most 16 buffers full).
+        """
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        """End :meth:`run` after the turn it is in; from any thread, or from a signal handler.
+
+        ``drain_s``: for at most so many seconds, first serve what the socket's queue still holds.
+        """

@@ -1,0 +1,73 @@
+"""What all processes of a supervisor know about its peers, in one shared mapping.
+
+Made before the first fork and inherited; read without a lock, a pipe or a system call. Each field
+has one writer: the supervisor, the registrar or the peer's worker.
+"""
+
+from enum import IntEnum
+from typing import Final
+
+COUNTER_NAMES: Final[tuple[str, ...]]
+"""The keys of :meth:`Slot.counters`."""
+
+class PeerState(IntEnum):
+    """Where a peer is in its life; the supervisor says so."""
+
+    STOPPED = 0
+    STARTING = 1
+    READY = 2
+    STOPPING = 3
+    BACKOFF = 4
+    CRASHLOOP = 5
+
+class RegistryState(IntEnum):
+    """What the registrar has of etcd."""
+
+    SUSPENDED = 0
+    """No answer (yet); leases may live."""
+    CONNECTED = 1
+    LOST = 2
+    """A lease has run out; its record comes back when etcd does."""
+
+class Slot:
+    """One peer. Only a :class:`Scoreboard` makes it."""
+
+    def __init__(self) -> None: ...
+    @property
+    def index(self) -> int:
+        """The number of the slot, from 0."""
+    pid: int
+    """The worker's process, 0 when there is none. Written by the supervisor, as are the next four."""
+    generation: int
+    """How many workers this slot has had."""
+    state: PeerState
+    restarts: int
+    """How many workers were started because another had died."""
+    since_ns: int
+    """CLOCK_MONOTONIC of the last change of state."""
+    lease_id: int
+    """The etcd lease of the peer's record, 0 for none. Written by the registrar, as are the next two."""
+    registered: bool
+    holder: str
+    """Who holds the peer id instead of this peer; at most 191 bytes of UTF-8."""
+    @property
+    def heartbeat_ns(self) -> int:
+        """CLOCK_MONOTONIC at the worker's last turn; at most 250 ms old in a loop that turns."""
+    @property
+    def progress(self) -> tuple[int, int]:
+        """A value that changes as long as the worker gets on: heartbeat and messages handed out."""
+    def counters(self) -> dict[str, int]:
+        """Every counter by name. They never go back while the mapping lives.
+
+        ``rx_datagrams`` = ``rx_messages`` + ``rx_truncated`` + ``decode_*`` + ``unknown_magic``
+        between two turns; ``rx_datagrams`` - ``handled`` is what the worker has in hand.
+        """
+
+class Scoreboard:
+    """The mapping. Raises ValueError for fewer than 1 slots, OSError without memory."""
+
+    def __init__(self, slots: int) -> None: ...
+    @property
+    def slots(self) -> tuple[Slot, ...]: ...
+    registry_state: RegistryState
+    """Written by the registrar."""

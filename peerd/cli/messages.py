@@ -1,0 +1,162 @@
+"""``peerd ping`` and ``peerd send``"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+import orjson
+
+from peerd._core import Message
+from peerd.cli.options import etcd_option, json_option, prefix_option
+from peerd.client import DEFAULT_VERSION, Address, PeerClient, resolve
+from peerd.errors import NoAnswerError
+
+if TYPE_CHECKING:
+    from peerd.registry import PeerRecord
+
+TARGET_HELP = "TARGET is host:port or a peer id, which is looked up in etcd."
+
+
+@click.command(epilog=TARGET_HELP)
+@click.argument("target")
+@click.option(
+    "-c", "--count", type=click.IntRange(1), default=3, show_default=True, help="How many."
+)
+@click.option(
+    "-i",
+    "--interval",
+    type=click.FloatRange(0),
+    default=0.2,
+    show_default=True,
+    help="Seconds between.",
+)
+@click.option(
+    "-t",
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Seconds to wait for each answer.",
+)
+@etcd_option(help="The etcd that knows the peer id.")
+@prefix_option
+@json_option
+def ping(
+    target: str, count: int, interval: float, timeout: float, etcd: str, prefix: str, as_json: bool
+) -> None:
+    """See whether a peer answers PING with PONG, and how fast.
+
+    Exit code 0 when every ping was answered, 1 otherwise.
+    """
+    address = _resolve(target, etcd, prefix)
+    times_ms: list[float] = []
+    with PeerClient(address) as client:
+        for sequence in range(1, count + 1):
+            if sequence > 1:
+                time.sleep(interval)
+            body = b"%d %d" % (sequence, time.monotonic_ns())
+            started_ns = time.perf_counter_ns()
+            try:
+                client.request(
+                    "PING",
+                    body,
+                    timeout_s=timeout,
+                    is_answer=lambda reply, body=body: _is_pong(reply, body),
+                )
+            except NoAnswerError as error:
+                if not as_json:
+                    click.echo(f"{error} (seq={sequence})")
+                continue
+            times_ms.append((time.perf_counter_ns() - started_ns) / 1e6)
+            if not as_json:
+                click.echo(f"PONG from {address}: seq={sequence} time={times_ms[-1]:.3f} ms")
+    summary = {"target": target, "address": str(address), "sent": count, "answered": len(times_ms)}
+    if as_json:
+        click.echo(orjson.dumps({**summary, "times_ms": times_ms}))
+    else:
+        click.echo(f"{count} sent, {len(times_ms)} answered{_spread(times_ms)}")
+    if len(times_ms) < count:
+        sys.exit(1)
+
+
+@click.command(epilog=TARGET_HELP)
+@click.argument("target")
+@click.argument("magic")
+@click.argument("body", default="")
+@click.option(
+    "--version",
+    "version",
+    default=DEFAULT_VERSION,
+    show_default=True,
+    help="The message's version.",
+)
+@click.option(
+    "-t",
+    "--timeout",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    help="Seconds to wait for a reply; 0 sends and leaves.",
+)
+@etcd_option(help="The etcd that knows the peer id.")
+@prefix_option
+@json_option
+def send(
+    target: str,
+    magic: str,
+    body: str,
+    version: str,
+    timeout: float,
+    etcd: str,
+    prefix: str,
+    as_json: bool,
+) -> None:
+    """Send one message and print the body of its reply. BODY - reads standard input.
+
+    Exit code 1 when no reply comes in time.
+    """
+    payload = sys.stdin.buffer.read() if body == "-" else body.encode()
+    for name, text in (("MAGIC", magic), ("--version", version)):
+        if not text.isascii():
+            raise click.BadParameter(f"{text!r} is not ASCII", param_hint=name)
+    with PeerClient(_resolve(target, etcd, prefix)) as client:
+        if timeout == 0:
+            client.send(magic, payload, version)
+            return
+        reply = client.request(magic, payload, version, timeout_s=timeout)
+    if as_json:
+        click.echo(
+            orjson.dumps(
+                {
+                    "magic": reply.magic,
+                    "version": reply.version,
+                    "body": reply.body.decode("utf-8", "backslashreplace"),
+                    "sender": str(client.address),
+                }
+            )
+        )
+    else:
+        click.echo(reply.body)
+
+
+def _resolve(target: str, etcd: str, prefix: str) -> Address:
+    def nodes() -> list[PeerRecord]:
+        from peerd.registry import nodes
+
+        return nodes(etcd, prefix)
+
+    return resolve(target, nodes)
+
+
+def _is_pong(reply: Message, body: bytes) -> bool:
+    return reply.magic == "PONG" and reply.body == body
+
+
+def _spread(times_ms: list[float]) -> str:
+    if not times_ms:
+        return ""
+    return f"; min {min(times_ms):.3f}, median {statistics.median(times_ms):.3f}, max {max(times_ms):.3f} ms"

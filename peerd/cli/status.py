@@ -1,0 +1,92 @@
+"""``peerd status``"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import orjson
+
+from peerd.cli.options import json_option
+from peerd.cli.table import print_table
+from peerd.supervisor import control
+
+
+@click.command()
+@click.option(
+    "--control",
+    "path",
+    type=click.Path(path_type=Path),
+    envvar="PEERD_CONTROL",
+    help="The supervisor's control socket, if there are several or it is not in the usual place.",
+)
+@json_option
+def status(path: Path | None, as_json: bool) -> None:
+    """Show what a running supervisor and its peers do.
+
+    Exit code 0 when all peers are ready, 1 when some are not, 3 when no supervisor runs.
+    """
+    report: dict[str, Any] = control.request(path or control.find_running(), "status")
+    if as_json:
+        click.echo(orjson.dumps(report, option=orjson.OPT_INDENT_2))
+    else:
+        _print(report)
+    if any(peer["state"] != "ready" for peer in report["peers"]):
+        sys.exit(1)
+
+
+def _print(report: dict[str, Any]) -> None:
+    supervisor, registry = report["supervisor"], report["registry"]
+    click.echo(
+        f"supervisor pid {supervisor['pid']}, {supervisor['state']}, "
+        f"up {_duration(supervisor['uptime_s'])}, peerd {supervisor['version']}"
+    )
+    click.echo(f"registry {registry['state']}, etcd at {registry['endpoint']}\n")
+    print_table(
+        (
+            "SLOT",
+            "PEER",
+            "PID",
+            "STATE",
+            "UP",
+            "RESTARTS",
+            "REGISTERED",
+            "RX",
+            "TX",
+            "DROPPED",
+            "ERRORS",
+            "RSS MiB",
+            "CPU %",
+        ),
+        [
+            (
+                peer["slot"],
+                peer["peer_id"],
+                peer["pid"],
+                peer["state"],
+                _duration(peer["uptime_s"]),
+                peer["restarts"],
+                "yes" if peer["registered"] else "no",
+                peer["rx_messages"],
+                peer["tx_messages"],
+                peer["rx_dropped"] + peer["tx_dropped"],
+                peer["decode_errors"] + peer["handler_errors"],
+                round(peer["rss_bytes"] / 2**20, 1),
+                peer["cpu_percent"],
+            )
+            for peer in report["peers"]
+        ],
+    )
+    for peer in report["peers"]:
+        if peer["conflict"]:
+            click.echo(f"slot {peer['slot']}: {peer['conflict']}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"

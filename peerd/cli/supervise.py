@@ -1,0 +1,241 @@
+"""``peerd supervise``: settings, sockets, the first screen, then the supervisor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from peerd import __version__, embedded_etcd, registrar, worker
+from peerd._scoreboard import Scoreboard, Slot
+from peerd.cli import logs
+from peerd.cli.options import etcd_option, prefix_option
+from peerd.settings import (
+    DEFAULT_ENDPOINT,
+    EmbeddedEtcdSettings,
+    RegistrySettings,
+    SupervisorSettings,
+)
+from peerd.supervisor import control
+from peerd.supervisor.sockets import bind_all
+from peerd.supervisor.supervisor import BootReport, Supervisor
+
+
+class BadConfigError(click.ClickException):
+    exit_code = 78
+
+
+def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
+    """peerd.toml gives defaults: flags and environment variables win."""
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadConfigError(f"{path}: {error}") from None
+    known = {param.name: param for param in ctx.command.params if param.name != "config"}
+    names: dict[str, Any] = {"control": "control_path", "ttl": "ttl"}
+    for key, value in values.items():
+        name = names.get(key, key.replace("-", "_"))
+        if name not in known:
+            options = ", ".join(sorted(str(param.opts[0])[2:] for param in known.values()))
+            raise BadConfigError(f"{path}: unknown setting {key!r}; there are: {options}")
+        ctx.default_map = {**(ctx.default_map or {}), name: value}
+    return path
+
+
+@click.command()
+@click.option("--peers", type=int, default=1, show_default=True, help="How many peers.")
+@click.option(
+    "--base-port",
+    type=int,
+    default=5001,
+    show_default=True,
+    help="Peer i serves UDP port BASE-PORT + i.",
+)
+@click.option(
+    "--host", default="localhost", show_default=True, help="The address to bind; 0.0.0.0 for all."
+)
+@click.option("--advertise", metavar="HOST", help="The host name in the records, if not --host.")
+@click.option("--app", metavar="MODULE:ATTR", help="Your peerd.App. Without it: PING and ECHO.")
+@etcd_option(
+    default=None,
+    help=f"The etcd to register in. Without it: {DEFAULT_ENDPOINT}, and one is started there, with "
+    "throw-away data, if nobody listens.",
+)
+@prefix_option
+@click.option(
+    "--ttl", type=int, default=10, show_default=True, help="Lease of the records, in seconds."
+)
+@click.option(
+    "--control",
+    "control_path",
+    type=click.Path(path_type=Path),
+    envvar="PEERD_CONTROL",
+    help="Path of the control socket.  [default: BASE-PORT.sock in the run-time directory]",
+)
+@click.option(
+    "--recv-buffer",
+    type=int,
+    default=SupervisorSettings.recv_buffer_bytes,
+    show_default=True,
+    help="Kernel receive buffer of each peer, in bytes.",
+)
+@click.option(
+    "--stop-timeout",
+    type=float,
+    default=SupervisorSettings.stop_timeout_s,
+    show_default=True,
+    help="Hard end of a stop, in seconds.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="What is logged, on standard error.",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    callback=_read_config,
+    envvar="PEERD_CONFIG",
+    help="A TOML file with these options: peers = 8.",
+)
+def supervise(
+    peers: int,
+    base_port: int,
+    host: str,
+    advertise: str | None,
+    app: str | None,
+    etcd: str | None,
+    prefix: str,
+    ttl: int,
+    control_path: Path | None,
+    recv_buffer: int,
+    stop_timeout: float,
+    log_level: str,
+    config: Path | None,
+) -> None:
+    """Run peers: one worker process for each UDP port, restarted when it dies, registered in etcd.
+
+    SIGTERM or Ctrl-C stops in order: the records are revoked, the queues served, then it exits. A
+    second one stops at once. Exit code 0 after SIGTERM, 130 after Ctrl-C.
+
+    \b
+    Example: an app of your own on four ports, in an etcd of your own
+      peerd supervise --peers 4 --base-port 6001 --app chat:app --etcd http://etcd.example:2379
+    """
+    settings = SupervisorSettings(
+        peers=peers,
+        base_port=base_port,
+        host=host,
+        advertise=advertise,
+        app=app,
+        registry=RegistrySettings(
+            endpoint=etcd or DEFAULT_ENDPOINT, prefix=prefix, lease_ttl_s=ttl
+        ),
+        recv_buffer_bytes=recv_buffer,
+        stop_timeout_s=stop_timeout,
+    )
+    logs.configure(log_level)
+    sockets = bind_all(
+        settings.host, settings.base_port, settings.peers, settings.recv_buffer_bytes
+    )
+    own_etcd = _own_etcd() if etcd is None else None
+    path = control_path or control.default_path(settings.base_port)
+    _print_first_screen(settings, own_etcd, path)
+    supervisor = Supervisor(
+        settings,
+        sockets,
+        worker_entry=_worker_entry(settings),
+        registrar_entry=_registrar_entry(settings, own_etcd),
+        etcd=own_etcd,
+        control_path=path,
+        version=__version__,
+    )
+    try:
+        code = supervisor.run()
+    finally:
+        _discard(own_etcd)
+    sys.exit(code)
+
+
+def _own_etcd() -> EmbeddedEtcdSettings | None:
+    """An etcd at the default endpoint, if nobody is there and a binary is."""
+    if embedded_etcd.is_listening(DEFAULT_ENDPOINT):
+        return None
+    binary = embedded_etcd.find_etcd()
+    if binary is None:
+        click.echo(
+            f"peerd: nobody listens at {DEFAULT_ENDPOINT}; the peers serve, and are registered "
+            f"once somebody does. {embedded_etcd.HOW_TO_GET_ETCD}",
+            err=True,
+        )
+        return None
+    directory = Path(tempfile.mkdtemp(prefix="peerd-etcd-"))
+    command = embedded_etcd.command(binary, DEFAULT_ENDPOINT, directory)
+    return EmbeddedEtcdSettings(tuple(command), directory)
+
+
+def _print_first_screen(
+    settings: SupervisorSettings, own_etcd: EmbeddedEtcdSettings | None, control_path: Path
+) -> None:
+    pid = os.getpid()
+    registry = settings.registry
+    ports = f"UDP port {settings.base_port}"
+    if settings.peers > 1:
+        ports = f"UDP ports {settings.base_port} to {settings.last_port}"
+    started = ", started here with throw-away data" if own_etcd else ""
+    peers = "1 peer" if settings.peers == 1 else f"{settings.peers} peers"
+    click.echo(
+        f"peerd {__version__}, supervisor pid {pid}: {peers} on {settings.host}, {ports}\n"
+        f"  app       {settings.app or 'built in: answers PING and ECHO'}\n"
+        f"  registry  etcd at {registry.endpoint}{started}, keys {registry.prefix}/{settings.url}:PORT\n"
+        f"  control   {control_path} (peerd status)\n"
+        f"  stop      Ctrl-C, or kill {pid}"
+    )
+    sys.stdout.flush()
+
+
+def _worker_entry(settings: SupervisorSettings) -> Any:
+    def run_worker(index: int, sock: socket.socket, slot: Slot, report: BootReport) -> int:
+        peer_id = settings.peer_id(index)
+        logs.name_process(f"peer {peer_id}")
+        return worker.run(
+            worker.WorkerSettings(
+                peer_id=peer_id, app=settings.app, drain_timeout_s=settings.drain_timeout_s
+            ),
+            sock,
+            slot,
+            report,
+        )
+
+    return run_worker
+
+
+def _registrar_entry(settings: SupervisorSettings, own_etcd: EmbeddedEtcdSettings | None) -> Any:
+    supervisor_pid = os.getpid()
+
+    def run_registrar(board: Scoreboard, lifeline_fd: int, report_fd: int) -> int:
+        logs.name_process("registrar")
+        code = registrar.run(settings, board, lifeline_fd, report_fd)
+        if os.getppid() != supervisor_pid:
+            # Killed, so it cannot clean up; etcd was killed with it.
+            _discard(own_etcd)
+        return code
+
+    return run_registrar
+
+
+def _discard(own_etcd: EmbeddedEtcdSettings | None) -> None:
+    if own_etcd is not None:
+        shutil.rmtree(own_etcd.data_dir, ignore_errors=True)

@@ -1,0 +1,215 @@
+"""Reconciles the scoreboard with etcd: every ready peer has a record, and nobody else has.
+
+Desired: the slots that are READY and whose worker gets on. Actual: the registrations held here. Each
+round registers what is missing and revokes what is too much; the registry's session keeps the
+leases. The lease of each slot is written to the scoreboard before the record is put, so a registrar
+can be killed at any time: its successor adopts the leases, and no record disappears.
+
+This is the only process of a supervisor with a gRPC channel. It is imported after the fork, since
+gRPC's threads do not survive one. When the supervisor dies, the lifeline ends: every lease is
+revoked, and the process exits, within a bound even if etcd hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from setproctitle import setproctitle
+
+from peerd._scoreboard import PeerState, RegistryState, Scoreboard, Slot
+from peerd.errors import PeerConflictError, RegistryError
+from peerd.settings import SupervisorSettings
+
+if TYPE_CHECKING:
+    from peerd.registry import PeerRecord, Registration, Registry, SessionState
+
+log = logging.getLogger(__name__)
+
+ROUND_S = 0.25
+"""How often liveness is looked at when nothing wakes the registrar."""
+
+RETRY_S = 0.5
+"""Between two attempts to register the same peer."""
+
+CALL_TIMEOUT_S = 2.0
+"""The longest that one question to etcd may take."""
+
+ORPHAN_TIMEOUT_S = 0.8
+"""After the supervisor's death: when to exit even if etcd does not answer. The leases do the rest."""
+
+
+def run(settings: SupervisorSettings, board: Scoreboard, lifeline_fd: int, report_fd: int) -> int:
+    """Reconcile until the lifeline ends. Returns 0."""
+    setproctitle("peerd: registrar")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # its end is the supervisor's end
+    os.set_blocking(report_fd, False)
+    lifeline = _Lifeline(lifeline_fd)
+    # Not at the top of the file: the supervisor imports this one, and must not import gRPC.
+    from peerd.registry import Registry
+
+    def on_state(state: SessionState) -> None:
+        board.registry_state = RegistryState[state.name]
+        _tell(report_fd)
+
+    with Registry(
+        settings.registry.endpoint,
+        settings.registry.prefix,
+        lease_ttl_s=settings.registry.lease_ttl_s,
+        timeout_s=CALL_TIMEOUT_S,
+        on_state=on_state,
+    ) as registry:
+        reconciler = _Reconciler(settings, board, registry, lifeline, report_fd)
+        while not lifeline.ended:
+            reconciler.reconcile()
+            lifeline.wait(ROUND_S)
+    return 0
+
+
+class _Lifeline:
+    """The pipe from the supervisor, read by a thread, so that no call to etcd delays the notice."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._changed = threading.Event()
+        self.ended = False
+        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+
+    def wait(self, timeout_s: float) -> None:
+        self._changed.wait(timeout_s)
+        self._changed.clear()
+
+    def _watch(self) -> None:
+        while os.read(self._fd, 4096):
+            self._changed.set()
+        self.ended = True
+        self._changed.set()
+        time.sleep(ORPHAN_TIMEOUT_S)
+        log.warning("etcd does not answer: leaving the records to their leases")
+        os._exit(0)
+
+
+class _Reconciler:
+    def __init__(
+        self,
+        settings: SupervisorSettings,
+        board: Scoreboard,
+        registry: Registry,
+        lifeline: _Lifeline,
+        report_fd: int,
+    ) -> None:
+        self._settings = settings
+        self._board = board
+        self._registry = registry
+        self._lifeline = lifeline
+        self._report_fd = report_fd
+        self._registrations: dict[int, Registration] = {}
+        self._retry_s: dict[int, float] = {}
+        self._liveness = _Liveness(settings.liveness_timeout_s)
+
+    def reconcile(self) -> None:
+        """One round. Stops half way when the supervisor is gone: what is registered is revoked then."""
+        for slot in self._board.slots:
+            if self._lifeline.ended:
+                return
+            desired = slot.state is PeerState.READY and self._liveness.gets_on(slot)
+            registration = self._registrations.get(slot.index)
+            if registration is None:
+                if desired:
+                    self._register(slot)
+                elif slot.lease_id:
+                    self._adopt_to_revoke(slot)
+            elif not desired:
+                self._revoke(slot, registration)
+            else:
+                self._publish(slot, registration.registered, registration.conflict)
+
+    def _register(self, slot: Slot) -> None:
+        now_s = time.monotonic()
+        if now_s < self._retry_s.get(slot.index, 0.0):
+            return
+
+        def write_down(lease_id: int) -> None:
+            slot.lease_id = lease_id
+
+        try:
+            self._registrations[slot.index] = self._registry.register(
+                self._record(slot), adopt_lease_id=slot.lease_id, on_lease=write_down
+            )
+        except PeerConflictError as error:
+            if slot.holder != str(error):
+                log.error("%s", error)
+            slot.lease_id = 0
+            self._publish(slot, False, str(error))
+            self._retry_s[slot.index] = now_s + RETRY_S
+        except RegistryError as error:
+            log.debug("peer=%s: not registered yet: %s", self._settings.peer_id(slot.index), error)
+            # All of them would wait for the same etcd: one attempt a round is enough.
+            for other in self._board.slots:
+                self._retry_s[other.index] = time.monotonic() + RETRY_S
+        else:
+            self._publish(slot, True, "")
+
+    def _revoke(self, slot: Slot, registration: Registration) -> None:
+        if slot.state is PeerState.READY:
+            log.error(
+                "peer=%s: the loop has not turned for %g s: its record is withdrawn until it does",
+                self._settings.peer_id(slot.index),
+                self._settings.liveness_timeout_s,
+            )
+        registration.close()
+        del self._registrations[slot.index]
+        slot.lease_id = 0
+        self._publish(slot, False, "")
+
+    def _adopt_to_revoke(self, slot: Slot) -> None:
+        """A lease that a registrar left behind when it died, of a peer that has stopped since."""
+        try:
+            self._registry.revoke(slot.lease_id)
+        except RegistryError:
+            return  # next round
+        slot.lease_id = 0
+        self._publish(slot, False, "")
+
+    def _publish(self, slot: Slot, registered: bool, conflict: str) -> None:
+        if slot.registered != registered or slot.holder != conflict:
+            slot.registered = registered
+            slot.holder = conflict
+            _tell(self._report_fd)
+
+    def _record(self, slot: Slot) -> PeerRecord:
+        from peerd.registry import PeerRecord
+
+        return PeerRecord(
+            url=self._settings.url,
+            port=self._settings.base_port + slot.index,
+            peer_id=self._settings.peer_id(slot.index),
+        )
+
+
+class _Liveness:
+    """Whether a worker gets on, by its progress and this process's own clock."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._seen: dict[int, tuple[tuple[int, int], float]] = {}
+
+    def gets_on(self, slot: Slot) -> bool:
+        now_s = time.monotonic()
+        progress, since_s = self._seen.get(slot.index, (None, 0.0))
+        if progress != slot.progress:
+            self._seen[slot.index] = (slot.progress, now_s)
+            return True
+        return now_s - since_s < self._timeout_s
+
+
+def _tell(report_fd: int) -> None:
+    """A full pipe means that the supervisor has enough to read; a broken one, that it is gone."""
+    with contextlib.suppress(BlockingIOError, BrokenPipeError):
+        os.write(report_fd, b"\n")

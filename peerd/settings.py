@@ -1,0 +1,115 @@
+"""What can be set, checked once when it is built: a wrong value cannot be carried around.
+
+The command line reads flags, ``PEERD_*`` environment variables and ``peerd.toml`` (in that order of
+precedence) into these dataclasses; everything below the command line takes them, or the few fields
+it needs, as arguments.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from peerd.errors import SettingsError
+
+DEFAULT_ENDPOINT = "http://localhost:23790"
+"""The client port that the quick start and docker-compose.yml publish."""
+
+DEFAULT_PREFIX = "peerd"
+MAX_PORT = 65535
+MAX_PEERS = 4096
+
+_WILDCARDS = ("0.0.0.0", "::", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistrySettings:
+    endpoint: str = DEFAULT_ENDPOINT
+    """The etcd to register in, ``http://host:port``."""
+
+    prefix: str = DEFAULT_PREFIX
+    """Keys are ``{prefix}/{peer_id}``."""
+
+    lease_ttl_s: int = 10
+    """How long a record outlives a host that died without a word. Longer means fewer keep-alives."""
+
+    def __post_init__(self) -> None:
+        if self.lease_ttl_s < 2:
+            raise SettingsError(
+                f"--ttl {self.lease_ttl_s}: the shortest lease is 2 s, since etcd grants 2 for 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisorSettings:
+    peers: int = 1
+    """How many workers; worker i serves UDP port ``base_port + i``."""
+
+    base_port: int = 5001
+
+    host: str = "localhost"
+    """The address to bind. Loopback unless asked otherwise: peers answer whoever reaches them."""
+
+    advertise: str | None = None
+    """The host name that records carry; None: ``host``, or this machine's name for a wildcard."""
+
+    app: str | None = None
+    """``module:attr`` of the App; None: the built-in one."""
+
+    registry: RegistrySettings = RegistrySettings()
+
+    recv_buffer_bytes: int = 4 * 1024 * 1024
+    """The kernel's receive buffer of each peer, which bridges a restart: at 20,000 datagrams a
+    second, the default of 208 KiB lost a tenth of them over a restart and 4 MiB none."""
+
+    drain_timeout_s: float = 1.0
+    """For how long a stopping worker serves what its socket's queue still holds."""
+
+    stop_timeout_s: float = 8.0
+    """The hard end of a stop, below the 10 s after which container runtimes kill."""
+
+    liveness_timeout_s: float = 5.0
+    """A worker whose loop has not turned for so long loses its record until it turns again."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.peers <= MAX_PEERS:
+            raise SettingsError(f"--peers {self.peers}: give a number from 1 to {MAX_PEERS}")
+        if not 1 <= self.base_port <= MAX_PORT:
+            raise SettingsError(f"--base-port {self.base_port}: give a port from 1 to {MAX_PORT}")
+        if self.last_port > MAX_PORT:
+            raise SettingsError(
+                f"--base-port {self.base_port} with {self.peers} peers ends at {self.last_port}, "
+                f"past {MAX_PORT}: use --base-port {MAX_PORT - self.peers + 1} or lower, or fewer peers"
+            )
+        for name in (
+            "recv_buffer_bytes",
+            "drain_timeout_s",
+            "stop_timeout_s",
+            "liveness_timeout_s",
+        ):
+            if getattr(self, name) <= 0:
+                raise SettingsError(f"{name} {getattr(self, name)}: give a number above 0")
+
+    @property
+    def last_port(self) -> int:
+        return self.base_port + self.peers - 1
+
+    @property
+    def url(self) -> str:
+        """The host that others are told."""
+        if self.advertise is not None:
+            return self.advertise
+        return socket.gethostname() if self.host in _WILDCARDS else self.host
+
+    def peer_id(self, slot: int) -> str:
+        return f"{self.url}:{self.base_port + slot}"
+
+
+@dataclass(frozen=True)
+class EmbeddedEtcdSettings:
+    """An etcd that the supervisor runs as its child."""
+
+    command: tuple[str, ...]
+    data_dir: Path
+    """Made for this run, holds etcd's log as well, and removed at the end."""

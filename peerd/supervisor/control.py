@@ -1,0 +1,234 @@
+"""The control socket: how a command line talks to a running supervisor.
+
+Unix stream, mode 0600, and the peer's uid must be ours or root's (unix(7), SO_PEERCRED). A request is
+one line of JSON, ``{"v": 1, "command": "status"}``; the answer is one line,
+``{"v": 1, "ok": true, "result": ...}`` or ``{"v": 1, "ok": false, "error": "..."}``. A client that
+sends garbage, too much, or nothing at all costs one bounded entry in a table: the server never
+blocks on it, and the oldest goes when the table is full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import socket
+import stat
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from peerd.errors import ControlError, NotRunningError
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+MAX_REQUEST_BYTES = 64 * 1024
+MAX_CLIENTS = 64
+
+Command = Callable[[], object]
+
+
+def directory() -> Path:
+    """Where sockets live by default: the user's run-time directory, or one that only they can use."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime:
+        return Path(runtime, "peerd")
+    if os.getuid() == 0:
+        return Path("/run/peerd")
+    return Path(f"/tmp/peerd-{os.getuid()}")
+
+
+def default_path(base_port: int) -> Path:
+    return directory() / f"{base_port}.sock"
+
+
+def request(path: Path, command: str, timeout_s: float = 5.0) -> Any:
+    """What a supervisor answers. Raises NotRunningError or ControlError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(timeout_s)
+        try:
+            client.connect(str(path))
+            client.sendall(orjson.dumps({"v": VERSION, "command": command}) + b"\n")
+            answer = b""
+            while not answer.endswith(b"\n") and (chunk := client.recv(1 << 16)):
+                answer += chunk
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise NotRunningError(
+                f"no supervisor answers at {path}: start one with 'peerd supervise', "
+                "or name its socket with --control"
+            ) from None
+        except PermissionError:
+            raise ControlError(
+                f"{path} belongs to another user: run this as them, or as root"
+            ) from None
+        except OSError as error:
+            raise ControlError(f"the supervisor at {path} does not answer: {error}") from None
+    try:
+        reply = orjson.loads(answer)
+        ok, body = reply["ok"], reply.get("result", reply.get("error"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ControlError(f"what listens at {path} is no peerd supervisor") from None
+    if not ok:
+        raise ControlError(str(body))
+    return body
+
+
+def find_running() -> Path:
+    """The socket of the only running supervisor of this user.
+
+    Raises NotRunningError when none answers, ControlError when there are several to choose from.
+    """
+    found = [path for path in sorted(directory().glob("*.sock")) if _answers(path)]
+    if not found:
+        raise NotRunningError(
+            f"no supervisor is running (no socket in {directory()} answers): "
+            "start one with 'peerd supervise', or name its socket with --control"
+        )
+    if len(found) > 1:
+        names = ", ".join(str(path) for path in found)
+        raise ControlError(f"several supervisors are running: choose one with --control: {names}")
+    return found[0]
+
+
+class ControlServer:
+    """Answers commands from within the supervisor's selector; never blocks."""
+
+    def __init__(
+        self, path: Path, commands: Mapping[str, Command], selector: selectors.BaseSelector
+    ) -> None:
+        """Raises OSError when the place cannot be written, ControlError when somebody answers there."""
+        self._commands = commands
+        self._selector = selector
+        self._clients: dict[socket.socket, _Client] = {}
+        self._path = path
+        self._listener = _listen(path)
+        self._inode = path.stat().st_ino
+        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    def close(self) -> None:
+        for client in list(self._clients.values()):
+            self._drop(client)
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        # Only our own file: after a clean-up by somebody, it may be a successor's.
+        with contextlib.suppress(OSError):
+            if self._path.stat().st_ino == self._inode:
+                self._path.unlink()
+
+    def fds(self) -> list[int]:
+        return [self._listener.fileno(), *(client.fileno() for client in self._clients)]
+
+    def _accept(self, _events: int) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        connection.setblocking(False)
+        if not _is_allowed(connection):
+            connection.close()
+            return
+        if len(self._clients) >= MAX_CLIENTS:
+            self._drop(next(iter(self._clients.values())))
+        client = _Client(connection)
+        self._clients[connection] = client
+        self._selector.register(
+            connection, selectors.EVENT_READ, lambda events: self._serve(client, events)
+        )
+
+    def _serve(self, client: _Client, events: int) -> None:
+        try:
+            if events & selectors.EVENT_READ and not self._read(client):
+                return
+            if client.unsent:
+                client.unsent = client.unsent[client.connection.send(client.unsent) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._drop(client)
+            return
+        wanted = selectors.EVENT_WRITE if client.unsent else selectors.EVENT_READ
+        self._selector.modify(client.connection, wanted, lambda events: self._serve(client, events))
+
+    def _read(self, client: _Client) -> bool:
+        chunk = client.connection.recv(1 << 16)
+        client.received += chunk
+        if not chunk or len(client.received) > MAX_REQUEST_BYTES:
+            self._drop(client)
+            return False
+        # One request at a time: the next is read when this one's answer is gone.
+        line, newline, rest = client.received.partition(b"\n")
+        if newline:
+            client.received = rest
+            client.unsent += self._answer(line)
+        return True
+
+    def _answer(self, line: bytes) -> bytes:
+        try:
+            asked = orjson.loads(line)
+            if asked["v"] != VERSION:
+                raise ControlError(f"this supervisor speaks version {VERSION} of the protocol")
+            if asked["command"] not in self._commands:
+                known = ", ".join(sorted(self._commands))
+                raise ControlError(f"unknown command {asked['command']!r}; known: {known}")
+            answer = {"v": VERSION, "ok": True, "result": self._commands[asked["command"]]()}
+        except ControlError as error:
+            answer = {"v": VERSION, "ok": False, "error": str(error)}
+        except (ValueError, KeyError, TypeError):
+            answer = {"v": VERSION, "ok": False, "error": 'a request is {"v": 1, "command": "..."}'}
+        return orjson.dumps(answer) + b"\n"
+
+    def _drop(self, client: _Client) -> None:
+        del self._clients[client.connection]
+        self._selector.unregister(client.connection)
+        client.connection.close()
+
+
+class _Client:
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.received = b""
+        self.unsent = b""
+
+
+def _listen(path: Path) -> socket.socket:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+            if _answers(path):
+                raise ControlError(f"another supervisor answers at {path}")
+            path.unlink()  # left by one that was killed
+        previous = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(previous)
+        listener.listen(MAX_CLIENTS)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(1.0)
+        try:
+            client.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def _is_allowed(connection: socket.socket) -> bool:
+    credentials = connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+    )
+    _, uid, _ = struct.unpack("3i", credentials)
+    return uid in (0, os.getuid())

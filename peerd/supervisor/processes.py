@@ -1,0 +1,150 @@
+"""Fork, watch, signal and reap. No policy.
+
+Facts this file rests on:
+
+- A child is known by its pidfd (pidfd_open(2)), never by its bare pid: a pid can be reused, and a
+  signal to it can hit a stranger. The pidfd is opened before the child can have been reaped.
+- Signals are blocked over the fork. A signal to the child before it has dropped the supervisor's
+  handlers would run them in the child; before it has dropped the supervisor's wake-up fd, it would
+  wake the supervisor.
+- PR_SET_PDEATHSIG follows the forking thread (the supervisor has one), survives execve, is not
+  inherited, and comes too late when the parent is dead already: so getppid() is compared with the
+  pid that the parent had, not with 1 (prctl(2); a subreaper's pid is not 1).
+- SIGKILL is the death signal because it also ends a worker that is stopped.
+- A child is in a process group of its own: Ctrl-C in the terminal reaches the supervisor alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+# What the shell says for "cannot even start" and BSD's sysexits.h for an internal software error.
+EX_SOFTWARE = 70
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a process ended: with a code, or by a signal."""
+
+    code: int | None
+    signal: signal.Signals | None
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            return f"killed by {self.signal.name}"
+        return f"exit code {self.code}"
+
+
+@dataclass(frozen=True)
+class Child:
+    pid: int
+    pidfd: int
+
+    def send(self, number: signal.Signals) -> None:
+        """A child that is gone already is no error."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def reap(self) -> Exit | None:
+        """The end of the process, once, and None while it runs. Closes the pidfd."""
+        result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        if result is None:
+            return None
+        os.close(self.pidfd)
+        if result.si_code == os.CLD_EXITED:
+            return Exit(result.si_status, None)
+        return Exit(None, signal.Signals(result.si_status))
+
+
+def spawn(entry: Callable[[], int], keep_fds: Collection[int], *, die_with_parent: bool) -> Child:
+    """Fork a child that runs ``entry`` and exits with what it returns.
+
+    The child has default signal dispositions and no descriptors but 0 to 2 and ``keep_fds``. Raises
+    OSError (EAGAIN, ENOMEM, EMFILE) when there is no process to be had; then nothing is left behind.
+    """
+    parent_pid = os.getpid()
+    gc.freeze()  # the child's collector then leaves the parent's pages alone, and they stay shared
+    with _signals_blocked() as unblocked:
+        pid = os.fork()
+        if pid == 0:
+            _run_child(entry, keep_fds, unblocked, parent_pid if die_with_parent else None)
+    gc.unfreeze()
+    try:
+        return Child(pid, os.pidfd_open(pid))
+    except OSError:
+        os.kill(pid, signal.SIGKILL)  # not reaped yet, so the pid is still the child's
+        os.waitpid(pid, 0)
+        raise
+
+
+def redirect_output(path: str) -> None:
+    """Send this process's standard output and error to a file, and read nothing."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(null, 0)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+
+
+def _run_child(
+    entry: Callable[[], int],
+    keep_fds: Collection[int],
+    unblocked: Collection[signal.Signals],
+    parent_pid: int | None,
+) -> NoReturn:
+    code = EX_SOFTWARE
+    try:
+        if parent_pid is not None:
+            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent_pid:
+                os._exit(EX_SOFTWARE)
+        os.setpgid(0, 0)
+        signal.set_wakeup_fd(-1)
+        for number in signal.valid_signals():
+            # SIGKILL and the like refuse; Python's own SIGPIPE and SIGXFSZ stay ignored.
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        _close_all_but(keep_fds)
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        code = entry()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        log.critical("unexpected error", exc_info=True)
+    finally:
+        # Not sys.exit: the parent's finally blocks and atexit functions are on this stack as well.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _close_all_but(keep_fds: Collection[int]) -> None:
+    start = 3
+    for fd in sorted(fd for fd in keep_fds if fd >= start):
+        os.closerange(start, fd)
+        start = fd + 1
+    os.closerange(start, os.sysconf("SC_OPEN_MAX"))
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[Collection[signal.Signals]]:
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield [number for number in previous if isinstance(number, signal.Signals)]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)

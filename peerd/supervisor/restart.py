@@ -1,0 +1,59 @@
+"""When to start a worker again: a pure function of its failures and the monotonic time.
+
+At once after the first failure, then after a delay that doubles up to a cap. What resets it is a
+minute of being ready, never merely having stayed alive: a process that dies 1.2 s after each start
+escapes the usual "up for a second" rule and is restarted for ever (supervisord issue 1285). Past a
+number of failures in a window the peer is parked and retried slowly, and its siblings go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RestartPolicy:
+    first_delay_s: float = 0.25
+    max_delay_s: float = 15.0
+    jitter: float = 0.2
+    """Each delay is changed by up to this part of it, so that peers that died together spread out."""
+    reset_after_ready_s: float = 60.0
+    max_failures: int = 5
+    window_s: float = 60.0
+    parked_delay_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    at_s: float
+    ready_for_s: float
+    """How long the worker had been ready when it died; 0 when it never was."""
+
+
+@dataclass(frozen=True)
+class Restart:
+    delay_s: float
+    crashloop: bool
+
+
+def next_restart(policy: RestartPolicy, failures: Sequence[Failure], random_unit: float) -> Restart:
+    """What to do after the last of ``failures`` (oldest first, at least one).
+
+    ``random_unit`` is a random number from 0 to 1.
+    """
+    now_s = failures[-1].at_s
+    streak = 0
+    for failure in reversed(failures):
+        if failure.ready_for_s >= policy.reset_after_ready_s:
+            streak += failure is failures[-1]
+            break
+        streak += 1
+    recent = sum(1 for failure in failures[-streak:] if now_s - failure.at_s <= policy.window_s)
+    if recent > policy.max_failures:
+        return Restart(policy.parked_delay_s, crashloop=True)
+    if streak == 1:
+        return Restart(0.0, crashloop=False)
+    # The exponent is bounded so that a streak of thousands does not overflow.
+    delay_s = min(policy.first_delay_s * 2.0 ** min(streak - 2, 32), policy.max_delay_s)
+    return Restart(delay_s * (1 + policy.jitter * (2 * random_unit - 1)), crashloop=False)

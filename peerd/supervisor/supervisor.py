@@ -1,0 +1,575 @@
+"""Keeps one worker a peer running, and with them the registrar and, if asked, an etcd.
+
+One thread and one selector: pidfds tell of deaths, pipes of readiness, a socketpair of signals, and
+timers are the selector's timeout. There is no gRPC here and there never was a thread, so fork is
+safe at any time (gRPC's threads hang a forked child in up to 17 of 20 cases).
+
+What runs in a child is handed in: this file imports neither the worker nor the registrar.
+
+Stopping has phases, each with an end of its own, all within ``stop_timeout_s``:
+
+    WITHDRAW  the slots are STOPPING; the registrar revokes their records, the workers still serve
+    DRAIN     the workers get SIGTERM, serve what their queues hold, and exit
+    CLOSE     the registrar's lifeline is closed, then etcd is ended
+
+A second signal skips to SIGKILL for the workers and the end of the lifeline: the registrar revokes
+what is left by itself, as it does when the supervisor is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import os
+import random
+import selectors
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setproctitle import setproctitle
+
+from peerd._scoreboard import PeerState, RegistryState, Scoreboard, Slot
+from peerd.embedded_etcd import is_listening
+from peerd.errors import ControlError
+from peerd.settings import EmbeddedEtcdSettings, SupervisorSettings
+from peerd.supervisor.control import ControlServer
+from peerd.supervisor.processes import Child, Exit, redirect_output, spawn
+from peerd.supervisor.restart import Failure, RestartPolicy, next_restart
+from peerd.supervisor.status import StatusReport
+
+log = logging.getLogger(__name__)
+
+EX_OK = 0
+EX_CONFIG = 78
+
+STOP_SIGNALS: Mapping[signal.Signals, int] = {
+    signal.SIGTERM: EX_OK,
+    signal.SIGINT: 128 + signal.SIGINT,
+    signal.SIGHUP: 128 + signal.SIGHUP,
+}
+"""What asks the supervisor to stop, and the exit code it then ends with."""
+
+WITHDRAW_TIMEOUT_S = 2.0
+"""For how long a stop waits for the registrar; longer than etcd's answer, shorter than the stop."""
+
+KILLED_REGISTRAR_TIMEOUT_S = 1.0
+"""What an immediate stop leaves the registrar to revoke the records."""
+
+MAX_REPORT_BYTES = 32 * 1024
+
+WorkerEntry = Callable[[int, socket.socket, Slot, "BootReport"], int]
+"""(slot number, socket, slot, report) -> exit code; runs in the worker."""
+
+RegistrarEntry = Callable[[Scoreboard, int, int], int]
+"""(scoreboard, lifeline, report) -> exit code; runs in the registrar.
+
+The lifeline can be read: a byte means that a slot has changed, its end that the supervisor is gone.
+A byte written to the report means that a registration has changed.
+"""
+
+
+class BootReport:
+    """The worker's end of a pipe: how its start went. Said once, then closed."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def ready(self) -> None:
+        self._say(b"R")
+
+    def failed(self, text: str) -> None:
+        self._say(b"F" + text.encode("utf-8", "replace")[:MAX_REPORT_BYTES])
+
+    def _say(self, report: bytes) -> None:
+        os.write(self._fd, report)
+        os.close(self._fd)
+
+
+class _Phase(enum.Enum):
+    SERVING = enum.auto()
+    WITHDRAW = enum.auto()
+    DRAIN = enum.auto()
+    CLOSE = enum.auto()
+    DONE = enum.auto()
+
+
+@dataclass
+class _Managed:
+    """A child that is started again when it dies."""
+
+    name: str
+    start: Callable[[], None]
+    child: Child | None = None
+    started_s: float = 0.0
+    ready_s: float | None = None
+    next_start_s: float | None = None
+    failures: deque[Failure] = field(default_factory=lambda: deque(maxlen=64))
+
+
+@dataclass
+class _Peer(_Managed):
+    slot: Slot = field(kw_only=True)
+    sock: socket.socket = field(kw_only=True)
+    peer_id: str = field(kw_only=True)
+    report_fd: int | None = None
+    report: bytes = b""
+
+
+class Supervisor:
+    def __init__(
+        self,
+        settings: SupervisorSettings,
+        sockets: Sequence[socket.socket],
+        *,
+        worker_entry: WorkerEntry,
+        registrar_entry: RegistrarEntry,
+        etcd: EmbeddedEtcdSettings | None,
+        control_path: Path,
+        version: str,
+    ) -> None:
+        self._settings = settings
+        self._worker_entry = worker_entry
+        self._registrar_entry = registrar_entry
+        self._etcd_settings = etcd
+        self._control_path = control_path
+        self._policy = RestartPolicy()
+        self._board = Scoreboard(len(sockets))
+        self._status = StatusReport(settings, sockets, self._board, version)
+        self._selector = selectors.DefaultSelector()
+        self._peers = [
+            self._peer(slot, sock) for slot, sock in zip(self._board.slots, sockets, strict=True)
+        ]
+        self._registrar = _Managed("registrar", self._start_registrar)
+        self._etcd = _Managed("etcd", self._start_etcd)
+        self._lifeline_fd: int | None = None
+        self._registrar_report_fd: int | None = None
+        self._control: ControlServer | None = None
+        self._phase = _Phase.SERVING
+        self._stop_s = 0.0
+        self._kill_s = 0.0
+        self._next_notice_s = 0.0
+        self._exit_code = EX_OK
+        self._begun_s = time.monotonic()
+        self._all_ready_told = False
+        self._all_registered_told = False
+
+    def run(self) -> int:
+        """Serve until a signal ends it; the exit code."""
+        last = self._settings.last_port
+        setproctitle(f"peerd: supervisor of ports {self._settings.base_port} to {last}")
+        with self._signals():
+            try:
+                self._open_control()
+                for peer in self._peers:
+                    self._start(peer)
+                if self._etcd_settings is not None:
+                    self._start(self._etcd)
+                self._start(self._registrar)
+                while self._phase is not _Phase.DONE:
+                    self._turn()
+            finally:
+                self._release()
+        return self._exit_code
+
+    def status(self) -> dict[str, object]:
+        if self._phase is not _Phase.SERVING:
+            return self._status.build("stopping")
+        ready = all(peer.slot.state is PeerState.READY for peer in self._peers)
+        return self._status.build("ready" if ready else "degraded")
+
+    # The loop
+
+    def _turn(self) -> None:
+        for key, events in self._selector.select(self._timeout_s()):
+            # A callback may have unregistered what comes later in the same list.
+            if key.fd in self._selector.get_map():
+                key.data(events)
+        now_s = time.monotonic()
+        for managed in (*self._peers, self._etcd, self._registrar):
+            if managed.next_start_s is not None and managed.next_start_s <= now_s:
+                self._start(managed)
+        if self._phase is not _Phase.SERVING:
+            self._advance_stop(now_s)
+
+    def _timeout_s(self) -> float | None:
+        due = [
+            managed.next_start_s
+            for managed in (*self._peers, self._etcd, self._registrar)
+            if managed.next_start_s is not None
+        ]
+        if self._phase is not _Phase.SERVING:
+            due.append(self._next_deadline_s())
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    # Children
+
+    def _start(self, managed: _Managed) -> None:
+        managed.next_start_s = None
+        managed.ready_s = None
+        managed.started_s = time.monotonic()
+        try:
+            managed.start()
+        except OSError as error:
+            log.error("cannot start the %s: %s", managed.name, error)
+            self._plan_restart(managed)
+            return
+        assert managed.child is not None
+        self._selector.register(
+            managed.child.pidfd, selectors.EVENT_READ, lambda _: self._exited(managed)
+        )
+
+    def _exited(self, managed: _Managed) -> None:
+        assert managed.child is not None
+        pid, pidfd = managed.child.pid, managed.child.pidfd
+        self._selector.unregister(pidfd)
+        end = managed.child.reap()
+        assert end is not None
+        managed.child = None
+        if isinstance(managed, _Peer):
+            self._worker_exited(managed, pid, end)
+        elif managed is self._registrar:
+            self._registrar_exited(pid, end)
+        else:
+            self._etcd_exited(pid, end)
+
+    def _plan_restart(self, managed: _Managed) -> None:
+        now_s = time.monotonic()
+        ready_for_s = 0.0 if managed.ready_s is None else now_s - managed.ready_s
+        managed.failures.append(Failure(now_s, ready_for_s))
+        restart = next_restart(self._policy, managed.failures, random.random())
+        managed.next_start_s = now_s + restart.delay_s
+        if isinstance(managed, _Peer):
+            state = PeerState.CRASHLOOP if restart.crashloop else PeerState.BACKOFF
+            self._set_state(managed, state)
+            managed.slot.restarts += 1
+        when = f"in {restart.delay_s:.2g} s" if restart.delay_s else "now"
+        if restart.crashloop:
+            log.error(
+                "the %s failed %d times within %g s: parked, the next try is %s",
+                managed.name,
+                self._policy.max_failures + 1,
+                self._policy.window_s,
+                when,
+            )
+        else:
+            log.info("restarting the %s %s", managed.name, when)
+
+    # Workers
+
+    def _peer(self, slot: Slot, sock: socket.socket) -> _Peer:
+        def start() -> None:
+            self._start_worker(peer)
+
+        peer_id = self._settings.peer_id(slot.index)
+        peer = _Peer(f"worker of {peer_id}", start, slot=slot, sock=sock, peer_id=peer_id)
+        return peer
+
+    def _start_worker(self, peer: _Peer) -> None:
+        read_fd, write_fd = os.pipe()
+        try:
+            peer.slot.generation += 1
+            peer.report = b""
+            peer.child = spawn(
+                lambda: self._worker_entry(
+                    peer.slot.index, peer.sock, peer.slot, BootReport(write_fd)
+                ),
+                (peer.sock.fileno(), write_fd),
+                die_with_parent=True,
+            )
+        except OSError:
+            os.close(read_fd)
+            raise
+        finally:
+            os.close(write_fd)
+        peer.report_fd = read_fd
+        peer.slot.pid = peer.child.pid
+        self._set_state(peer, PeerState.STARTING)
+        self._selector.register(read_fd, selectors.EVENT_READ, lambda _: self._read_report(peer))
+
+    def _read_report(self, peer: _Peer) -> None:
+        """Once the pipe can be read: its end means that the worker has said all it will."""
+        assert peer.report_fd is not None
+        chunk = os.read(peer.report_fd, MAX_REPORT_BYTES)
+        peer.report += chunk
+        if chunk == b"R":
+            peer.ready_s = time.monotonic()
+            if self._phase is _Phase.SERVING:
+                self._set_state(peer, PeerState.READY)
+                self._tell_all_ready()
+        if not chunk:
+            self._close_report(peer)
+
+    def _close_report(self, peer: _Peer) -> None:
+        if peer.report_fd is not None:
+            self._selector.unregister(peer.report_fd)
+            os.close(peer.report_fd)
+            peer.report_fd = None
+
+    def _worker_exited(self, peer: _Peer, pid: int, end: Exit) -> None:
+        while peer.report_fd is not None:
+            self._read_report(peer)
+        peer.slot.pid = 0
+        counters = peer.slot.counters()
+        in_hand = counters["rx_datagrams"] - counters["handled"]
+        if self._phase is not _Phase.SERVING:
+            self._set_state(peer, PeerState.STOPPED)
+            return
+        if peer.report.startswith(b"F"):
+            self._boot_failed(peer, peer.report[1:].decode("utf-8", "replace"))
+            return
+        age = (
+            "before it was ready"
+            if peer.ready_s is None
+            else f"after {time.monotonic() - peer.ready_s:.1f} s"
+        )
+        log.error(
+            "peer=%s: worker pid %d: %s %s; datagrams in hand and lost: %d",
+            peer.peer_id,
+            pid,
+            end,
+            age,
+            in_hand,
+        )
+        self._plan_restart(peer)
+
+    def _boot_failed(self, peer: _Peer, text: str) -> None:
+        if any(other.ready_s is not None for other in self._peers):
+            log.error("peer=%s: the worker cannot start: %s", peer.peer_id, text)
+            self._plan_restart(peer)
+            return
+        # Nobody was ever ready: it is the configuration, and the same for every worker.
+        log.critical("%s", text)
+        self._set_state(peer, PeerState.STOPPED)
+        self._begin_stop(EX_CONFIG)
+
+    def _set_state(self, peer: _Peer, state: PeerState) -> None:
+        peer.slot.since_ns = time.monotonic_ns()
+        peer.slot.state = state
+        self._wake_registrar()
+
+    def _tell_all_ready(self) -> None:
+        ready = sum(peer.slot.state is PeerState.READY for peer in self._peers)
+        if ready == len(self._peers) and not self._all_ready_told:
+            self._all_ready_told = True
+            passed_ms = (time.monotonic() - self._begun_s) * 1e3
+            log.info("all %d peers are ready, %.0f ms after start", ready, passed_ms)
+
+    # The registrar
+
+    def _start_registrar(self) -> None:
+        lifeline_read, lifeline_write = os.pipe()
+        report_read, report_write = os.pipe()
+        os.set_blocking(lifeline_write, False)
+        os.set_blocking(report_read, False)
+        try:
+            self._registrar.child = spawn(
+                lambda: self._registrar_entry(self._board, lifeline_read, report_write),
+                (lifeline_read, report_write),
+                # It must outlive the supervisor, for as long as it takes to revoke the records.
+                die_with_parent=False,
+            )
+        except OSError:
+            os.close(lifeline_write)
+            os.close(report_read)
+            raise
+        finally:
+            os.close(lifeline_read)
+            os.close(report_write)
+        self._registrar.ready_s = time.monotonic()
+        self._lifeline_fd = lifeline_write
+        self._registrar_report_fd = report_read
+        self._selector.register(report_read, selectors.EVENT_READ, self._read_registrar_report)
+
+    def _read_registrar_report(self, _events: int) -> None:
+        assert self._registrar_report_fd is not None
+        if not os.read(self._registrar_report_fd, 4096):
+            self._selector.unregister(self._registrar_report_fd)
+            os.close(self._registrar_report_fd)
+            self._registrar_report_fd = None
+        if not self._all_registered_told and all(peer.slot.registered for peer in self._peers):
+            self._all_registered_told = True
+            log.info(
+                "all %d peers are registered in etcd at %s",
+                len(self._peers),
+                self._settings.registry.endpoint,
+            )
+
+    def _registrar_exited(self, pid: int, end: Exit) -> None:
+        self._close_lifeline()
+        if self._registrar_report_fd is not None:
+            self._selector.unregister(self._registrar_report_fd)
+            os.close(self._registrar_report_fd)
+            self._registrar_report_fd = None
+        if self._phase is _Phase.SERVING:
+            log.error("the registrar, pid %d: %s", pid, end)
+            self._plan_restart(self._registrar)
+
+    def _wake_registrar(self) -> None:
+        if self._lifeline_fd is not None:
+            # Full: it has not read the last wake-ups yet. Broken: its end is about to be noticed.
+            with contextlib.suppress(BlockingIOError, BrokenPipeError):
+                os.write(self._lifeline_fd, b"\n")
+
+    def _close_lifeline(self) -> None:
+        if self._lifeline_fd is not None:
+            os.close(self._lifeline_fd)
+            self._lifeline_fd = None
+
+    # The embedded etcd
+
+    def _start_etcd(self) -> None:
+        assert self._etcd_settings is not None
+        command = self._etcd_settings.command
+        log_path = str(self._etcd_settings.data_dir / "etcd.log")
+
+        def run_etcd() -> int:
+            redirect_output(log_path)
+            os.execv(command[0], command)
+
+        self._etcd.child = spawn(run_etcd, (), die_with_parent=True)
+        self._etcd.ready_s = time.monotonic()
+
+    def _etcd_exited(self, pid: int, end: Exit) -> None:
+        assert self._etcd_settings is not None
+        if self._phase is not _Phase.SERVING:
+            return
+        if is_listening(self._settings.registry.endpoint):
+            # Two supervisors started at once, and the other one's etcd was first.
+            log.info("etcd pid %d: %s; another one listens there by now and is used", pid, end)
+            return
+        log.error("etcd pid %d: %s; its last words:\n%s", pid, end, self._etcd_last_words())
+        self._plan_restart(self._etcd)
+
+    def _etcd_last_words(self) -> str:
+        assert self._etcd_settings is not None
+        with contextlib.suppress(OSError):
+            text = (self._etcd_settings.data_dir / "etcd.log").read_text(errors="replace")
+            return "\n".join(text.splitlines()[-3:])
+        return "(none)"
+
+    # Stopping
+
+    def _begin_stop(self, exit_code: int) -> None:
+        self._phase = _Phase.WITHDRAW
+        self._exit_code = exit_code
+        self._stop_s = time.monotonic()
+        self._kill_s = self._stop_s + self._settings.stop_timeout_s
+        self._next_notice_s = self._stop_s + 1.0
+        for managed in (*self._peers, self._etcd, self._registrar):
+            managed.next_start_s = None
+        for peer in self._peers:
+            self._set_state(peer, PeerState.STOPPING if peer.child else PeerState.STOPPED)
+
+    def _stop_now(self) -> None:
+        log.warning("second signal: stopping at once")
+        now_s = time.monotonic()
+        self._kill_s = min(self._kill_s, now_s + KILLED_REGISTRAR_TIMEOUT_S)
+        for peer in self._peers:
+            if peer.child is not None:
+                peer.child.send(signal.SIGKILL)
+        self._close_lifeline()
+        self._phase = _Phase.CLOSE
+
+    def _advance_stop(self, now_s: float) -> None:
+        if self._phase is _Phase.WITHDRAW and self._withdrawn(now_s):
+            self._phase = _Phase.DRAIN
+            for peer in self._peers:
+                if peer.child is not None:
+                    peer.child.send(signal.SIGTERM)
+        if self._phase is _Phase.DRAIN and not any(peer.child for peer in self._peers):
+            self._phase = _Phase.CLOSE
+            self._close_lifeline()
+        if (
+            self._phase is _Phase.CLOSE
+            and self._registrar.child is None
+            and self._etcd.child is not None
+        ):
+            # Its data is thrown away, so there is nothing that it could do in an orderly stop.
+            self._etcd.child.send(signal.SIGKILL)
+        children = [
+            managed for managed in (*self._peers, self._registrar, self._etcd) if managed.child
+        ]
+        if self._phase is _Phase.CLOSE and not children:
+            self._phase = _Phase.DONE
+        elif now_s >= self._kill_s:
+            for managed in children:
+                assert managed.child is not None
+                log.warning("the %s has not stopped in time: SIGKILL", managed.name)
+                managed.child.send(signal.SIGKILL)
+            self._kill_s = now_s + 1.0
+        elif now_s >= self._next_notice_s:
+            self._next_notice_s = now_s + 1.0
+            log.info("waiting for: %s", ", ".join(managed.name for managed in children))
+
+    def _withdrawn(self, now_s: float) -> bool:
+        return (
+            self._registrar.child is None
+            or not any(peer.slot.registered for peer in self._peers)
+            or self._board.registry_state is not RegistryState.CONNECTED
+            or now_s >= self._stop_s + WITHDRAW_TIMEOUT_S
+        )
+
+    def _next_deadline_s(self) -> float:
+        deadlines = [self._kill_s, self._next_notice_s]
+        if self._phase is _Phase.WITHDRAW:
+            deadlines.append(self._stop_s + WITHDRAW_TIMEOUT_S)
+        return min(deadlines)
+
+    # Set-up and tear-down
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Signals become bytes on a socketpair, and so events of the selector."""
+        reader, writer = socket.socketpair()
+        with reader, writer:
+            reader.setblocking(False)
+            writer.setblocking(False)
+            previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+            previous = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+            self._selector.register(
+                reader, selectors.EVENT_READ, lambda _: self._read_signals(reader)
+            )
+            try:
+                yield
+            finally:
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
+                signal.set_wakeup_fd(previous_fd)
+                self._selector.close()
+
+    def _read_signals(self, reader: socket.socket) -> None:
+        for number in reader.recv(4096):
+            if number not in STOP_SIGNALS:
+                continue
+            if self._phase is _Phase.SERVING:
+                name = signal.Signals(number).name
+                log.info("%s: stopping %d peers; once more stops at once", name, len(self._peers))
+                self._begin_stop(STOP_SIGNALS[signal.Signals(number)])
+            elif self._phase in (_Phase.WITHDRAW, _Phase.DRAIN):
+                self._stop_now()
+
+    def _open_control(self) -> None:
+        try:
+            self._control = ControlServer(
+                self._control_path, {"status": self.status}, self._selector
+            )
+        except (OSError, ControlError) as error:
+            log.info("no control socket, so no 'peerd status': %s: %s", self._control_path, error)
+
+    def _release(self) -> None:
+        """After the last phase there is nothing left to end here; after an exception there is."""
+        self._close_lifeline()
+        for managed in (*self._peers, self._etcd):
+            if managed.child is not None:
+                managed.child.send(signal.SIGKILL)
+        for peer in self._peers:
+            self._close_report(peer)
+            peer.sock.close()
+        if self._control is not None:
+            self._control.close()

@@ -1,0 +1,103 @@
+"""One peer: an adopted socket, a DatagramLoop, the App and a slot of the scoreboard -> an exit code.
+
+Runs in a process of its own, forked by the supervisor, which owns the socket and learns of everything
+that happens here from the slot, from one report at boot and from the exit code.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import time
+import traceback
+from dataclasses import dataclass
+from typing import Protocol
+
+from setproctitle import setproctitle
+
+from peerd._core import DatagramLoop
+from peerd._scoreboard import Slot
+from peerd.app import load_app
+from peerd.errors import AppLoadError
+
+log = logging.getLogger(__name__)
+
+EX_OK = 0
+EX_CONFIG = 78
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    peer_id: str
+    app: str | None
+    drain_timeout_s: float
+
+
+class BootReport(Protocol):
+    """How a worker tells, once, how its start went."""
+
+    def ready(self) -> None: ...
+    def failed(self, text: str) -> None: ...
+
+
+def run(settings: WorkerSettings, sock: socket.socket, slot: Slot, report: BootReport) -> int:
+    """Serve until SIGTERM, then drain. EX_CONFIG when the app cannot be loaded."""
+    setproctitle(f"peerd: peer {settings.peer_id}")
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the terminal's Ctrl-C is the supervisor's to judge
+    try:
+        app = load_app(settings.app)
+    except AppLoadError as error:
+        report.failed(_explain(error))
+        return EX_CONFIG
+    loop = DatagramLoop(
+        sock.fileno(),
+        app.handlers,
+        app.batch_handlers,
+        slot,
+        HandlerErrorLog(settings.peer_id),
+    )
+    signal.signal(signal.SIGTERM, lambda *_: loop.stop(drain_s=settings.drain_timeout_s))
+    signal.set_wakeup_fd(loop.wakeup_fd, warn_on_full_buffer=False)
+    loop.turn()
+    report.ready()
+    loop.run()
+    return EX_OK
+
+
+class HandlerErrorLog:
+    """Logs what handlers raise: each magic code once a second at most, with how many were left out."""
+
+    INTERVAL_S = 1.0
+
+    def __init__(self, peer_id: str) -> None:
+        self._peer_id = peer_id
+        self._last_s: dict[str, float] = {}
+        self._left_out: dict[str, int] = {}
+
+    def __call__(self, magic: str, sender: tuple[str, int] | None, error: Exception) -> None:
+        now_s = time.monotonic()
+        if now_s - self._last_s.get(magic, -self.INTERVAL_S) < self.INTERVAL_S:
+            self._left_out[magic] = self._left_out.get(magic, 0) + 1
+            return
+        self._last_s[magic] = now_s
+        left_out = self._left_out.pop(magic, 0)
+        also = f" ({left_out} more since the last such line)" if left_out else ""
+        log.error(
+            "peer=%s from=%s: the handler of %r raised %s%s",
+            self._peer_id,
+            f"{sender[0]}:{sender[1]}" if sender else "?",
+            magic,
+            type(error).__name__,
+            also,
+            exc_info=error,
+        )
+
+
+def _explain(error: AppLoadError) -> str:
+    """One line, and behind it the traceback of what the app itself raised."""
+    if error.__cause__ is None:
+        return str(error)
+    return f"{error}\n{''.join(traceback.format_exception(error.__cause__))}".rstrip()

@@ -1,0 +1,71 @@
+"""Fixtures of all tests, and the guard that each test cleans up after itself."""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from etcd_fixture import shared_etcd
+from eventually import eventually
+from supervised import Supervised
+
+# Every process that a test starts inherits this variable, orphans included.
+RUN_MARK = f"PEERD_TEST_RUN={uuid.uuid4()}"
+os.environ.update([RUN_MARK.split("=")])
+
+etcd = shared_etcd
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Fails a test that leaves a process, a thread, a descriptor or a file behind."""
+    temporary = tmp_path_factory.mktemp("tmpdir")
+    runtime = tmp_path_factory.mktemp("runtime")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    threads, fds, processes = threading.active_count(), _descriptors(), _processes()
+    yield
+    eventually(lambda: not (_processes() - processes), within_s=5)
+    eventually(lambda: threading.active_count() <= threads, within_s=5)
+    eventually(lambda: not (_descriptors() - fds), within_s=5)
+    left = [str(path) for path in (*temporary.iterdir(), *runtime.glob("peerd/*"))]
+    assert not left, f"files left behind: {left}"
+
+
+@pytest.fixture
+def supervised(tmp_path: Path, etcd: str) -> Iterator[Supervised]:
+    """A way to run ``peerd supervise``; what still runs at the end of the test is killed."""
+    runner = Supervised(tmp_path, etcd)
+    yield runner
+    runner.kill_all()
+
+
+def _descriptors() -> set[tuple[int, str]]:
+    """This process's open files, but for etcd connections of gRPC, which it closes in its own time."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.add((int(name), os.readlink(f"/proc/self/fd/{name}")))
+        except OSError:
+            continue
+    return {entry for entry in found if not entry[1].startswith(("anon_inode", "/proc"))}
+
+
+def _processes() -> set[int]:
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            marked = RUN_MARK.encode() in Path(f"/proc/{process.pid}/environ").read_bytes()
+            if marked and process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
+                found.add(process.pid)
+        except (OSError, psutil.Error):
+            continue
+    return found

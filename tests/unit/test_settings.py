@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from peerd import SettingsError
+from peerd.settings import RegistrySettings, SupervisorSettings
+
+
+def test_the_ports_follow_each_other() -> None:
+    settings = SupervisorSettings(peers=8, base_port=5001)
+    assert settings.last_port == 5008
+    assert settings.peer_id(2) == "localhost:5003"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"peers": 0}, "--peers 0"),
+        ({"peers": -1}, "--peers -1"),
+        ({"peers": 5000}, "--peers 5000"),
+        ({"base_port": 0}, "--base-port 0"),
+        ({"base_port": 65536}, "--base-port 65536"),
+        ({"base_port": 65530, "peers": 8}, "use --base-port 65528 or lower"),
+        ({"stop_timeout_s": 0}, "stop_timeout_s 0"),
+    ],
+)
+def test_what_cannot_work_is_refused(values: dict[str, int], text: str) -> None:
+    with pytest.raises(SettingsError, match=text):
+        SupervisorSettings(**values)  # type: ignore[arg-type]
+
+
+def test_a_lease_that_etcd_would_not_grant_is_refused() -> None:
+    with pytest.raises(SettingsError, match="shortest lease is 2 s"):
+        RegistrySettings(lease_ttl_s=1)
+
+
+@pytest.mark.parametrize(
+    ("host", "advertise", "url"),
+    [
+        ("localhost", None, "localhost"),
+        ("10.0.0.1", None, "10.0.0.1"),
+        ("0.0.0.0", None, socket.gethostname()),
+        ("0.0.0.0", "peer.example", "peer.example"),
+    ],
+)
+def test_what_others_are_told(host: str, advertise: str | None, url: str) -> None:
+    assert SupervisorSettings(host=host, advertise=advertise).url == url
