@@ -166,11 +166,13 @@ def limited_by(runs: list[Measurement]) -> str:
 
 
 FOOTNOTE = f"""
-{DATAGRAM_BYTES}-byte envelopes over loopback, {SEGMENTS} a send (UDP_SEGMENT). Medians and ranges.
+{DATAGRAM_BYTES}-byte envelopes over loopback, {SEGMENTS} a send (UDP_SEGMENT); median and range.
 peerd decodes every envelope in C and hands over a Message. The others hand over the raw bytes,
 which their handler only counts: that favours them.
-'offered' and 'lost': the sender is without mercy, so a receiver loses what it has no time for.
-'busy': the receiver's share of its CPU. Where the sender is the limit, the receiver could do more.
+peerd takes datagrams joined by the kernel (UDP_GRO), which the others do not ask for. Most of its
+lead is that, and it shrinks with senders that send one datagram at a time: see README.md.
+'offered' is what the sender got out, 'lost' what found the receive buffer full, 'busy' the
+receiver's share of its CPU. Where the sender is the limit, the receiver could do more.
 """
 
 
@@ -258,6 +260,8 @@ def parse_options() -> Options:
         help="3 rounds of 0.2 s: to see that it works, not for figures that you quote",
     )
     given = parser.parse_args()
+    if given.json is not None and not given.json.parent.is_dir():
+        parser.error(f"argument --json: no directory {given.json.parent}")
     if given.quick:
         given.seconds, given.rounds = 0.2, 3
     return Options(given.seconds, given.rounds, given.receivers, given.json)

@@ -7,9 +7,7 @@ import struct
 
 
 def pack(magic: bytes, version: bytes, body: bytes) -> bytes:
-    return (
-        struct.pack(">i", len(magic)) + magic + struct.pack(">i", len(version)) + version + body
-    )
+    return struct.pack(">i", len(magic)) + magic + struct.pack(">i", len(version)) + version + body
 
 
 def unpack(datagram: bytes) -> tuple[bytes, bytes, bytes]:
@@ -19,7 +17,9 @@ def unpack(datagram: bytes) -> tuple[bytes, bytes, bytes]:
     return magic, rest[4 : 4 + size], rest[4 + size :]
 
 
-def request(port: int, magic: bytes, body: bytes, timeout_s: float = 2.0) -> tuple[bytes, bytes, bytes]:
+def request(
+    port: int, magic: bytes, body: bytes, timeout_s: float = 2.0
+) -> tuple[bytes, bytes, bytes]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.settimeout(timeout_s)
         client.connect(("127.0.0.1", port))

@@ -58,7 +58,7 @@ class Lease(NamedTuple):
     """As granted: etcd raises what it finds too short."""
 
 
-class Listing(NamedTuple):
+class Range(NamedTuple):
     items: list[KeyValue]
     """In the order of their keys."""
 
@@ -98,7 +98,7 @@ class Etcd:
 
     # Keys
 
-    def list_prefix(self, prefix: bytes) -> Listing:
+    def list_prefix(self, prefix: bytes) -> Range:
         """All keys that start with ``prefix``, at one revision, however many pages that takes."""
         for _ in range(2):
             # Only when the store is compacted between two pages, and then not soon again.
@@ -106,7 +106,7 @@ class Etcd:
                 return self._read_pages(prefix)
         return self._read_pages(prefix)
 
-    def _read_pages(self, prefix: bytes) -> Listing:
+    def _read_pages(self, prefix: bytes) -> Range:
         request = rpc.RangeRequest(
             key=prefix, range_end=etcd3.utils.increment_last_byte(prefix), limit=_PAGE_KEYS
         )
@@ -116,7 +116,7 @@ class Etcd:
             request.revision = request.revision or page.header.revision
             items += map(_key_value, page.kvs)
             if not page.more:
-                return Listing(items, request.revision)
+                return Range(items, request.revision)
             request.key = items[-1].key + b"\0"  # the next possible key
 
     def put(self, key: bytes, value: bytes, lease_id: int = 0) -> None:

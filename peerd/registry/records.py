@@ -111,7 +111,9 @@ class PeerRecord:
         )
 
     def to_json(self) -> bytes:
-        return orjson.dumps({name: getattr(self, field_name) for name, field_name in _FIELDS.items()})
+        return orjson.dumps(
+            {name: getattr(self, field_name) for name, field_name in _FIELDS.items()}
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The form of ``peerd nodes --json``."""

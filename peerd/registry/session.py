@@ -1,31 +1,31 @@
-"""Keeps records in etcd for as long as their owner wants them there.
+"""Keeps records in etcd for as long as their owners want them there.
 
 A record lives under a lease of its own, and etcd removes it when the lease is not refreshed for its
-TTL. One thread refreshes all leases of a Session, over one stream, at a third of the TTL, so two
+TTL. One thread refreshes all leases of a Session, over one stream, at a third of the TTL, so that two
 rounds may fail before a record goes. What can go wrong, and what follows:
 
-    no answer             SUSPENDED: the leases may live, nothing is known. Asked again every 0.5 s.
-    "TTL 0", or no answer LOST: the record is gone, or about to go. A new lease and the record again,
-    for the whole TTL     as soon as etcd answers; then CONNECTED.
-    the key was taken     The registration's ``conflict`` says by whom; tried again every second. That
-    meanwhile             is no state: etcd answers, and the other records are well.
+    no answer            SUSPENDED: the leases may live, nobody knows. Asked again every 0.5 s.
+    TTL 0, or no answer  LOST: the record is gone, or about to go. A new lease and the record again as
+    for a whole TTL      soon as etcd answers, then CONNECTED.
+    the key was taken    The registration's ``conflict`` says by whom, and each second it is tried
+    meanwhile            again. This is no state: etcd answers, and the other records are well.
 
-etcd's own measure of a TTL begins when a refresh reaches it and never ends early, so the one here, on
-the monotonic clock from the moment before the question was sent, ends first: ``registered`` is never
-true for a record that etcd has let go.
+A TTL is measured on the monotonic clock from the moment before the question was sent. etcd begins
+later and is never early, so ``registered`` ends before the record does.
 
-Claiming a key is one transaction that creates it. Where that finds the key, it is looked at who put
-it there. Our own lease: an earlier attempt whose answer was lost, or the predecessor whose lease we
-adopt. No lease: a leftover, such as FaasNet leaves; both are replaced, by compare-and-swap on the
-revision that was seen. Any other lease: somebody lives there, PeerConflictError.
+Claiming a key is a transaction that creates it. Where it exists already, its lease tells who put it.
+One of our own: an earlier attempt whose answer was lost, or the predecessor whose lease was adopted.
+None: a leftover, such as FaasNet leaves. Both are replaced, by compare-and-swap on the revision that
+was seen. Any other: somebody lives there, PeerConflictError.
 
-Calls to etcd are made outside of ``_lock``, which guards only the books. ``_claiming`` is held over
-the claims of the thread, so that a withdrawn record cannot come back from a claim under way.
+etcd is never called under ``_lock``, which guards the books. ``_claiming`` is held for each claim of
+the thread, so that a withdrawn record does not come back from a claim that was under way.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import threading
@@ -34,7 +34,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from types import TracebackType
 
 from peerd.errors import (
     InvalidRecordError,
@@ -43,19 +42,20 @@ from peerd.errors import (
     RegistryUnavailableError,
     SettingsError,
 )
-from peerd.registry.etcd import Etcd, KeyValue, LeaseNotFoundError
+from peerd.registry.etcd import Etcd, KeyValue, Lease, LeaseNotFoundError
 from peerd.registry.records import PeerRecord
 
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
-"""Between two rounds while etcd does not answer."""
-
 _CONFLICT_RETRY_S = 1.0
 _WARN_EVERY_S = 60.0
-_CLAIM_ATTEMPTS = 5
-"""Each time, the key or the lease has changed between two calls: more than twice is no accident."""
+_LONGEST_WAIT_S = 3600.0
 
+_CLAIM_ATTEMPTS = 5
+"""Each one fails only if the key or the lease went between two calls. So often is no accident."""
+
+_SHORTEST_REVOKE_S = 0.1
 _SHORTEST_TTL_S = 2
 _LONGEST_TTL_S = 24 * 3600
 
@@ -72,103 +72,106 @@ class Registration:
     def __init__(
         self, session: Session, key: bytes, record: PeerRecord, on_lease: Callable[[int], None]
     ) -> None:
-        self.record = record
         self._session = session
+        self._record = record
         self._key = key
         self._value = record.to_json()
         self._on_lease = on_lease
-        self._lease: _Lease | None = None
-        # The keys of our former leases are ours. The oldest are long gone.
-        self._own_lease_ids: deque[int] = deque(maxlen=8)
+        self._lease: _HeldLease | None = None
+        self._own_lease_ids: deque[int] = deque(maxlen=8)  # the former ones, too
         self._put = False
-        self._closed = False
         self._conflict = ""
         self._retry_at_s = 0.0
+        self._closed = False
+
+    @property
+    def record(self) -> PeerRecord:
+        return self._record
 
     @property
     def registered(self) -> bool:
-        """Whether the record is in etcd, as far as anyone can know: put, and its lease not over."""
-        self._session.check_usable()
-        lease = self._lease
-        return self._put and lease is not None and lease.lives
+        """Whether the record is in etcd: it was put, and its lease cannot have run out yet."""
+        self._session.check_process()
+        return self._stands
 
     @property
     def lease_id(self) -> int:
-        """0 when there is none at the moment."""
-        self._session.check_usable()
+        """0 while there is none."""
+        self._session.check_process()
         lease = self._lease
         return 0 if lease is None else lease.lease_id
 
     @property
     def conflict(self) -> str:
-        """Who took the key while our lease was lost; empty when nobody did."""
+        """Who took the key after our lease was lost; empty when nobody did."""
         return self._conflict
 
     def close(self) -> None:
-        """Removes the record by revoking its lease. When etcd is away, the TTL removes it.
+        """Removes the record, by revoking its lease. When etcd is away, the TTL removes it.
 
-        Raises nothing, and takes no longer than the registry's timeout.
+        Never raises, takes no longer than about the registry's timeout, does nothing in a forked child.
         """
         self._session.withdraw([self])
 
     def __enter__(self) -> Registration:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def _stands(self) -> bool:
+        lease = self._lease
+        return self._put and lease is not None and lease.lives
 
 
 class Session:
-    """All registrations of one Registry. Its thread starts with the first one."""
+    """All registrations of one Registry, and the thread that keeps them. Owns the Etcd."""
 
     def __init__(
-        self,
-        etcd: Etcd,
-        lease_ttl_s: int,
-        on_state: Callable[[SessionState], None] | None = None,
+        self, etcd: Etcd, lease_ttl_s: int, on_state: Callable[[SessionState], None] | None
     ) -> None:
         if not _SHORTEST_TTL_S <= lease_ttl_s <= _LONGEST_TTL_S:
             raise SettingsError(
-                f"lease TTL of {lease_ttl_s} s: allowed are {_SHORTEST_TTL_S} s (etcd grants 2 for "
-                f"1) to {_LONGEST_TTL_S} s (a dead peer is listed for as long as this)"
+                f"lease TTL {lease_ttl_s} s: give {_SHORTEST_TTL_S} (etcd grants 2 for 1) to "
+                f"{_LONGEST_TTL_S} (a dead peer stays listed for as long)"
             )
         self._etcd = etcd
         self._lease_ttl_s = lease_ttl_s
         self._on_state = on_state
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._telling = threading.RLock()  # states are told in order; a listener may register
         self._claiming = threading.Lock()
+        self._telling = threading.RLock()  # reentrant, as a listener may register or close
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._closing = False
         self._registrations: set[Registration] = set()
-        self._unsure: dict[bytes, int] = {}
-        """The leases of attempts that ended without an answer, by key: the record may be there."""
-
-        self._refresh_at_s = 0.0
+        # The lease of a registering that ended without an answer: its record may be in etcd.
+        self._unanswered: dict[bytes, int] = {}
+        self._refresh_at_s = math.inf
         self._answered = False
         self._state = SessionState.SUSPENDED
         self._warn_at_s = 0.0
 
     @property
     def state(self) -> SessionState:
-        """SUSPENDED until the first registration. Without any it stays as it last was."""
+        """SUSPENDED until etcd first answers. Without registrations nobody asks, and it stays."""
         return self._state
 
-    def check_usable(self) -> None:
+    def check_process(self) -> None:
+        """Raises RuntimeError in a forked child, where the thread is missing and gRPC would hang."""
         if os.getpid() != self._pid:
             raise RuntimeError(
-                f"this registry was opened in process {self._pid}, and its connection and thread "
-                "did not survive the fork: open one in this process"
+                f"this Registry belongs to process {self._pid} and does not work in its forked "
+                f"child {os.getpid()}: open another one there"
             )
+
+    def check_usable(self) -> None:
+        """Raises RuntimeError in a forked child, and after ``close()``."""
+        self.check_process()
         if self._closing:
-            raise RuntimeError("this registry is closed: open another")
+            raise RuntimeError("this Registry is closed: open another one")
 
     def register(
         self,
@@ -179,34 +182,281 @@ class Session:
     ) -> Registration:
         """See ``Registry.register``."""
         self.check_usable()
-        registration = Registration(self, key, record, on_lease or _ignore)
-        adopted = adopt_lease_id or self._unsure.get(key, 0)
+        registration = Registration(self, key, record, on_lease or (lambda lease_id: None))
+        adopt_lease_id = adopt_lease_id or self._unanswered.pop(key, 0)
         try:
-            if adopted:
-                self._adopt(registration, adopted)
+            if adopt_lease_id:
+                self._adopt(registration, adopt_lease_id)
             self._claim(registration)
-        except PeerConflictError:
-            self._heard(answered=True)
-            self._drop_unused_lease(registration, adopted)
-            raise
-        except RegistryError:
-            self._heard(answered=False)
+        except RegistryUnavailableError:
             if registration._lease is not None:
-                self._unsure[key] = registration._lease.lease_id
+                self._unanswered[key] = registration._lease.lease_id
+            self._heard(answered=False)
             raise
-        self._unsure.pop(key, None)
+        except BaseException:
+            # Not an adopted one: it turned out to be of no use here, and may hold another's key.
+            lease = registration._lease
+            if lease is not None and lease.lease_id != adopt_lease_id:
+                self._revoke([lease.lease_id], self._etcd.timeout_s)
+            raise
         with self._lock:
+            self.check_usable()  # closed meanwhile: the record is left to its TTL
             self._registrations.add(registration)
-            self._refresh_at_s = min(self._refresh_at_s, self._next_refresh_s())
+            for lease in self._live_leases():
+                self._expect_refresh(lease)
             if self._thread is None:
-                self._refresh_at_s = self._next_refresh_s()
                 self._thread = threading.Thread(
-                    target=self._keep_alive, name="peerd-registry", daemon=True
+                    target=self._keep, name="peerd-registry", daemon=True
                 )
                 self._thread.start()
         self._wake.set()
         self._heard(answered=True)
         return registration
 
-    def withdraw(self, registrations: Iterable[Registration], timeout_s: float = 0.0) -> None:
-        """Revokes their leases, all at once. In a forked child it does nothing: they are not its own."""
+    def withdraw(
+        self, registrations: Iterable[Registration], timeout_s: float | None = None
+    ) -> None:
+        """Revokes their leases, all at once. Never raises. In a forked child it does nothing."""
+        if os.getpid() != self._pid:
+            return  # they are the parent's
+        deadline_s = time.monotonic() + (timeout_s or self._etcd.timeout_s)
+        with self._lock:
+            registrations = list(registrations)
+            for registration in registrations:
+                registration._closed = True
+            self._registrations.difference_update(registrations)
+        # A claim under way comes first, so that the lease which it takes is revoked as well.
+        waited = self._claiming.acquire(timeout=max(deadline_s - time.monotonic(), 0.0))
+        lease_ids = []
+        for registration in registrations:
+            lease, registration._lease = registration._lease, None
+            if lease is not None:
+                lease_ids.append(lease.lease_id)
+        if waited:
+            self._claiming.release()
+        self._revoke(lease_ids, max(deadline_s - time.monotonic(), _SHORTEST_REVOKE_S))
+        self._tell_state()
+
+    def close(self) -> None:
+        """Withdraws all, ends the thread, closes the connection: within about the timeout, always.
+
+        Never raises. In a forked child it does nothing.
+        """
+        if self._closing or os.getpid() != self._pid:
+            return
+        deadline_s = time.monotonic() + self._etcd.timeout_s
+        with self._lock:
+            self._closing = True
+        self._wake.set()
+        thread = self._thread
+        if thread is threading.current_thread():  # a listener closes: the thread ends after it
+            thread = None
+        if thread is not None:
+            thread.join(self._etcd.timeout_s / 4)  # no time at all, unless etcd hangs
+        self.withdraw(self._registrations, max(deadline_s - time.monotonic(), _SHORTEST_REVOKE_S))
+        self._etcd.close()  # and with it a call that the thread may still be in
+        if thread is not None:
+            thread.join(1.0)
+            if thread.is_alive():
+                log.warning("the registry's thread does not end: it is in on_state or on_lease")
+
+    # Claiming a key
+
+    def _adopt(self, registration: Registration, lease_id: int) -> None:
+        registration._own_lease_ids.append(lease_id)
+        asked_at_s = time.monotonic()
+        for lease in self._etcd.keep_alive([lease_id]):
+            if lease.ttl_s > 0:
+                self._hold(registration, lease, asked_at_s)
+
+    def _claim(self, registration: Registration) -> None:
+        """Puts the record under a live lease of ours. Raises PeerConflictError, or RegistryError."""
+        key, value = registration._key, registration._value
+        for _ in range(_CLAIM_ATTEMPTS):
+            lease = registration._lease
+            if lease is None or not lease.lives:
+                asked_at_s = time.monotonic()
+                granted = self._etcd.grant(self._lease_ttl_s)
+                lease = self._hold(registration, granted, asked_at_s)
+            try:
+                found = self._etcd.create(key, value, lease.lease_id)
+                if found is not None:
+                    if found.lease_id and found.lease_id not in registration._own_lease_ids:
+                        raise PeerConflictError(_who_holds(registration.record, found))
+                    if (found.lease_id, found.value) != (lease.lease_id, value) and not (
+                        self._etcd.replace(key, value, lease.lease_id, found.mod_revision)
+                    ):
+                        continue
+            except LeaseNotFoundError:
+                lease.ends_at_s = 0.0
+            else:
+                registration._put = True
+                return
+        raise RegistryUnavailableError(
+            f"{key.decode()} in etcd at {self._etcd.url} changed under each of {_CLAIM_ATTEMPTS} "
+            "attempts to put it: see who else writes it"
+        )
+
+    def _hold(self, registration: Registration, lease: Lease, asked_at_s: float) -> _HeldLease:
+        held = _HeldLease(lease.lease_id, lease.ttl_s, asked_at_s + lease.ttl_s)
+        registration._lease = held
+        registration._own_lease_ids.append(lease.lease_id)
+        registration._put = False
+        # Before the key is put: whoever writes the lease down there finds every record again.
+        registration._on_lease(lease.lease_id)
+        return held
+
+    # The thread
+
+    def _keep(self) -> None:
+        while not self._closing:
+            try:
+                self._refresh()
+                self._restore()
+                due_s = self._due_s()
+            except Exception as error:  # on_lease may raise anything, and the thread must go on
+                self._failed(error)
+                self._refresh_at_s = due_s = time.monotonic() + _RETRY_S * _jitter()
+            self._wake.wait(min(max(due_s - time.monotonic(), 0.0), _LONGEST_WAIT_S))
+            self._wake.clear()
+
+    def _refresh(self) -> None:
+        """One round of keep-alives, if it is time."""
+        now_s = time.monotonic()
+        if now_s < self._refresh_at_s:
+            return
+        with self._lock:
+            leases = {lease.lease_id: lease for lease in self._live_leases()}
+        if leases:
+            shortest_s = min(lease.ttl_s for lease in leases.values())
+            timeout_s = min(self._etcd.timeout_s, max(shortest_s / 3, _RETRY_S))
+            for lease_id, ttl_s in self._etcd.keep_alive(leases, timeout_s):
+                leases[lease_id].ends_at_s = now_s + ttl_s if ttl_s > 0 else 0.0
+            self._answered = True
+        with self._lock:
+            self._refresh_at_s = math.inf
+            for lease in self._live_leases():
+                self._expect_refresh(lease)
+
+    def _restore(self) -> None:
+        """Claims again what was lost, until it is time for keep-alives."""
+        self._tell_state()
+        now_s = time.monotonic()
+        with self._lock:
+            lost = [r for r in self._registrations if not r._stands and r._retry_at_s <= now_s]
+        for registration in lost:
+            if time.monotonic() >= self._refresh_at_s:
+                break
+            with self._claiming:
+                if self._closing:
+                    return
+                if not registration._closed:
+                    self._claim_again(registration)
+        self._tell_state()
+
+    def _claim_again(self, registration: Registration) -> None:
+        peer_id = registration.record.peer_id
+        try:
+            self._claim(registration)
+        except PeerConflictError as error:
+            if not registration._conflict:
+                log.warning("%s", error)
+            registration._conflict = str(error)
+            registration._retry_at_s = time.monotonic() + _CONFLICT_RETRY_S * _jitter()
+        else:
+            log.info("peer=%s: registered again, under a new lease", peer_id)
+            registration._conflict = ""
+        self._answered = True
+        with self._lock:
+            if registration._lease is not None:
+                self._expect_refresh(registration._lease)
+
+    def _live_leases(self) -> list[_HeldLease]:
+        """With ``_lock`` held."""
+        leases = (registration._lease for registration in self._registrations)
+        return [lease for lease in leases if lease is not None and lease.lives]
+
+    def _expect_refresh(self, lease: _HeldLease) -> None:
+        """With ``_lock`` held: the next round is not later than this lease needs it."""
+        at_s = time.monotonic() + lease.ttl_s / 3 * _jitter()
+        self._refresh_at_s = min(self._refresh_at_s, at_s)
+
+    def _due_s(self) -> float:
+        with self._lock:
+            retries_s = (r._retry_at_s for r in self._registrations if not r._stands)
+            return min(self._refresh_at_s, *retries_s, math.inf)
+
+    def _failed(self, error: Exception) -> None:
+        if self._closing:
+            return
+        now_s = time.monotonic()
+        level = logging.DEBUG
+        if now_s >= self._warn_at_s:
+            level = logging.WARNING
+            self._warn_at_s = now_s + _WARN_EVERY_S
+        if isinstance(error, RegistryError):
+            log.log(level, "%s", error)
+            self._heard(answered=False)
+        else:
+            log.log(level, "a record cannot be put: on_lease raised", exc_info=error)
+
+    # What listeners are told
+
+    def _heard(self, answered: bool) -> None:
+        self._answered = answered
+        self._tell_state()
+
+    def _tell_state(self) -> None:
+        with self._telling:
+            with self._lock:
+                lost = any(not r._stands and not r._conflict for r in self._registrations)
+            if lost:
+                state = SessionState.LOST
+            else:
+                state = SessionState.CONNECTED if self._answered else SessionState.SUSPENDED
+            if state is self._state:
+                return
+            self._state = state
+            log.info("etcd at %s: %s", self._etcd.url, state.value)
+            if self._on_state is not None:
+                try:
+                    self._on_state(state)
+                except Exception:
+                    log.exception("on_state raised")
+
+    def _revoke(self, lease_ids: list[int], timeout_s: float) -> None:
+        if not lease_ids:
+            return
+        try:
+            self._etcd.revoke(lease_ids, timeout_s)
+        except RegistryError as error:
+            log.info("%d records are left to their TTL: %s", len(lease_ids), error)
+
+
+@dataclass
+class _HeldLease:
+    lease_id: int
+    ttl_s: int
+    ends_at_s: float
+    """On the monotonic clock; 0 once etcd has said that it is gone."""
+
+    @property
+    def lives(self) -> bool:
+        return time.monotonic() < self.ends_at_s
+
+
+def _jitter() -> float:
+    """So that a thousand processes that lost etcd at once do not come back at once."""
+    return random.uniform(0.8, 1.0)
+
+
+def _who_holds(record: PeerRecord, found: KeyValue) -> str:
+    try:
+        holder = PeerRecord.from_json(found.value)
+        who = f"{holder.url}:{holder.port}"
+    except InvalidRecordError:
+        who = "a value that is no record"
+    return (
+        f"peer id {record.peer_id!r} belongs to {who} under the live lease {found.lease_id:x}: "
+        "choose another one, or wait until that peer is gone"
+    )

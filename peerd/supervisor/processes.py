@@ -41,12 +41,15 @@ class Exit:
     """How a process ended: with a code, or by a signal."""
 
     code: int | None
-    signal: signal.Signals | None
+    signal: int | None
 
     def __str__(self) -> str:
-        if self.signal is not None:
-            return f"killed by {self.signal.name}"
-        return f"exit code {self.code}"
+        if self.signal is None:
+            return f"exit code {self.code}"
+        try:
+            return f"killed by {signal.Signals(self.signal).name}"
+        except ValueError:  # the real-time signals between SIGRTMIN and SIGRTMAX have no names
+            return f"killed by signal {self.signal}"
 
 
 @dataclass(frozen=True)
@@ -59,15 +62,14 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
-    def reap(self) -> Exit | None:
-        """The end of the process, once, and None while it runs. Closes the pidfd."""
-        result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
-        if result is None:
-            return None
+    def wait(self) -> Exit:
+        """The end of the process, once; blocks until it comes. Closes the pidfd."""
+        result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        assert result is not None  # only WNOHANG makes it None
         os.close(self.pidfd)
         if result.si_code == os.CLD_EXITED:
             return Exit(result.si_status, None)
-        return Exit(None, signal.Signals(result.si_status))
+        return Exit(None, result.si_status)
 
 
 def spawn(entry: Callable[[], int], keep_fds: Collection[int], *, die_with_parent: bool) -> Child:
@@ -103,7 +105,7 @@ def redirect_output(path: str) -> None:
 def _run_child(
     entry: Callable[[], int],
     keep_fds: Collection[int],
-    unblocked: Collection[signal.Signals],
+    unblocked: set[signal.Signals],
     parent_pid: int | None,
 ) -> NoReturn:
     code = EX_SOFTWARE
@@ -142,9 +144,9 @@ def _close_all_but(keep_fds: Collection[int]) -> None:
 
 
 @contextlib.contextmanager
-def _signals_blocked() -> Iterator[Collection[signal.Signals]]:
+def _signals_blocked() -> Iterator[set[signal.Signals]]:
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        yield [number for number in previous if isinstance(number, signal.Signals)]
+        yield previous
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)

