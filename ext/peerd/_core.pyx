@@ -78,14 +78,16 @@ cdef enum:
     RX_BATCH = 16
     # The largest UDP payload is 65,527 bytes (IPv6); a joined one is no larger (RFC 768).
     RX_BUFFER_BYTES = 65536
-    RX_CONTROL_BYTES = 64
+    # Room for what the socket's owner may have switched on besides UDP_GRO: time stamps, marks.
+    RX_CONTROL_BYTES = 256
     TX_BATCH = 1024
     TX_ARENA_BYTES = 1 << 18
     # How long an idle loop sleeps before it writes its heartbeat.
     IDLE_TICK_MS = 250
     # How long a flush waits for room in the send buffer before it drops.
     TX_WAIT_MS = 5
-    VERSION_CACHE_BYTES = 32
+    HEADER_CACHE_BYTES = 64
+    VERSIONS_KEPT = 64
 
 DECODE_REASONS = ("ok", "empty", "short", "negative_length", "length_past_end", "not_ascii")
 cdef dict _DECODE_TEXTS = {
@@ -207,11 +209,13 @@ cdef class DatagramLoop:
     cdef SlotData *_stats
     cdef object _on_handler_error
     cdef dict _routes
+    cdef dict _versions
     cdef list _batched
+    # The last header that parsed and had a handler: nearly all messages repeat it.
+    cdef uint8_t _last_header[HEADER_CACHE_BYTES]
+    cdef size_t _last_header_bytes  # 0 when there is none
     cdef _Route _last_route
     cdef str _last_version
-    cdef uint8_t _last_version_text[VERSION_CACHE_BYTES]
-    cdef size_t _last_version_size
     cdef uint64_t _processed  # of the datagrams in RX_DATAGRAMS, those that Python is done with
 
     cdef uint8_t *_rx_buffers
@@ -232,7 +236,7 @@ cdef class DatagramLoop:
         self.wakeup_fd = -1
 
     def __init__(self, int fd, handlers, batch_handlers, Slot slot not None, on_handler_error, *, bint gro=True):
-        cdef int on = 1
+        cdef int on = gro
         if self._stats != NULL:
             raise RuntimeError("a DatagramLoop cannot be initialised twice")
         self._fd = fd
@@ -240,6 +244,7 @@ cdef class DatagramLoop:
         self._stats = slot.data
         self._on_handler_error = on_handler_error
         self._routes = {}
+        self._versions = {}
         self._batched = []
         for magic, handler in handlers.items():
             self._add_route(magic, handler, None)
@@ -249,7 +254,8 @@ cdef class DatagramLoop:
         self._stats.counters[HANDLED] = self._processed
         self._allocate()
         # Fails with ENOPROTOOPT before Linux 5.0; then every datagram has a buffer of its own.
-        self.gro = gro and linux.setsockopt(fd, linux.SOL_UDP, linux.UDP_GRO, &on, sizeof(on)) == 0
+        # Set in either case: the socket may have had another loop before, which left it on.
+        self.gro = linux.setsockopt(fd, linux.SOL_UDP, linux.UDP_GRO, &on, sizeof(on)) == 0 and gro
 
     def __dealloc__(self):
         free(self._rx_buffers)
@@ -277,7 +283,7 @@ cdef class DatagramLoop:
                     self._wait()
                 PyErr_CheckSignals()
             deadline = monotonic_ns() + self._drain_ns
-            while self._turn() > 0 and monotonic_ns() < deadline:
+            while monotonic_ns() < deadline and self._turn() > 0:
                 PyErr_CheckSignals()
         finally:
             self._running = False
@@ -287,7 +293,11 @@ cdef class DatagramLoop:
         cdef uint64_t before = self._stats.counters[RX_DATAGRAMS]
         if self._running:
             raise RuntimeError("this loop runs already")
-        self._turn()
+        self._running = True
+        try:
+            self._turn()
+        finally:
+            self._running = False
         return self._stats.counters[RX_DATAGRAMS] - before
 
     def stop(self, double drain_s=0.0):
@@ -380,29 +390,36 @@ cdef class DatagramLoop:
         self._rx_used = filled
         for i in range(filled):
             stats.counters[RX_DATAGRAMS] += segments(&self._rx[i])
-        for i in range(filled):
-            self._hand_out_buffer(&self._rx[i])
-        if self._batched:
-            self._call_batch_handlers()
-        self._flush()
+        try:
+            for i in range(filled):
+                self._hand_out_buffer(&self._rx[i])
+            if self._batched:
+                self._call_batch_handlers()
+        finally:
+            # Also when a handler ends the loop: the queued replies' addresses are in the receive
+            # array, and the next turn would write others there.
+            self._flush()
         stats.counters[TURNS] += 1
         stats.heartbeat_ns = monotonic_ns()
         return filled
 
     cdef int _receive_failed(self, int error) except -1:
-        if error == EAGAIN or error == EINTR or error == ENOMEM or error == ENOBUFS:
+        if error == EAGAIN:
             return 0
+        # From here on nothing is known of the queue, so what drains it must go on.
+        if error == EINTR or error == ENOMEM or error == ENOBUFS:
+            return 1
         if error == ECONNREFUSED or error == EHOSTUNREACH or error == ENETUNREACH:
             # An ICMP error for a reply sent before: one client is gone, the others are not.
             self._stats.counters[ICMP_ERRORS] += 1
-            return 0
+            return 1
         raise OSError(error, f"recvmmsg: {os.strerror(error)}")
 
     cdef int _hand_out_buffer(self, linux.mmsghdr *received) except -1:
         cdef const uint8_t *data = <const uint8_t *>received.msg_hdr.msg_iov.iov_base
         cdef size_t left = received.msg_len
         cdef size_t stride, size
-        if received.msg_hdr.msg_flags & linux.MSG_TRUNC:
+        if is_cut_off(received):
             self._stats.counters[RX_TRUNCATED] += 1
             self._processed += 1
             return 0
@@ -418,22 +435,23 @@ cdef class DatagramLoop:
 
     cdef int _hand_out(self, const uint8_t *data, size_t size, linux.msghdr *header) except -1:
         cdef uint64_t *counters = self._stats.counters
-        cdef Envelope envelope
-        cdef DecodeReason reason = parse_envelope(data, size, &envelope)
+        cdef Py_ssize_t header_bytes = self._last_header_bytes
         cdef _Route route
         cdef Message message
         counters[RX_BYTES] += size
-        if reason != DECODE_OK:
-            counters[DECODE_EMPTY_COUNT + <int>reason - DECODE_EMPTY] += 1
-            return 0
-        route = self._route_of(&envelope)
-        if route is None:
-            counters[UNKNOWN_MAGIC] += 1
-            return 0
+        if (
+            header_bytes == 0
+            or size < <size_t>header_bytes
+            or memcmp(data, self._last_header, header_bytes) != 0
+        ):
+            header_bytes = self._read_header(data, size)
+            if header_bytes == 0:
+                return 0
+        route = self._last_route
         message = Message.__new__(Message)
         message.magic = route.magic
-        message.version = self._version_of(&envelope)
-        message.body = PyBytes_FromStringAndSize(<const char *>envelope.body, envelope.body_size)
+        message.version = self._last_version
+        message.body = PyBytes_FromStringAndSize(<const char *>data + header_bytes, size - header_bytes)
         message._address_bytes = min(header.msg_namelen, <linux.socklen_t>sizeof(message._address))
         memcpy(&message._address, header.msg_name, message._address_bytes)
         counters[RX_MESSAGES] += 1
@@ -443,38 +461,46 @@ cdef class DatagramLoop:
         try:
             result = route.handler(message)
             if result is not None:
-                self._reply(route, result, data, envelope.body - data, header)
+                self._reply(route, result, data, header_bytes, header)
         except Exception as error:
             self._handler_failed(route, message, error)
         return 0
 
-    cdef _Route _route_of(self, Envelope *envelope):
-        cdef _Route last = self._last_route
-        if (
-            last is not None
-            and <size_t>PyBytes_GET_SIZE(last.key) == envelope.magic_size
-            and memcmp(PyBytes_AS_STRING(last.key), envelope.magic, envelope.magic_size) == 0
-        ):
-            return last
-        found = self._routes.get(PyBytes_FromStringAndSize(<const char *>envelope.magic, envelope.magic_size))
-        if found is not None:
-            self._last_route = found
-        return found
+    cdef Py_ssize_t _read_header(self, const uint8_t *data, size_t size) except -1:
+        """Parse and route a header other than the last one; its size, or 0 when it is counted instead.
+
+        What parse_envelope says of a datagram depends on the bytes of the header alone, so the next
+        datagram that begins with the same ones needs no parsing.
+        """
+        cdef uint64_t *counters = self._stats.counters
+        cdef Envelope envelope
+        cdef DecodeReason reason = parse_envelope(data, size, &envelope)
+        cdef size_t header_bytes
+        if reason != DECODE_OK:
+            counters[DECODE_EMPTY_COUNT + <int>reason - DECODE_EMPTY] += 1
+            return 0
+        route = self._routes.get(PyBytes_FromStringAndSize(<const char *>envelope.magic, envelope.magic_size))
+        if route is None:
+            counters[UNKNOWN_MAGIC] += 1
+            return 0
+        self._last_header_bytes = 0
+        self._last_route = route
+        self._last_version = self._version_of(&envelope)
+        header_bytes = envelope.body - data
+        if header_bytes <= HEADER_CACHE_BYTES:
+            memcpy(self._last_header, data, header_bytes)
+            self._last_header_bytes = header_bytes
+        return header_bytes
 
     cdef str _version_of(self, Envelope *envelope):
-        """The version's text; the last one is kept, since nearly all messages have the same."""
-        cdef size_t size = envelope.version_size
-        if (
-            self._last_version is not None
-            and size == self._last_version_size
-            and memcmp(self._last_version_text, envelope.version, size) == 0
-        ):
-            return self._last_version
-        version = PyUnicode_DecodeASCII(<const char *>envelope.version, size, NULL)
-        if size <= VERSION_CACHE_BYTES:
-            memcpy(self._last_version_text, envelope.version, size)
-            self._last_version_size = size
-            self._last_version = version
+        """The version's text, shared by all messages that have it."""
+        key = PyBytes_FromStringAndSize(<const char *>envelope.version, envelope.version_size)
+        version = self._versions.get(key)
+        if version is None:
+            version = key.decode("ascii")
+            # Senders choose versions, so what is kept of them is bounded, in number and in size.
+            if len(key) <= HEADER_CACHE_BYTES and len(self._versions) < VERSIONS_KEPT:
+                self._versions[key] = version
         return version
 
     cdef int _call_batch_handlers(self) except -1:
@@ -599,6 +625,11 @@ cdef inline int64_t monotonic_ns() noexcept nogil:
     return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
 
 
+cdef inline bint is_cut_off(linux.mmsghdr *received) noexcept nogil:
+    """Not whole: bytes are missing, or the control message that says where to split is."""
+    return received.msg_hdr.msg_flags & (linux.MSG_TRUNC | linux.MSG_CTRUNC) != 0
+
+
 cdef inline size_t stride_of(linux.mmsghdr *received) noexcept nogil:
     """The size of each datagram in a buffer but the last: the UDP_GRO control message, or all of it."""
     cdef linux.cmsghdr *control = linux.CMSG_FIRSTHDR(&received.msg_hdr)
@@ -619,7 +650,7 @@ cdef inline size_t stride_of(linux.mmsghdr *received) noexcept nogil:
 cdef inline size_t segments(linux.mmsghdr *received) noexcept nogil:
     """How many datagrams a buffer holds: at least one, since one of no bytes is one too."""
     cdef size_t stride
-    if received.msg_len == 0 or received.msg_hdr.msg_flags & linux.MSG_TRUNC:
+    if received.msg_len == 0 or is_cut_off(received):
         return 1
     stride = stride_of(received)
     return (received.msg_len + stride - 1) // stride

@@ -47,6 +47,7 @@ cdef extern from "<sys/socket.h>" nogil:
     int AF_INET6
     int SOL_UDP
     int MSG_DONTWAIT
+    int MSG_CTRUNC
     int MSG_TRUNC
 
 cdef extern from "<netinet/udp.h>" nogil:

@@ -21,8 +21,11 @@ from peerd._core import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
 from peerd.app import builtin_app
 
-UDP_SEGMENT = 103  # linux/udp.h
 SOL_UDP = 17
+# linux/udp.h and asm-generic/socket.h; the socket module has none of them.
+UDP_SEGMENT = 103
+UDP_GRO = 104
+SO_TIMESTAMPNS = 35
 
 
 @dataclass
@@ -321,6 +324,82 @@ def test_what_a_handler_raises_beside_exceptions_ends_the_loop() -> None:
         peer.client.send(encode("M", "1", b""))
         with pytest.raises(SystemExit):
             peer.loop.run()
+
+
+def test_replies_queued_before_a_handler_ends_the_loop_reach_their_own_client() -> None:
+    app = builtin_app()
+
+    @app.handler("LEAVE")
+    def leave(message: Message) -> None:
+        raise SystemExit(3)
+
+    with Harness(app) as peer, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.connect(peer.sock.getsockname())
+        peer.client.send(encode("ECHO", "1", b"first"))
+        peer.client.send(encode("LEAVE", "1", b""))
+        with pytest.raises(SystemExit):
+            peer.turns(2)
+        assert peer.receive().body == b"first"
+        other.send(encode("ECHO", "1", b"second"))
+        peer.turns(1)
+        assert decode(other.recv(1 << 16)).body == b"second"
+
+
+def test_a_socket_that_had_gro_loses_it() -> None:
+    with Harness(builtin_app()) as peer:
+        assert peer.sock.getsockopt(SOL_UDP, UDP_GRO) == 1
+        loop = DatagramLoop(peer.sock.fileno(), {}, {}, peer.slot, print, gro=False)
+        assert not loop.gro
+        assert peer.sock.getsockopt(SOL_UDP, UDP_GRO) == 0
+
+
+def test_other_control_messages_do_not_hide_the_split() -> None:
+    app, seen = collecting_app()
+    datagrams = [encode("M", "1", b"%02d" % number) for number in range(8)]
+    with Harness(app) as peer:
+        peer.sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        peer.sock.setsockopt(socket.IPPROTO_IP, socket.IP_PKTINFO, 1)
+        peer.client.setsockopt(SOL_UDP, UDP_SEGMENT, len(datagrams[0]))
+        peer.client.send(b"".join(datagrams))
+        peer.turns(8)
+    assert [message.body for message in seen] == [b"%02d" % number for number in range(8)]
+
+
+def test_a_turn_inside_a_handler_is_refused() -> None:
+    app = App()
+    app.handler("M")(lambda message: peer.loop.turn())  # type: ignore[arg-type,return-value]
+    with Harness(app) as peer:
+        peer.client.send(encode("M", "1", b""))
+        peer.turns(1)
+        assert "runs already" in str(peer.errors[0][2])
+
+
+def test_headers_that_change_with_every_message() -> None:
+    """The last header is remembered: what begins like it, and what does not, are told apart."""
+    app = App()
+    seen = list[tuple[str, str, bytes]]()
+    for magic in ("A", "AB", "B"):
+        app.handler(magic)(
+            lambda message: seen.append((message.magic, message.version, message.body))
+        )
+    long_version = "v" * 100
+    sent = [
+        ("A", "1", b"x"),
+        ("AB", "1", b"x"),
+        ("A", "", b"\0\0\0\1"),
+        ("A", "", b""),
+        ("A", long_version, b"x"),
+        ("B", long_version, b"y"),
+        ("B", "2", b"z"),
+        ("A", "1", b"x"),
+    ]
+    with Harness(app) as peer:
+        for number in range(100):
+            sent.append(("A", f"version {number}", b"%d" % number))
+        for message in sent:
+            peer.client.send(encode(*message))
+        peer.turns(len(sent))
+    assert seen == sent
 
 
 def test_a_loop_runs_once_at_a_time() -> None:
