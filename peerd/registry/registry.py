@@ -75,7 +75,7 @@ class Registry:
         """All peers at one revision of etcd, and how many values were no record."""
         self._session.check_usable()
         records = []
-        items = self._etcd.list_prefix(self._folder).items
+        items = self._etcd.list(self._folder).items
         for item in items:
             try:
                 records.append(PeerRecord.from_json(item.value))

@@ -26,6 +26,7 @@ SOL_UDP = 17
 UDP_SEGMENT = 103
 UDP_GRO = 104
 SO_TIMESTAMPNS = 35
+SO_RCVMARK = 75
 
 
 @dataclass
@@ -358,7 +359,7 @@ def test_other_control_messages_do_not_hide_the_split() -> None:
     datagrams = [encode("M", "1", b"%02d" % number) for number in range(8)]
     with Harness(app) as peer:
         peer.sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-        peer.sock.setsockopt(socket.IPPROTO_IP, socket.IP_PKTINFO, 1)
+        peer.sock.setsockopt(socket.SOL_SOCKET, SO_RCVMARK, 1)
         peer.client.setsockopt(SOL_UDP, UDP_SEGMENT, len(datagrams[0]))
         peer.client.send(b"".join(datagrams))
         peer.turns(8)

@@ -1,0 +1,26 @@
+"""Waiting for a fact instead of sleeping."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_POLL_S = 0.01
+
+
+def eventually(check: Callable[[], T], within_s: float = 5.0) -> T:
+    """What ``check`` returns once that is true. When the time is over, its last failure is raised."""
+    give_up_s = time.monotonic() + within_s
+    while True:
+        try:
+            value = check()
+            if value:
+                return value
+            raise AssertionError(f"still {value!r} after {within_s:g} s")
+        except Exception:
+            if time.monotonic() >= give_up_s:
+                raise
+        time.sleep(_POLL_S)
