@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
-from machine import Cpus
-from receivers import MAGIC, Report
 
+from machine import Cpus
 from peerd._core import encode
+from receivers import MAGIC, Report
 
 HERE = Path(__file__).parent
 DATAGRAM_BYTES = 64

@@ -56,10 +56,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    # Peer brings psutil and the rest of a running peer along, which an App has no use for.
-    if name == "Peer":
-        from peerd.peer import Peer
+if not TYPE_CHECKING:
 
-        return Peer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        # Peer brings psutil and the rest of a running peer along, which an App has no use for.
+        if name == "Peer":
+            from peerd.peer import Peer
+
+            return Peer
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

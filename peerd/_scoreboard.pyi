@@ -5,7 +5,7 @@ has one writer: the supervisor, the registrar or the peer's worker.
 """
 
 from enum import IntEnum
-from typing import Final
+from typing import Final, final
 
 COUNTER_NAMES: Final[tuple[str, ...]]
 """The keys of :meth:`Slot.counters`."""
@@ -29,10 +29,13 @@ class RegistryState(IntEnum):
     LOST = 2
     """A lease has run out; its record comes back when etcd does."""
 
+@final
 class Slot:
     """One peer. Only a :class:`Scoreboard` makes it."""
 
-    def __init__(self) -> None: ...
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        """Raises TypeError."""
+
     @property
     def index(self) -> int:
         """The number of the slot, from 0."""
@@ -63,6 +66,7 @@ class Slot:
         between two turns; ``rx_datagrams`` - ``handled`` is what the worker has in hand.
         """
 
+@final
 class Scoreboard:
     """The mapping. Raises ValueError for fewer than 1 slots, OSError without memory."""
 

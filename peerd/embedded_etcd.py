@@ -128,6 +128,11 @@ class EmbeddedEtcd:
         binary = self._binary or find_etcd()
         if binary is None:
             raise RegistryUnavailableError(HOW_TO_GET_ETCD)
+        if self._port and is_listening(self.endpoint):
+            # Whose answer would be taken for the new one's.
+            raise RegistryUnavailableError(
+                f"somebody listens at {self.endpoint} already: choose another port"
+            )
         self._directory = self._directory or Path(tempfile.mkdtemp(prefix="peerd-etcd-"))
         self._port = self._port or _free_port()
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """``reason`` is the name that DecodeError must give."""
 
     def __init__(self, reason: str) -> None:
@@ -15,7 +15,7 @@ class Refused(Exception):
 
 def decode(datagram: bytes) -> tuple[str, str, bytes]:
     if not datagram:
-        raise Refused("empty")
+        raise RefusedError("empty")
     magic, rest = _text(datagram)
     version, body = _text(rest)
     return magic, version, body
@@ -23,14 +23,14 @@ def decode(datagram: bytes) -> tuple[str, str, bytes]:
 
 def _text(data: bytes) -> tuple[str, bytes]:
     if len(data) < 4:
-        raise Refused("short")
+        raise RefusedError("short")
     (size,) = struct.unpack(">i", data[:4])
     if size < 0:
-        raise Refused("negative_length")
+        raise RefusedError("negative_length")
     if size > len(data) - 4:
-        raise Refused("length_past_end")
+        raise RefusedError("length_past_end")
     raw, rest = data[4 : 4 + size], data[4 + size :]
     try:
         return raw.decode("ascii"), rest
     except UnicodeDecodeError:
-        raise Refused("not_ascii") from None
+        raise RefusedError("not_ascii") from None

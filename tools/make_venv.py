@@ -1,9 +1,11 @@
 """Make the virtual environment, or say what this machine lacks for it: make_venv.py FOLDER
 
-Runs under any Python 3, so that an old one gets a sentence and not a SyntaxError. Debian's python3
+Runs under Python 3.7 and newer, so that an old one gets a sentence and not a SyntaxError. Debian's python3
 comes without ensurepip (it is in the package python3-venv): then pip is fetched from the package
 index, checked against the hash that the index gives for it, and installed by itself.
 """
+
+from __future__ import annotations
 
 import hashlib
 import os
@@ -19,7 +21,7 @@ import urllib.request
 MINIMUM = (3, 11)
 
 
-def main():
+def main() -> None:
     folder = sys.argv[1]
     check_machine()
     print("making the virtual environment %s with Python %s" % (folder, sys.version.split()[0]))
@@ -32,7 +34,7 @@ def main():
         install_pip(os.path.join(folder, "bin", "python"))
 
 
-def check_machine():
+def check_machine() -> None:
     missing = []
     if sys.version_info < MINIMUM:
         missing.append(
@@ -53,7 +55,7 @@ def check_machine():
         sys.exit("peerd cannot be built here. Missing:\n  " + "\n  ".join(missing))
 
 
-def install_pip(python):
+def install_pip(python: str) -> None:
     index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/") + "/pip/"
     print("this Python has no ensurepip: fetching pip from %s" % index)
     try:
@@ -75,7 +77,7 @@ def install_pip(python):
         subprocess.check_call(command)
 
 
-def newest_wheel(page):
+def newest_wheel(page: str) -> tuple[str, str]:
     """(link, sha256) of the newest final release on a simple index page (PEP 503)."""
     pattern = r'href="([^"#]*/pip-(\d+(?:\.\d+)*)-py3-none-any\.whl)#sha256=([0-9a-f]{64})"'
     found = [

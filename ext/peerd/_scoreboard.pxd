@@ -1,5 +1,6 @@
 """The layout of the shared mapping; _scoreboard.pyx has the theory."""
 
+cimport cython
 from libc.stdint cimport int64_t, uint64_t
 
 cdef enum:
@@ -53,12 +54,14 @@ cdef struct BoardData:
     int64_t pad[7]
 
 
+@cython.final
 cdef class Slot:
     cdef SlotData *data
     cdef readonly int index
     cdef object _board  # keeps the mapping alive
 
 
+@cython.final
 cdef class Scoreboard:
     cdef BoardData *_board
     cdef void *_mapping

@@ -15,6 +15,7 @@ holder never releases).
 sets the first byte last, so a reader gets a whole text or, for a moment, none.
 """
 
+cimport cython
 from libc.errno cimport errno
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
@@ -63,6 +64,7 @@ class RegistryState(IntEnum):
     LOST = 2
 
 
+@cython.final
 cdef class Slot:
     def __init__(self):
         raise TypeError("a Slot belongs to a Scoreboard: use Scoreboard(n).slots")
@@ -152,11 +154,14 @@ cdef class Slot:
         return self.data.heartbeat_ns, self.data.counters[RX_MESSAGES]
 
 
+@cython.final
 cdef class Scoreboard:
-    def __cinit__(self, int slots):
+    def __init__(self, int slots):
         cdef int i
         cdef Slot slot
         cdef SlotData *data
+        if self._mapping != NULL:
+            raise RuntimeError("a Scoreboard cannot be initialised twice")
         if slots < 1:
             raise ValueError(f"a scoreboard needs at least 1 slot, not {slots}")
         self._mapping_bytes = sizeof(BoardData) + <size_t>slots * sizeof(SlotData)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from peerd import embedded_etcd
+from peerd.embedded_etcd import HOW_TO_GET_ETCD, command, find_etcd, is_listening
 from peerd.errors import BindError, RegistryUnavailableError
 from peerd.settings import DEFAULT_ENDPOINT
 
@@ -34,11 +34,11 @@ def etcd(port: int, data_dir: Path | None) -> None:
 
     For trials and tests. In production, run a real etcd cluster and name it with --etcd.
     """
-    binary = embedded_etcd.find_etcd()
+    binary = find_etcd()
     if binary is None:
-        raise RegistryUnavailableError(embedded_etcd.HOW_TO_GET_ETCD)
+        raise RegistryUnavailableError(HOW_TO_GET_ETCD)
     url = f"http://127.0.0.1:{port}"
-    if embedded_etcd.is_listening(url):
+    if is_listening(url):
         raise BindError(f"somebody listens on TCP port {port} already: choose another with --port")
     directory = data_dir or Path(tempfile.mkdtemp(prefix="peerd-etcd-"))
     kept = "" if data_dir else ", data thrown away at the end"
@@ -49,7 +49,7 @@ def etcd(port: int, data_dir: Path | None) -> None:
     )
     click.echo(f"etcd at {url} ({binary}{kept}); {name}; Ctrl-C stops it", err=True)
     try:
-        process = subprocess.Popen(embedded_etcd.command(binary, url, directory))
+        process = subprocess.Popen(command(binary, url, directory))
         for number in (signal.SIGTERM, signal.SIGINT):
             # The terminal sends Ctrl-C to etcd as well; a signal to this process alone is passed on.
             signal.signal(number, lambda number, _: process.send_signal(number))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
@@ -61,12 +62,7 @@ def ping(
             body = b"%d %d" % (sequence, time.monotonic_ns())
             started_ns = time.perf_counter_ns()
             try:
-                client.request(
-                    "PING",
-                    body,
-                    timeout_s=timeout,
-                    is_answer=lambda reply, body=body: _is_pong(reply, body),
-                )
+                client.request("PING", body, timeout_s=timeout, is_answer=_pong_of(body))
             except NoAnswerError as error:
                 if not as_json:
                     click.echo(f"{error} (seq={sequence})")
@@ -152,8 +148,8 @@ def _resolve(target: str, etcd: str, prefix: str) -> Address:
     return resolve(target, nodes)
 
 
-def _is_pong(reply: Message, body: bytes) -> bool:
-    return reply.magic == "PONG" and reply.body == body
+def _pong_of(body: bytes) -> Callable[[Message], bool]:
+    return lambda reply: reply.magic == "PONG" and reply.body == body
 
 
 def _spread(times_ms: list[float]) -> str:

@@ -50,7 +50,7 @@ def default_path(base_port: int) -> Path:
 def request(path: Path, command: str, timeout_s: float = 5.0) -> Any:
     """What a supervisor answers. Raises NotRunningError or ControlError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(timeout_s)
+        _limit_waits(client, timeout_s)
         try:
             client.connect(str(path))
             client.sendall(orjson.dumps({"v": VERSION, "command": command}) + b"\n")
@@ -124,14 +124,18 @@ class ControlServer:
         return [self._listener.fileno(), *(client.fileno() for client in self._clients)]
 
     def _accept(self, _events: int) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:
-            return
+        for _ in range(MAX_CLIENTS):
+            try:
+                connection, _address = self._listener.accept()
+            except OSError:  # no more, or no descriptor left
+                return
+            if _is_allowed(connection):
+                self._admit(connection)
+            else:
+                connection.close()
+
+    def _admit(self, connection: socket.socket) -> None:
         connection.setblocking(False)
-        if not _is_allowed(connection):
-            connection.close()
-            return
         if len(self._clients) >= MAX_CLIENTS:
             self._drop(next(iter(self._clients.values())))
         client = _Client(connection)
@@ -218,12 +222,20 @@ def _listen(path: Path) -> socket.socket:
 
 def _answers(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(1.0)
+        _limit_waits(client, 1.0)
         try:
             client.connect(str(path))
         except OSError:
             return False
     return True
+
+
+def _limit_waits(client: socket.socket, timeout_s: float) -> None:
+    """Not settimeout: with a full backlog, connect would then fail at once instead of waiting."""
+    whole_s = int(timeout_s)
+    timeval = struct.pack("ll", whole_s, int((timeout_s - whole_s) * 1e6))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
 
 def _is_allowed(connection: socket.socket) -> bool:

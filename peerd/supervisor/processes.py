@@ -105,7 +105,7 @@ def redirect_output(path: str) -> None:
 def _run_child(
     entry: Callable[[], int],
     keep_fds: Collection[int],
-    unblocked: set[signal.Signals],
+    unblocked: set[int | signal.Signals],
     parent_pid: int | None,
 ) -> NoReturn:
     code = EX_SOFTWARE
@@ -144,7 +144,7 @@ def _close_all_but(keep_fds: Collection[int]) -> None:
 
 
 @contextlib.contextmanager
-def _signals_blocked() -> Iterator[set[signal.Signals]]:
+def _signals_blocked() -> Iterator[set[int | signal.Signals]]:
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         yield previous

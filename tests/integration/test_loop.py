@@ -368,8 +368,13 @@ def test_other_control_messages_do_not_hide_the_split() -> None:
 
 def test_a_turn_inside_a_handler_is_refused() -> None:
     app = App()
-    app.handler("M")(lambda message: peer.loop.turn())  # type: ignore[arg-type,return-value]
-    with Harness(app) as peer:
+    peer = Harness(app)
+
+    @app.handler("M")
+    def nested(message: Message) -> None:
+        peer.loop.turn()
+
+    with peer:
         peer.client.send(encode("M", "1", b""))
         peer.turns(1)
         assert "runs already" in str(peer.errors[0][2])
@@ -395,8 +400,7 @@ def test_headers_that_change_with_every_message() -> None:
         ("A", "1", b"x"),
     ]
     with Harness(app) as peer:
-        for number in range(100):
-            sent.append(("A", f"version {number}", b"%d" % number))
+        sent.extend(("A", f"version {number}", b"%d" % number) for number in range(100))
         for message in sent:
             peer.client.send(encode(*message))
         peer.turns(len(sent))

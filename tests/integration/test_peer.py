@@ -70,12 +70,14 @@ def test_what_cannot_start_leaves_nothing_open(etcd: str) -> None:
 def test_ctrl_c_in_the_foreground(etcd: str) -> None:
     port = free_ports(1)
     code = f"import peerd; peerd.Peer(port={port}, etcd={etcd!r}, prefix='ctrl-c').serve_forever()"
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
-        with Registry(etcd, "ctrl-c") as registry:
-            eventually(registry.nodes, within_s=15)
-            process.send_signal(signal.SIGINT)
-            assert b"KeyboardInterrupt" in process.communicate(timeout=15)[1]
-            assert registry.nodes() == []
+    with (
+        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process,
+        Registry(etcd, "ctrl-c") as registry,
+    ):
+        eventually(registry.nodes, within_s=15)
+        process.send_signal(signal.SIGINT)
+        assert b"KeyboardInterrupt" in process.communicate(timeout=15)[1]
+        assert registry.nodes() == []
 
 
 def test_the_quick_start(etcd: str) -> None:

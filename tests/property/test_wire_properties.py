@@ -35,7 +35,7 @@ def test_round_trip(magic: str, version: str, body: bytes) -> None:
 def test_the_compiled_decoder_agrees_with_the_reference(datagram: bytes) -> None:
     try:
         expected: object = reference_wire.decode(datagram)
-    except reference_wire.Refused as refused:
+    except reference_wire.RefusedError as refused:
         expected = refused.reason
     try:
         message = decode(datagram)

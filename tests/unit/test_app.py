@@ -81,7 +81,7 @@ def test_an_attribute_that_is_not_there_names_those_that_are(module: Path) -> No
 
 def test_an_attribute_that_is_no_app(module: Path) -> None:
     module.write_text("app = 3\n")
-    with pytest.raises(AppLoadError, match="is a int, not a peerd.App"):
+    with pytest.raises(AppLoadError, match="is a int, not a peerd"):
         load_app(f"{module.stem}:app")
 
 
