@@ -187,8 +187,10 @@ class Supervisor:
 
     def _turn(self) -> None:
         for key, events in self._selector.select(self._timeout_s()):
-            # A callback may have unregistered what comes later in the same list.
-            if key.fd in self._selector.get_map():
+            # A callback may have unregistered what comes later in the same list, or even have
+            # given its descriptor's number to something new.
+            current = self._selector.get_map().get(key.fd)
+            if current is not None and current.data is key.data:
                 key.data(events)
         now_s = time.monotonic()
         for managed in (*self._peers, self._etcd, self._registrar):
