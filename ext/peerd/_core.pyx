@@ -42,7 +42,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy
 
-from peerd cimport linux_udp as linux
+cimport peerd.linux_udp as linux
 from peerd._scoreboard cimport (
     DECODE_EMPTY_COUNT,
     HANDLED,
