@@ -81,9 +81,16 @@ class DatagramLoop:
         Called with (magic, sender, exception) when a handler raises an Exception or returns
         something else. The loop has counted it and goes on. What this callable raises, and what a
         handler raises beside Exception (SystemExit), ends :meth:`run`.
-    ``gro``
-        Ask the kernel to join datagrams of one sender (UDP_GRO, udp(7)); the attribute of the
-        same name says whether it does.
+    ``on_icmp_error``
+        Called with (address, errno) when a host or router says that a reply did not arrive; None:
+        these errors are counted only.
+    ``gro``, ``gso``
+        Ask the kernel to join datagrams of one sender (UDP_GRO), and to take neighbouring replies
+        of one size to one address joined (UDP_SEGMENT); both udp(7). The attributes of the same
+        names say whether that is done.
+    ``linger_s``
+        After a batch that was not full, sleep for so long before the next look at the socket, where
+        that was worth it before (``ext/peerd/linger.pxd``). 0 for never.
 
     Raises OSError when a system call fails for a reason other than the network's weather.
     """
@@ -96,13 +103,20 @@ class DatagramLoop:
         slot: Slot,
         on_handler_error: Callable[[str, tuple[str, int] | None, Exception], object],
         *,
+        on_icmp_error: Callable[[tuple[str, int] | None, int], object] | None = None,
         gro: bool = True,
+        gso: bool = True,
+        linger_s: float = 0.0,
     ) -> None:
         """Raises ValueError for two handlers of one magic code, or one that is not ASCII."""
 
     @property
     def gro(self) -> bool:
         """Whether the kernel joins datagrams for this socket."""
+
+    @property
+    def gso(self) -> bool:
+        """Whether runs of replies leave joined; no longer so when too many addresses refused them."""
 
     @property
     def wakeup_fd(self) -> int:

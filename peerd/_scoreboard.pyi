@@ -59,6 +59,15 @@ class Slot:
     @property
     def progress(self) -> tuple[int, int]:
         """A value that changes as long as the worker gets on: heartbeat and messages handed out."""
+    @property
+    def rx_queued_bytes(self) -> int:
+        """What the socket's queue held when the worker last looked, at most a second ago."""
+    def histograms(self) -> dict[str, list[int]]:
+        """``batch_datagrams``: datagrams a turn; ``turn_us``: microseconds a turn.
+
+        Bucket i counts the turns with 2**i to 2**(i+1) - 1 of them, bucket 0 those with 0 as well,
+        the last one those above.
+        """
     def counters(self) -> dict[str, int]:
         """Every counter by name. They never go back while the mapping lives.
 

@@ -1,26 +1,28 @@
 """The datagram path: recvmmsg -> split -> decode -> handler -> reply -> sendmmsg.
 
-One turn of the loop takes what one recvmmsg gives, hands every message to its handler, and sends
-the replies with one sendmmsg. Everything it needs is allocated when the loop is made: a turn
-allocates the messages and nothing else.
+One turn of the loop takes what one recvmmsg gives, hands every message to its handler, and sends the
+replies. Everything it needs is allocated when the loop is made: a turn allocates the messages and
+nothing else. receive.pxd, transmit.pxd and linger.pxd hold the parts that know nothing of Python,
+each with its theory.
 
-Receiving. With UDP_GRO the kernel may join datagrams of one sender into one buffer, all of one size
-(the stride, told in a control message) but the last, which may be shorter (udp(7)). A buffer is
-therefore as large as a datagram can be: with a smaller one, joined datagrams would be cut off. A
-datagram of no bytes is never joined and is a datagram all the same. Buffers are calloc'ed, so pages
-that no datagram ever reached cost no memory.
-
-Replying. A reply is copied into an arena behind its header, and its address is that of the datagram
-it answers, in the receive array, which stays as it is until the next turn. The arena is flushed when
-it is full and at the end of the turn. Magic and version of a plain ``bytes`` reply are the
-request's: its header is copied from the request unread.
+Turns are bounded: in datagrams by RX_BATCH buffers, in time by taking fewer buffers next time when
+one took longer than TURN_BUDGET_NS. Within a turn, every BREATH_DATAGRAMS datagrams the clock is
+looked at, and past the budget the loop breathes: replies are sent, the heartbeat is written, and
+Python's signal handlers run. So nothing is starved by a flood, nor by handlers that are slow in sum;
+one call that never returns is the supervisor's business.
 
 Counting. RX_DATAGRAMS grows when recvmmsg returns, HANDLED when a datagram's reply has been given to
 the kernel: at any moment, the difference is what a SIGKILL would cost. The identity
 
     rx_datagrams = rx_messages + rx_truncated + decode_* + unknown_magic
 
-holds after each turn.
+holds after each turn. The kernel's own drops are read with SO_MEMINFO once a second: SO_RXQ_OVFL
+would cost a control message on each datagram after the first drop (85 ns), and shows nothing while
+nothing arrives.
+
+ICMP errors. With IP_RECVERR they wait in a queue of the socket that poll() tells of, with the address
+that they are about; without, only the next call would fail, and for no fault of its own. They are
+counted, and passed to on_icmp_error if there is one.
 
 Waking up. The loop polls the socket and a pipe. stop() writes the pipe, and so does the C signal
 handler of CPython if the owner calls signal.set_wakeup_fd(loop.wakeup_fd): so a signal that arrives
@@ -37,30 +39,50 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport Py_EQ, Py_NE
 from cpython.unicode cimport PyUnicode_DecodeASCII
-from libc.errno cimport EAGAIN, ECONNREFUSED, EHOSTUNREACH, EINTR, EMSGSIZE, ENETUNREACH, ENOBUFS, ENOMEM, errno
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint64_t
-from libc.stdlib cimport calloc, free
-from libc.string cimport memcmp, memcpy
+from libc.errno cimport EAGAIN, ECONNREFUSED, EHOSTUNREACH, EINTR, ENETUNREACH, ENOBUFS, ENOMEM, errno
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy, memset
 
 cimport peerd.linux_udp as linux
 from peerd._scoreboard cimport (
+    BATCH_BUCKETS,
     DECODE_EMPTY_COUNT,
     HANDLED,
     HANDLER_ERRORS,
     ICMP_ERRORS,
+    LINGERS,
     RX_BYTES,
     RX_DATAGRAMS,
+    RX_KERNEL_DROPS,
     RX_MESSAGES,
     RX_TRUNCATED,
+    TURN_BUCKETS,
     TURNS,
-    TX_BYTES,
     TX_DROPPED_FULL,
-    TX_DROPPED_REFUSED,
     TX_DROPPED_TOO_BIG,
-    TX_MESSAGES,
     UNKNOWN_MAGIC,
     Slot,
     SlotData,
+)
+from peerd.linger cimport Linger, linger_after, linger_open
+from peerd.receive cimport (
+    RX_BATCH,
+    Receiver,
+    is_cut_off,
+    receive,
+    receiver_close,
+    receiver_open,
+    segments,
+    stride_of,
+)
+from peerd.transmit cimport (
+    TX_ADDRESS_BYTES,
+    Transmitter,
+    drop_queued,
+    transmit,
+    transmit_room,
+    transmitter_close,
+    transmitter_open,
 )
 from peerd.wire cimport DECODE_EMPTY, DECODE_OK, MAX_DATAGRAM_BYTES, DecodeReason, Envelope, parse_envelope, write_text
 
@@ -74,18 +96,19 @@ cdef extern from "Python.h":
     const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *) except NULL
 
 cdef enum:
-    # recvmmsg is flat above 16 on Linux 6.18 (2.15 against 2.28 million datagrams/s at 256).
-    RX_BATCH = 16
-    # The largest UDP payload is 65,527 bytes (IPv6); a joined one is no larger (RFC 768).
-    RX_BUFFER_BYTES = 65536
-    # Room for what the socket's owner may have switched on besides UDP_GRO: time stamps, marks.
-    RX_CONTROL_BYTES = 256
-    TX_BATCH = 1024
-    TX_ARENA_BYTES = 1 << 18
     # How long an idle loop sleeps before it writes its heartbeat.
     IDLE_TICK_MS = 250
-    # How long a flush waits for room in the send buffer before it drops.
-    TX_WAIT_MS = 5
+    # How long it waits when the kernel had no memory for a reply, which poll() cannot tell.
+    NO_MEMORY_TICK_MS = 1
+    TURN_BUDGET_NS = 2000000
+    BREATH_DATAGRAMS = 16
+    MEMINFO_INTERVAL_NS = 1000000000
+    # SK_MEMINFO_VARS, SK_MEMINFO_RMEM_ALLOC and SK_MEMINFO_DROPS of linux/sock_diag.h.
+    MEMINFO_VARS = 9
+    MEMINFO_QUEUED = 0
+    MEMINFO_DROPS = 8
+    # ICMP errors that one look at the error queue takes.
+    ICMP_BATCH = 64
     HEADER_CACHE_BYTES = 64
     VERSIONS_KEPT = 64
 
@@ -208,6 +231,7 @@ cdef class DatagramLoop:
     cdef Slot _slot
     cdef SlotData *_stats
     cdef object _on_handler_error
+    cdef object _on_icmp_error
     cdef dict _routes
     cdef dict _versions
     cdef list _batched
@@ -216,33 +240,42 @@ cdef class DatagramLoop:
     cdef size_t _last_header_bytes  # 0 when there is none
     cdef _Route _last_route
     cdef str _last_version
+
+    cdef Receiver _rx
+    cdef Transmitter _tx
+    cdef Linger _linger
+    cdef int _rx_buffers  # how many the next turn may fill
     cdef uint64_t _processed  # of the datagrams in RX_DATAGRAMS, those that Python is done with
-
-    cdef uint8_t *_rx_buffers
-    cdef uint8_t *_rx_control
-    cdef linux.mmsghdr *_rx
-    cdef linux.iovec *_rx_iov
-    cdef linux.sockaddr_storage *_rx_address
-    cdef int _rx_used  # headers that the last recvmmsg wrote and the next must find reset
-
-    cdef uint8_t *_tx_arena
-    cdef size_t _tx_used
-    cdef linux.mmsghdr *_tx
-    cdef linux.iovec *_tx_iov
-    cdef unsigned int _tx_count
+    cdef int _breath  # datagrams until the next look at the clock
+    cdef int64_t _turn_ns  # when the turn, or the part since the last breath, began
+    cdef int64_t _meminfo_ns
 
     def __cinit__(self):
         self._wake_read = -1
         self.wakeup_fd = -1
 
-    def __init__(self, int fd, handlers, batch_handlers, Slot slot not None, on_handler_error, *, bint gro=True):
+    def __init__(
+        self,
+        int fd,
+        handlers,
+        batch_handlers,
+        Slot slot not None,
+        on_handler_error,
+        *,
+        on_icmp_error=None,
+        bint gro=True,
+        bint gso=True,
+        double linger_s=0.0,
+    ):
         cdef int on = gro
+        cdef int ends[2]
         if self._stats != NULL:
             raise RuntimeError("a DatagramLoop cannot be initialised twice")
         self._fd = fd
         self._slot = slot
         self._stats = slot.data
         self._on_handler_error = on_handler_error
+        self._on_icmp_error = on_icmp_error
         self._routes = {}
         self._versions = {}
         self._batched = []
@@ -252,48 +285,63 @@ cdef class DatagramLoop:
             self._add_route(magic, handler, [])
         self._processed = self._stats.counters[RX_DATAGRAMS]
         self._stats.counters[HANDLED] = self._processed
-        self._allocate()
-        # Fails with ENOPROTOOPT before Linux 5.0; then every datagram has a buffer of its own.
-        # Set in either case: the socket may have had another loop before, which left it on.
+        self._rx_buffers = RX_BATCH
+        linger_open(&self._linger, <int64_t>(linger_s * 1e9))
+        if not (
+            receiver_open(&self._rx, fd)
+            and transmitter_open(&self._tx, fd, gso, self._stats.counters)
+        ):
+            raise MemoryError
+        if linux.pipe2(ends, linux.O_CLOEXEC | linux.O_NONBLOCK) < 0:
+            raise OSError(errno, f"pipe2: {os.strerror(errno)}")
+        self._wake_read = ends[0]
+        self.wakeup_fd = ends[1]
+        # Fails with ENOPROTOOPT before Linux 5.0; then every datagram has a buffer of its own. Set in
+        # either case: the socket may have had another loop before, which left it on.
         self.gro = linux.setsockopt(fd, linux.SOL_UDP, linux.UDP_GRO, &on, sizeof(on)) == 0 and gro
+        on = 1
+        # Each fails on a socket of the other family, and that is fine.
+        linux.setsockopt(fd, linux.IPPROTO_IP, linux.IP_RECVERR, &on, sizeof(on))
+        linux.setsockopt(fd, linux.IPPROTO_IPV6, linux.IPV6_RECVERR, &on, sizeof(on))
 
     def __dealloc__(self):
-        free(self._rx_buffers)
-        free(self._rx_control)
-        free(self._rx)
-        free(self._rx_iov)
-        free(self._rx_address)
-        free(self._tx_arena)
-        free(self._tx)
-        free(self._tx_iov)
+        receiver_close(&self._rx)
+        transmitter_close(&self._tx)
         if self._wake_read >= 0:
             linux.close(self._wake_read)
             linux.close(self.wakeup_fd)
 
+    @property
+    def gso(self):
+        return self._tx.gso
+
     def run(self):
-        """Turn until stop(), then drain as stop() asked."""
         cdef int64_t deadline
-        if self._running:
-            raise RuntimeError("this loop runs already")
-        self._running = True
+        cdef int64_t linger_ns
+        self._begin()
         try:
             while not self._stopping:
-                # A batch that is not full has emptied the queue.
-                if self._turn() < RX_BATCH and not self._stopping:
+                linger_ns = self._turn()
+                if linger_ns > 0:
+                    self._sleep(linger_ns)
+                elif linger_ns < 0 and not self._stopping:
                     self._wait()
                 PyErr_CheckSignals()
             deadline = monotonic_ns() + self._drain_ns
-            while monotonic_ns() < deadline and self._turn() > 0:
+            while monotonic_ns() < deadline:
+                if self._turn() < 0 and self._rx.used == 0:
+                    if self._tx.queued == 0:
+                        break
+                    self._wait()
                 PyErr_CheckSignals()
+            drop_queued(&self._tx)
+            self._count_handled()
         finally:
             self._running = False
 
     def turn(self):
-        """One turn, without waiting; returns how many datagrams it took."""
         cdef uint64_t before = self._stats.counters[RX_DATAGRAMS]
-        if self._running:
-            raise RuntimeError("this loop runs already")
-        self._running = True
+        self._begin()
         try:
             self._turn()
         finally:
@@ -306,6 +354,12 @@ cdef class DatagramLoop:
         self._stopping = True
         # A full pipe wakes the loop as well, so the result does not matter.
         linux.write(self.wakeup_fd, &byte, 1)
+
+    cdef int _begin(self) except -1:
+        if self._running:
+            raise RuntimeError("this loop runs already")
+        self._running = True
+        return 0
 
     cdef int _add_route(self, str magic, object handler, list pending) except -1:
         cdef _Route route = _Route.__new__(_Route)
@@ -320,100 +374,163 @@ cdef class DatagramLoop:
             self._batched.append(route)
         return 0
 
-    cdef int _allocate(self) except -1:
-        cdef int ends[2]
-        cdef int i
-        self._rx_buffers = <uint8_t *>calloc(RX_BATCH, RX_BUFFER_BYTES)
-        self._rx_control = <uint8_t *>calloc(RX_BATCH, RX_CONTROL_BYTES)
-        self._rx = <linux.mmsghdr *>calloc(RX_BATCH, sizeof(linux.mmsghdr))
-        self._rx_iov = <linux.iovec *>calloc(RX_BATCH, sizeof(linux.iovec))
-        self._rx_address = <linux.sockaddr_storage *>calloc(RX_BATCH, sizeof(linux.sockaddr_storage))
-        self._tx_arena = <uint8_t *>calloc(TX_ARENA_BYTES, 1)
-        self._tx = <linux.mmsghdr *>calloc(TX_BATCH, sizeof(linux.mmsghdr))
-        self._tx_iov = <linux.iovec *>calloc(TX_BATCH, sizeof(linux.iovec))
-        if (
-            self._rx_buffers == NULL or self._rx_control == NULL or self._rx == NULL or self._rx_iov == NULL
-            or self._rx_address == NULL or self._tx_arena == NULL or self._tx == NULL or self._tx_iov == NULL
-        ):
-            raise MemoryError
-        for i in range(RX_BATCH):
-            self._rx_iov[i].iov_base = self._rx_buffers + i * RX_BUFFER_BYTES
-            self._rx_iov[i].iov_len = RX_BUFFER_BYTES
-            self._rx[i].msg_hdr.msg_iov = &self._rx_iov[i]
-            self._rx[i].msg_hdr.msg_iovlen = 1
-            self._rx[i].msg_hdr.msg_name = &self._rx_address[i]
-            self._rx[i].msg_hdr.msg_control = self._rx_control + i * RX_CONTROL_BYTES
-        self._rx_used = RX_BATCH
-        for i in range(TX_BATCH):
-            self._tx[i].msg_hdr.msg_iov = &self._tx_iov[i]
-            self._tx[i].msg_hdr.msg_iovlen = 1
-        if linux.pipe2(ends, linux.O_CLOEXEC | linux.O_NONBLOCK) < 0:
-            raise OSError(errno, f"pipe2: {os.strerror(errno)}")
-        self._wake_read = ends[0]
-        self.wakeup_fd = ends[1]
-        return 0
-
     cdef int _wait(self) except -1:
-        """Sleep until a datagram, a wake-up or the next heartbeat is due."""
+        """Sleep until a datagram, room for a reply, a wake-up or the next heartbeat is due."""
         cdef linux.pollfd waits[2]
         cdef char waste[64]
         cdef int ready, error
+        cdef int timeout_ms = IDLE_TICK_MS
         waits[0].fd = self._fd
         waits[0].events = linux.POLLIN
+        if self._tx.blocked == EAGAIN:
+            waits[0].events |= linux.POLLOUT
+        elif self._tx.blocked:
+            timeout_ms = NO_MEMORY_TICK_MS
         waits[1].fd = self._wake_read
         waits[1].events = linux.POLLIN
         with nogil:
-            ready = linux.poll(waits, 2, IDLE_TICK_MS)
+            ready = linux.poll(waits, 2, timeout_ms)
             error = errno
             if ready > 0 and waits[1].revents:
                 while linux.read(self._wake_read, waste, sizeof(waste)) == sizeof(waste):
                     pass
         if ready < 0 and error != EINTR:
             raise OSError(error, f"poll: {os.strerror(error)}")
+        if ready > 0 and waits[0].revents & linux.POLLERR:
+            self._read_icmp_errors()
         return 0
 
-    cdef int _turn(self) except -1:
-        """Take, hand out and answer one batch; returns how many buffers it filled."""
-        cdef SlotData *stats = self._stats
-        cdef int i, filled, error
-        for i in range(self._rx_used):
-            self._rx[i].msg_hdr.msg_namelen = sizeof(linux.sockaddr_storage)
-            self._rx[i].msg_hdr.msg_controllen = RX_CONTROL_BYTES
-            self._rx[i].msg_hdr.msg_flags = 0
-        self._rx_used = 0
+    cdef int _sleep(self, int64_t linger_ns) noexcept:
+        cdef linux.timespec time
+        self._stats.counters[LINGERS] += 1
+        time.tv_sec = linger_ns // 1000000000
+        time.tv_nsec = linger_ns % 1000000000
         with nogil:
-            filled = linux.recvmmsg(self._fd, self._rx, RX_BATCH, linux.MSG_DONTWAIT, NULL)
-            error = errno
-        stats.heartbeat_ns = monotonic_ns()
+            linux.clock_nanosleep(linux.CLOCK_MONOTONIC, 0, &time, NULL)
+        return 0
+
+    cdef int64_t _turn(self) except -2:
+        """Take, hand out and answer one batch.
+
+        What to do then: 0, turn again at once; more, linger for so many ns first; -1, wait.
+        """
+        cdef SlotData *stats = self._stats
+        cdef int i, filled
+        cdef int asked = self._rx_buffers
+        cdef bint full
+        cdef int64_t begun_ns, now_ns, linger_ns
+        cdef uint64_t before = stats.counters[RX_DATAGRAMS]
+        cdef unsigned int taken
+        with nogil:
+            filled = receive(&self._rx, asked)
+        begun_ns = self._turn_ns = stats.heartbeat_ns = monotonic_ns()
         if filled < 0:
-            return self._receive_failed(error)
-        self._rx_used = filled
+            self._receive_failed(-filled)
+            if self._tx.queued:
+                self._flush()
+            self._look_at_queue(begun_ns)
+            if filled != -EAGAIN:
+                return 0
+            # A linger that found nothing was in vain; else the answer is 0.
+            linger_after(&self._linger, 0, False, begun_ns, begun_ns)
+            return -1
         for i in range(filled):
-            stats.counters[RX_DATAGRAMS] += segments(&self._rx[i])
+            stats.counters[RX_DATAGRAMS] += segments(&self._rx.headers[i])
+        taken = stats.counters[RX_DATAGRAMS] - before
+        self._breath = BREATH_DATAGRAMS
         try:
             for i in range(filled):
-                self._hand_out_buffer(&self._rx[i])
+                self._hand_out_buffer(&self._rx.headers[i])
             if self._batched:
                 self._call_batch_handlers()
         finally:
-            # Also when a handler ends the loop: the queued replies' addresses are in the receive
-            # array, and the next turn would write others there.
+            # Also when a handler ends the loop: what is answered is sent.
             self._flush()
         stats.counters[TURNS] += 1
-        stats.heartbeat_ns = monotonic_ns()
-        return filled
+        now_ns = stats.heartbeat_ns = monotonic_ns()
+        self._measure(taken, filled, now_ns - begun_ns)
+        self._look_at_queue(now_ns)
+        # A batch that is not full has emptied the queue.
+        full = filled == asked
+        linger_ns = linger_after(&self._linger, taken, full, begun_ns, now_ns)
+        return 0 if full else linger_ns or -1
 
     cdef int _receive_failed(self, int error) except -1:
-        if error == EAGAIN:
-            return 0
-        # From here on nothing is known of the queue, so what drains it must go on.
-        if error == EINTR or error == ENOMEM or error == ENOBUFS:
-            return 1
         if error == ECONNREFUSED or error == EHOSTUNREACH or error == ENETUNREACH:
-            # An ICMP error for a reply sent before: one client is gone, the others are not.
-            self._stats.counters[ICMP_ERRORS] += 1
-            return 1
-        raise OSError(error, f"recvmmsg: {os.strerror(error)}")
+            self._read_icmp_errors()
+        elif error != EAGAIN and error != EINTR and error != ENOMEM and error != ENOBUFS:
+            raise OSError(error, f"recvmmsg: {os.strerror(error)}")
+        return 0
+
+    cdef void _measure(self, unsigned int taken, int filled, int64_t took_ns) noexcept nogil:
+        cdef SlotData *stats = self._stats
+        stats.batch_datagrams[bucket(taken, BATCH_BUCKETS)] += 1
+        stats.turn_us[bucket(took_ns // 1000, TURN_BUCKETS)] += 1
+        if took_ns > TURN_BUDGET_NS:
+            self._rx_buffers = max(1, self._rx_buffers // 2)
+        elif filled == self._rx_buffers and took_ns < TURN_BUDGET_NS // 4:
+            self._rx_buffers = min(RX_BATCH, 2 * self._rx_buffers)
+
+    cdef void _look_at_queue(self, int64_t now_ns) noexcept nogil:
+        """The kernel's drops and queued bytes, once a second."""
+        cdef uint32_t memory[MEMINFO_VARS]
+        cdef linux.socklen_t size = sizeof(memory)
+        cdef SlotData *stats = self._stats
+        if now_ns - self._meminfo_ns < MEMINFO_INTERVAL_NS:
+            return
+        self._meminfo_ns = now_ns
+        if linux.getsockopt(self._fd, linux.SOL_SOCKET, linux.SO_MEMINFO, memory, &size) == 0:
+            stats.rx_queued_bytes = memory[MEMINFO_QUEUED]
+            stats.counters[RX_KERNEL_DROPS] += <uint32_t>(
+                memory[MEMINFO_DROPS] - <uint32_t>stats.kernel_drops_raw
+            )
+            stats.kernel_drops_raw = memory[MEMINFO_DROPS]
+
+    cdef int _read_icmp_errors(self) except -1:
+        """Empty the socket's error queue, or a part of it."""
+        cdef linux.msghdr header
+        cdef linux.sockaddr_storage about
+        cdef linux.iovec vector
+        cdef uint8_t data[8]
+        cdef uint8_t control[512]
+        cdef linux.cmsghdr *part
+        cdef linux.sock_extended_err *error
+        cdef int i
+        vector.iov_base = data
+        vector.iov_len = sizeof(data)
+        for i in range(ICMP_BATCH):
+            memset(&header, 0, sizeof(header))
+            header.msg_name = &about
+            header.msg_namelen = sizeof(about)
+            header.msg_iov = &vector
+            header.msg_iovlen = 1
+            header.msg_control = control
+            header.msg_controllen = sizeof(control)
+            if linux.recvmsg(self._fd, &header, linux.MSG_ERRQUEUE | linux.MSG_DONTWAIT) < 0:
+                return 0
+            part = linux.CMSG_FIRSTHDR(&header)
+            while part != NULL:
+                if is_extended_error(part):
+                    error = <linux.sock_extended_err *>linux.CMSG_DATA(part)
+                    if error.ee_origin in (linux.SO_EE_ORIGIN_ICMP, linux.SO_EE_ORIGIN_ICMP6):
+                        self._stats.counters[ICMP_ERRORS] += 1
+                        if self._on_icmp_error is not None:
+                            self._on_icmp_error(
+                                address_of(<linux.sockaddr *>&about), <int>error.ee_errno
+                            )
+                part = linux.CMSG_NXTHDR(&header, part)
+        return 0
+
+    cdef int _breathe(self) except -1:
+        """Within a turn that takes long: what would otherwise wait for its end."""
+        cdef int64_t now_ns
+        self._breath = BREATH_DATAGRAMS
+        now_ns = monotonic_ns()
+        if now_ns - self._turn_ns > TURN_BUDGET_NS:
+            self._turn_ns = self._stats.heartbeat_ns = now_ns
+            self._flush()
+            PyErr_CheckSignals()
+        return 0
 
     cdef int _hand_out_buffer(self, linux.mmsghdr *received) except -1:
         cdef const uint8_t *data = <const uint8_t *>received.msg_hdr.msg_iov.iov_base
@@ -428,6 +545,9 @@ cdef class DatagramLoop:
             size = stride if stride < left else left
             self._hand_out(data, size, &received.msg_hdr)
             self._processed += 1
+            self._breath -= 1
+            if self._breath == 0:
+                self._breathe()
             data += size
             left -= size
             if left == 0:
@@ -561,62 +681,35 @@ cdef class DatagramLoop:
         return 0
 
     cdef uint8_t *_queue(self, size_t size, linux.msghdr *to) noexcept:
-        """Room for a reply of size bytes in the arena, or NULL when it is too big for a datagram."""
-        cdef linux.msghdr *header
+        """Room for a reply of ``size`` bytes, or NULL when it is counted as dropped instead."""
+        cdef uint8_t address[TX_ADDRESS_BYTES]
+        cdef linux.socklen_t address_bytes = min(to.msg_namelen, <linux.socklen_t>TX_ADDRESS_BYTES)
         cdef uint8_t *at
         if size > MAX_DATAGRAM_BYTES:
             self._stats.counters[TX_DROPPED_TOO_BIG] += 1
             return NULL
-        if self._tx_count == TX_BATCH or self._tx_used + size > TX_ARENA_BYTES:
+        memset(address, 0, TX_ADDRESS_BYTES)
+        memcpy(address, to.msg_name, address_bytes)
+        at = transmit_room(&self._tx, size, address, address_bytes)
+        if at == NULL:
             self._flush()
-        at = self._tx_arena + self._tx_used
-        header = &self._tx[self._tx_count].msg_hdr
-        header.msg_name = to.msg_name
-        header.msg_namelen = to.msg_namelen
-        header.msg_iov.iov_base = at
-        header.msg_iov.iov_len = size
-        self._tx_used += size
-        self._tx_count += 1
+            at = transmit_room(&self._tx, size, address, address_bytes)
+            if at == NULL:
+                self._stats.counters[TX_DROPPED_FULL] += 1
         return at
 
-    cdef void _flush(self) noexcept:
-        """Give every queued reply to the kernel, or count why not."""
-        cdef uint64_t *counters = self._stats.counters
-        cdef unsigned int done = 0
-        cdef unsigned int i
-        cdef int sent, error, pending
-        cdef bint waited = False
-        cdef linux.pollfd wait
-        if self._tx_count:
+    cdef int _flush(self) noexcept:
+        if self._tx.queued:
             with nogil:
-                while done < self._tx_count:
-                    sent = linux.sendmmsg(self._fd, &self._tx[done], self._tx_count - done, linux.MSG_DONTWAIT)
-                    error = errno
-                    if sent > 0:
-                        for i in range(done, done + sent):
-                            counters[TX_BYTES] += self._tx_iov[i].iov_len
-                        counters[TX_MESSAGES] += sent
-                        done += sent
-                    elif error == EINTR:
-                        continue
-                    elif error == EAGAIN or error == ENOBUFS or error == ENOMEM:
-                        if waited:
-                            counters[TX_DROPPED_FULL] += self._tx_count - done
-                            break
-                        wait.fd = self._fd
-                        wait.events = linux.POLLOUT
-                        linux.poll(&wait, 1, TX_WAIT_MS)
-                        waited = True
-                    else:
-                        # This one cannot be sent (port 0, no route, too big): the next may.
-                        counters[TX_DROPPED_TOO_BIG if error == EMSGSIZE else TX_DROPPED_REFUSED] += 1
-                        done += 1
-            self._tx_count = 0
-            self._tx_used = 0
-        pending = 0
+                transmit(&self._tx)
+        self._count_handled()
+        return 0
+
+    cdef void _count_handled(self) noexcept:
+        cdef Py_ssize_t unfinished = self._tx.queued
         for route in self._batched:
-            pending += len((<_Route>route).pending)
-        counters[HANDLED] = self._processed - pending
+            unfinished += len((<_Route>route).pending)
+        self._stats.counters[HANDLED] = self._processed - unfinished
 
 
 cdef inline int64_t monotonic_ns() noexcept nogil:
@@ -625,35 +718,20 @@ cdef inline int64_t monotonic_ns() noexcept nogil:
     return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
 
 
-cdef inline bint is_cut_off(linux.mmsghdr *received) noexcept nogil:
-    """Not whole: bytes are missing, or the control message that says where to split is."""
-    return received.msg_hdr.msg_flags & (linux.MSG_TRUNC | linux.MSG_CTRUNC) != 0
+cdef inline int bucket(uint64_t value, int buckets) noexcept nogil:
+    """The power of two at or below the value, 0 for 0, and the last bucket for all that is above."""
+    cdef int i = 0
+    while value > 1 and i < buckets - 1:
+        value >>= 1
+        i += 1
+    return i
 
 
-cdef inline size_t stride_of(linux.mmsghdr *received) noexcept nogil:
-    """The size of each datagram in a buffer but the last: the UDP_GRO control message, or all of it."""
-    cdef linux.cmsghdr *control = linux.CMSG_FIRSTHDR(&received.msg_hdr)
-    cdef int stride
-    while control != NULL:
-        if (
-            control.cmsg_level == linux.SOL_UDP
-            and control.cmsg_type == linux.UDP_GRO
-            and control.cmsg_len >= linux.CMSG_LEN(sizeof(int))
-        ):
-            memcpy(&stride, linux.CMSG_DATA(control), sizeof(int))
-            if stride > 0:
-                return <size_t>stride
-        control = linux.CMSG_NXTHDR(&received.msg_hdr, control)
-    return received.msg_len
-
-
-cdef inline size_t segments(linux.mmsghdr *received) noexcept nogil:
-    """How many datagrams a buffer holds: at least one, since one of no bytes is one too."""
-    cdef size_t stride
-    if received.msg_len == 0 or is_cut_off(received):
-        return 1
-    stride = stride_of(received)
-    return (received.msg_len + stride - 1) // stride
+cdef inline bint is_extended_error(linux.cmsghdr *part) noexcept nogil:
+    return part.cmsg_len >= linux.CMSG_LEN(sizeof(linux.sock_extended_err)) and (
+        (part.cmsg_level == linux.IPPROTO_IP and part.cmsg_type == linux.IP_RECVERR)
+        or (part.cmsg_level == linux.IPPROTO_IPV6 and part.cmsg_type == linux.IPV6_RECVERR)
+    )
 
 
 cdef const char *ascii_text(str text, Py_ssize_t *size) except NULL:

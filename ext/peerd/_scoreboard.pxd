@@ -25,9 +25,17 @@ cdef enum:
     TX_DROPPED_FULL
     TX_DROPPED_TOO_BIG
     TX_DROPPED_REFUSED
+    TX_GSO_REFUSED
+    RX_KERNEL_DROPS
     ICMP_ERRORS
+    LINGERS
     TURNS
     COUNTER_COUNT
+
+cdef enum:
+    # Bucket i counts values from 2**i to 2**(i+1) - 1; bucket 0 has 0 as well, the last what is above.
+    BATCH_BUCKETS = 12
+    TURN_BUCKETS = 20
 
 # Each group of fields has one writer and cache lines (64 bytes) of its own.
 cdef struct SlotData:
@@ -45,8 +53,12 @@ cdef struct SlotData:
     int64_t registrar_pad[6]
     # The worker writes.
     int64_t heartbeat_ns
-    int64_t worker_pad[7]
-    uint64_t counters[24]
+    uint64_t rx_queued_bytes
+    uint64_t kernel_drops_raw  # as the socket counts them, modulo 2**32
+    int64_t worker_pad[5]
+    uint64_t counters[32]
+    uint64_t batch_datagrams[BATCH_BUCKETS]
+    uint64_t turn_us[TURN_BUCKETS]
 
 # The head of the mapping; the registrar writes.
 cdef struct BoardData:

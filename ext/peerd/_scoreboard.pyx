@@ -43,7 +43,10 @@ COUNTER_NAMES = (
     "tx_dropped_full",
     "tx_dropped_too_big",
     "tx_dropped_refused",
+    "tx_gso_refused",
+    "rx_kernel_drops",
     "icmp_errors",
+    "lingers",
     "turns",
 )
 assert len(COUNTER_NAMES) == COUNTER_COUNT
@@ -144,6 +147,17 @@ cdef class Slot:
     @property
     def heartbeat_ns(self):
         return self.data.heartbeat_ns
+
+    @property
+    def rx_queued_bytes(self):
+        return self.data.rx_queued_bytes
+
+    def histograms(self):
+        cdef int i
+        return {
+            "batch_datagrams": [self.data.batch_datagrams[i] for i in range(BATCH_BUCKETS)],
+            "turn_us": [self.data.turn_us[i] for i in range(TURN_BUCKETS)],
+        }
 
     def counters(self):
         cdef int i

@@ -39,19 +39,35 @@ cdef extern from "<sys/socket.h>" nogil:
     unsigned char *CMSG_DATA(cmsghdr *)
     size_t CMSG_LEN(size_t)
 
+    ssize_t recvmsg(int, msghdr *, int)
     int recvmmsg(int, mmsghdr *, unsigned int, int, void *)
     int sendmmsg(int, mmsghdr *, unsigned int, int)
     int setsockopt(int, int, int, const void *, socklen_t)
+    int getsockopt(int, int, int, void *, socklen_t *)
 
     int AF_INET
     int AF_INET6
+    int SOL_SOCKET
     int SOL_UDP
+    int SO_MEMINFO
+    int IPPROTO_IP
+    int IPPROTO_IPV6
+    int MSG_ERRQUEUE
     int MSG_DONTWAIT
     int MSG_CTRUNC
     int MSG_TRUNC
 
 cdef extern from "<netinet/udp.h>" nogil:
     int UDP_GRO
+    int UDP_SEGMENT
+
+cdef extern from "<linux/errqueue.h>" nogil:
+    cdef struct sock_extended_err:
+        uint32_t ee_errno
+        unsigned char ee_origin
+
+    int SO_EE_ORIGIN_ICMP
+    int SO_EE_ORIGIN_ICMP6
 
 cdef extern from "<netinet/in.h>" nogil:
     cdef struct in_addr:
@@ -70,6 +86,8 @@ cdef extern from "<netinet/in.h>" nogil:
         uint16_t sin6_port
         in6_addr sin6_addr
 
+    int IP_RECVERR
+    int IPV6_RECVERR
     bint IN6_IS_ADDR_V4MAPPED(const in6_addr *)
     int INET6_ADDRSTRLEN
 
@@ -84,6 +102,7 @@ cdef extern from "<poll.h>" nogil:
         short revents
 
     int poll(pollfd *, unsigned long, int)
+    int POLLERR
     int POLLIN
     int POLLOUT
 
@@ -93,6 +112,7 @@ cdef extern from "<time.h>" nogil:
         long tv_nsec
 
     int clock_gettime(int, timespec *)
+    int clock_nanosleep(int, int, const timespec *, timespec *)
     int CLOCK_MONOTONIC
 
 cdef extern from "<fcntl.h>" nogil:

@@ -1,0 +1,332 @@
+"""Sending replies: an arena, runs of equal size, one sendmmsg.
+
+A reply is copied into the arena, and its address beside it, so nothing else need live until it is
+sent. Neighbours to one address of one size (the last may be shorter) make a run, which leaves as one
+UDP_SEGMENT send (udp(7)): the kernel's path is then walked once for up to 64 datagrams.
+
+What the kernel does not take now (EAGAIN, ENOBUFS, ENOMEM) stays in the arena, which is the bounded
+queue: when it is full, further replies are dropped and counted. A run that the kernel refuses (EIO: a
+device without checksum offload; EINVAL: larger than the path's MTU) is sent in pieces, and its address
+gets no runs any more. An ICMP error that was pending on the socket is reported by the send that comes
+next and says nothing about it, so that send is tried again.
+
+Nothing here touches Python.
+"""
+
+from libc.errno cimport (
+    EAGAIN,
+    ECONNREFUSED,
+    EHOSTUNREACH,
+    EINTR,
+    EINVAL,
+    EIO,
+    EMSGSIZE,
+    ENETUNREACH,
+    ENOBUFS,
+    ENOMEM,
+    errno,
+)
+from libc.stdint cimport uint8_t, uint16_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcmp, memcpy
+
+cimport peerd.linux_udp as linux
+from peerd._scoreboard cimport (
+    TX_BYTES,
+    TX_DROPPED_FULL,
+    TX_DROPPED_REFUSED,
+    TX_DROPPED_TOO_BIG,
+    TX_GSO_REFUSED,
+    TX_MESSAGES,
+)
+from peerd.wire cimport MAX_DATAGRAM_BYTES
+
+cdef enum:
+    TX_RUNS = 1024
+    TX_ARENA_BYTES = 1 << 18
+    # UDP_MAX_SEGMENTS of kernels before 6.9; newer ones allow 128.
+    TX_SEGMENTS = 64
+    # Addresses that refuse runs, before runs are given up altogether.
+    TX_REFUSING = 64
+    TX_ADDRESS_BYTES = sizeof(linux.sockaddr_in6)
+    # CMSG_SPACE(sizeof(uint16_t)), which C does not call a constant.
+    TX_CONTROL_BYTES = 24
+    TX_RETRIES = 3
+
+cdef struct Run:
+    uint16_t count
+    uint16_t segment_bytes
+    bint is_open  # takes more datagrams of the same size
+
+cdef struct Transmitter:
+    int fd
+    bint gso
+    uint64_t *counters
+    uint8_t *arena
+    size_t arena_used
+    linux.mmsghdr *headers
+    linux.iovec *vectors
+    uint8_t *addresses
+    uint8_t *control
+    Run *runs
+    unsigned int first  # of the runs not sent yet
+    unsigned int end
+    unsigned int queued  # datagrams in them
+    int blocked  # the errno that stopped the last flush, 0 when it did not stop
+    uint8_t refusing[TX_REFUSING][TX_ADDRESS_BYTES]
+    unsigned int refusing_count
+    linux.mmsghdr pieces[TX_SEGMENTS]
+    linux.iovec piece_vectors[TX_SEGMENTS]
+
+
+cdef inline bint transmitter_open(Transmitter *tx, int fd, bint gso, uint64_t *counters) noexcept nogil:
+    """False without memory."""
+    cdef int i
+    cdef linux.cmsghdr *control
+    tx.fd = fd
+    tx.gso = gso
+    tx.counters = counters
+    tx.arena = <uint8_t *>calloc(TX_ARENA_BYTES, 1)
+    tx.headers = <linux.mmsghdr *>calloc(TX_RUNS, sizeof(linux.mmsghdr))
+    tx.vectors = <linux.iovec *>calloc(TX_RUNS, sizeof(linux.iovec))
+    tx.addresses = <uint8_t *>calloc(TX_RUNS, TX_ADDRESS_BYTES)
+    tx.control = <uint8_t *>calloc(TX_RUNS, TX_CONTROL_BYTES)
+    tx.runs = <Run *>calloc(TX_RUNS, sizeof(Run))
+    if (
+        tx.arena == NULL or tx.headers == NULL or tx.vectors == NULL
+        or tx.addresses == NULL or tx.control == NULL or tx.runs == NULL
+    ):
+        return False
+    for i in range(TX_RUNS):
+        tx.headers[i].msg_hdr.msg_iov = &tx.vectors[i]
+        tx.headers[i].msg_hdr.msg_iovlen = 1
+        tx.headers[i].msg_hdr.msg_name = tx.addresses + i * TX_ADDRESS_BYTES
+        control = <linux.cmsghdr *>(tx.control + i * TX_CONTROL_BYTES)
+        control.cmsg_level = linux.SOL_UDP
+        control.cmsg_type = linux.UDP_SEGMENT
+        control.cmsg_len = linux.CMSG_LEN(sizeof(uint16_t))
+    for i in range(TX_SEGMENTS):
+        tx.pieces[i].msg_hdr.msg_iov = &tx.piece_vectors[i]
+        tx.pieces[i].msg_hdr.msg_iovlen = 1
+    return True
+
+
+cdef inline void transmitter_close(Transmitter *tx) noexcept nogil:
+    free(tx.arena)
+    free(tx.headers)
+    free(tx.vectors)
+    free(tx.addresses)
+    free(tx.control)
+    free(tx.runs)
+
+
+cdef inline bint refuses_runs(Transmitter *tx, const void *address) noexcept nogil:
+    cdef unsigned int i
+    for i in range(tx.refusing_count):
+        if memcmp(tx.refusing[i], address, TX_ADDRESS_BYTES) == 0:
+            return True
+    return False
+
+
+cdef inline uint8_t *extend_run(Transmitter *tx, size_t size, const void *address) noexcept nogil:
+    """Room behind the last run if the datagram fits it, else NULL."""
+    cdef unsigned int last = tx.end - 1
+    cdef Run *run = &tx.runs[last]
+    cdef linux.iovec *vector = &tx.vectors[last]
+    cdef uint8_t *at
+    if (
+        not run.is_open
+        or size > run.segment_bytes
+        or run.count == TX_SEGMENTS
+        or vector.iov_len + size > MAX_DATAGRAM_BYTES
+        or tx.arena_used + size > TX_ARENA_BYTES
+        or memcmp(tx.addresses + last * TX_ADDRESS_BYTES, address, TX_ADDRESS_BYTES) != 0
+    ):
+        return NULL
+    at = tx.arena + tx.arena_used
+    run.count += 1
+    run.is_open = size == run.segment_bytes
+    vector.iov_len += size
+    tx.arena_used += size
+    tx.queued += 1
+    return at
+
+
+cdef inline uint8_t *transmit_room(
+    Transmitter *tx, size_t size, const void *address, linux.socklen_t address_bytes
+) noexcept nogil:
+    """Where to write a datagram of 1 to MAX_DATAGRAM_BYTES bytes; NULL when it must be flushed first.
+
+    ``address`` has TX_ADDRESS_BYTES bytes, zero behind ``address_bytes``.
+    """
+    cdef uint8_t *at
+    cdef unsigned int i = tx.end
+    if tx.gso and i > tx.first:
+        at = extend_run(tx, size, address)
+        if at != NULL:
+            return at
+    if i == TX_RUNS or tx.arena_used + size > TX_ARENA_BYTES:
+        return NULL
+    at = tx.arena + tx.arena_used
+    memcpy(tx.addresses + i * TX_ADDRESS_BYTES, address, TX_ADDRESS_BYTES)
+    tx.headers[i].msg_hdr.msg_namelen = address_bytes
+    tx.vectors[i].iov_base = at
+    tx.vectors[i].iov_len = size
+    tx.runs[i].count = 1
+    tx.runs[i].segment_bytes = <uint16_t>size
+    tx.runs[i].is_open = tx.gso and not refuses_runs(tx, address)
+    tx.arena_used += size
+    tx.end = i + 1
+    tx.queued += 1
+    return at
+
+
+cdef inline void close_runs(Transmitter *tx) noexcept nogil:
+    """Write the control message of each unsent run that is one; none of them grows any more."""
+    cdef unsigned int i
+    cdef linux.msghdr *header
+    for i in range(tx.first, tx.end):
+        header = &tx.headers[i].msg_hdr
+        tx.runs[i].is_open = False
+        if tx.runs[i].count > 1:
+            header.msg_control = tx.control + i * TX_CONTROL_BYTES
+            header.msg_controllen = TX_CONTROL_BYTES
+            memcpy(
+                linux.CMSG_DATA(<linux.cmsghdr *>header.msg_control),
+                &tx.runs[i].segment_bytes,
+                sizeof(uint16_t),
+            )
+        else:
+            header.msg_control = NULL
+            header.msg_controllen = 0
+
+
+cdef inline void count_sent(Transmitter *tx, unsigned int messages, size_t sent_bytes) noexcept nogil:
+    tx.counters[TX_MESSAGES] += messages
+    tx.counters[TX_BYTES] += sent_bytes
+    tx.queued -= messages
+
+
+cdef inline bint is_not_now(int error) noexcept nogil:
+    return error == EAGAIN or error == ENOBUFS or error == ENOMEM
+
+
+cdef inline bint may_be_anothers(int error) noexcept nogil:
+    """What an ICMP error of an earlier reply looks like."""
+    return error == ECONNREFUSED or error == EHOSTUNREACH or error == ENETUNREACH
+
+
+cdef inline void drop_one(Transmitter *tx, int error) noexcept nogil:
+    """This datagram cannot be sent (port 0, no route, too big); the next may."""
+    tx.counters[TX_DROPPED_TOO_BIG if error == EMSGSIZE else TX_DROPPED_REFUSED] += 1
+    tx.queued -= 1
+
+
+cdef inline void drop_queued(Transmitter *tx) noexcept nogil:
+    tx.counters[TX_DROPPED_FULL] += tx.queued
+    tx.queued = tx.first = tx.end = 0
+    tx.arena_used = 0
+
+
+cdef inline bint send_in_pieces(Transmitter *tx, unsigned int index) noexcept nogil:
+    """Send the rest of a run one datagram at a time. False when it has to wait; then the run is what is left."""
+    cdef Run *run = &tx.runs[index]
+    cdef linux.iovec *vector = &tx.vectors[index]
+    cdef uint8_t *at = <uint8_t *>vector.iov_base
+    cdef size_t left = vector.iov_len
+    cdef size_t size
+    cdef int i, sent, error
+    cdef int done = 0
+    cdef int count = run.count
+    cdef int retries = 0
+    for i in range(count):
+        size = run.segment_bytes if run.segment_bytes < left else left
+        tx.piece_vectors[i].iov_base = at
+        tx.piece_vectors[i].iov_len = size
+        tx.pieces[i].msg_hdr.msg_name = tx.headers[index].msg_hdr.msg_name
+        tx.pieces[i].msg_hdr.msg_namelen = tx.headers[index].msg_hdr.msg_namelen
+        at += size
+        left -= size
+    while done < count:
+        sent = linux.sendmmsg(tx.fd, &tx.pieces[done], count - done, linux.MSG_DONTWAIT)
+        error = errno
+        if sent > 0:
+            for i in range(done, done + sent):
+                count_sent(tx, 1, tx.piece_vectors[i].iov_len)
+            done += sent
+            retries = 0
+        elif error == EINTR:
+            continue
+        elif is_not_now(error):
+            tx.blocked = error
+            run.count = <uint16_t>(count - done)
+            vector.iov_len = <size_t>(<uint8_t *>vector.iov_base + vector.iov_len
+                                      - <uint8_t *>tx.piece_vectors[done].iov_base)
+            vector.iov_base = tx.piece_vectors[done].iov_base
+            return False
+        elif may_be_anothers(error) and retries < TX_RETRIES:
+            retries += 1
+        else:
+            drop_one(tx, error)
+            done += 1
+            retries = 0
+    return True
+
+
+cdef inline void refuse_runs(Transmitter *tx, const void *address) noexcept nogil:
+    tx.counters[TX_GSO_REFUSED] += 1
+    if refuses_runs(tx, address):
+        return
+    if tx.refusing_count == TX_REFUSING:
+        tx.gso = False
+        return
+    memcpy(tx.refusing[tx.refusing_count], address, TX_ADDRESS_BYTES)
+    tx.refusing_count += 1
+
+
+cdef inline void transmit(Transmitter *tx) noexcept nogil:
+    """Give every queued datagram to the kernel, or count why not; ``blocked`` says what stopped it."""
+    cdef int sent, error
+    cdef int i
+    cdef int retries = 0
+    cdef Run *run
+    close_runs(tx)
+    tx.blocked = 0
+    while tx.first < tx.end:
+        run = &tx.runs[tx.first]
+        if run.count > 1 and tx.refusing_count and refuses_runs(
+            tx, tx.addresses + tx.first * TX_ADDRESS_BYTES
+        ):
+            if not send_in_pieces(tx, tx.first):
+                return
+            tx.first += 1
+            continue
+        sent = linux.sendmmsg(
+            tx.fd, &tx.headers[tx.first], tx.end - tx.first, linux.MSG_DONTWAIT
+        )
+        error = errno
+        if sent > 0:
+            for i in range(sent):
+                count_sent(tx, tx.runs[tx.first].count, tx.vectors[tx.first].iov_len)
+                tx.first += 1
+            retries = 0
+        elif error == EINTR:
+            continue
+        elif is_not_now(error):
+            tx.blocked = error
+            return
+        elif may_be_anothers(error) and retries < TX_RETRIES:
+            retries += 1
+        elif run.count > 1:
+            # EIO and EINVAL, as said above; with any other error the pieces say which is meant.
+            if error == EIO or error == EINVAL:
+                refuse_runs(tx, tx.addresses + tx.first * TX_ADDRESS_BYTES)
+            if not send_in_pieces(tx, tx.first):
+                return
+            tx.first += 1
+        else:
+            drop_one(tx, error)
+            tx.first += 1
+            retries = 0
+    tx.first = tx.end = 0
+    tx.arena_used = 0
