@@ -38,6 +38,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 3_000),
     # A page of our longest records. The default is 4 MiB.
     ("grpc.max_receive_message_length", 128 * 1024 * 1024),
+    # gRPC would go even to localhost through the http_proxy of the environment.
+    ("grpc.enable_http_proxy", 0),
     # A connection of its own, or a new object would inherit the backoff of an older one.
     ("grpc.use_local_subchannel_pool", 1),
 )

@@ -92,8 +92,13 @@ def _serialized_file(path: Path) -> bytes:
 def _members(file: Any) -> Iterator[tuple[str, Any]]:
     """What protoc's module has at its top. Nested messages and enums hang on their classes."""
     yield "DESCRIPTOR", file
+    factory: Any = message_factory
+    if hasattr(factory, "GetMessageClass"):
+        class_of = factory.GetMessageClass
+    else:  # protobuf 4.21
+        class_of = factory.MessageFactory(file.pool).GetPrototype
     for name, message in file.message_types_by_name.items():
-        yield name, message_factory.GetMessageClass(message)
+        yield name, class_of(message)
     for name, enum in file.enum_types_by_name.items():
         yield name, enum_type_wrapper.EnumTypeWrapper(enum)
         yield from ((value.name, value.number) for value in enum.values)

@@ -31,7 +31,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -56,6 +56,7 @@ _CLAIM_ATTEMPTS = 5
 """Each one fails only if the key or the lease went between two calls. So often is no accident."""
 
 _SHORTEST_REVOKE_S = 0.1
+_MOST_UNANSWERED = 10_000
 _SHORTEST_TTL_S = 2
 _LONGEST_TTL_S = 24 * 3600
 
@@ -147,8 +148,9 @@ class Session:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._registrations: set[Registration] = set()
-        # The lease of a registering that ended without an answer: its record may be in etcd.
-        self._unanswered: dict[bytes, int] = {}
+        # By key, our leases when etcd did not answer a registering or a withdrawal. A record that is
+        # found under one of them later is no conflict.
+        self._unanswered: dict[bytes, Collection[int]] = {}
         self._refresh_at_s = math.inf
         self._answered = False
         self._state = SessionState.SUSPENDED
@@ -183,14 +185,15 @@ class Session:
         """See ``Registry.register``."""
         self.check_usable()
         registration = Registration(self, key, record, on_lease or (lambda lease_id: None))
-        adopt_lease_id = adopt_lease_id or self._unanswered.pop(key, 0)
+        registration._own_lease_ids.extend(self._unanswered.pop(key, ()))
+        if registration._own_lease_ids and not adopt_lease_id:
+            adopt_lease_id = registration._own_lease_ids[-1]
         try:
             if adopt_lease_id:
                 self._adopt(registration, adopt_lease_id)
             self._claim(registration)
         except RegistryUnavailableError:
-            if registration._lease is not None:
-                self._unanswered[key] = registration._lease.lease_id
+            self._remember([registration])
             self._heard(answered=False)
             raise
         except BaseException:
@@ -234,7 +237,9 @@ class Session:
                 lease_ids.append(lease.lease_id)
         if waited:
             self._claiming.release()
-        self._revoke(lease_ids, max(deadline_s - time.monotonic(), _SHORTEST_REVOKE_S))
+        timeout_s = max(deadline_s - time.monotonic(), _SHORTEST_REVOKE_S)
+        if not self._revoke(lease_ids, timeout_s):
+            self._remember(registrations)
         self._tell_state()
 
     def close(self) -> None:
@@ -305,6 +310,22 @@ class Session:
         # Before the key is put: whoever writes the lease down there finds every record again.
         registration._on_lease(lease.lease_id)
         return held
+
+    def _revoke(self, lease_ids: list[int], timeout_s: float) -> bool:
+        try:
+            if lease_ids:
+                self._etcd.revoke(lease_ids, timeout_s)
+        except RegistryError as error:
+            log.info("%d records are left to their TTL: %s", len(lease_ids), error)
+            return False
+        return True
+
+    def _remember(self, registrations: Iterable[Registration]) -> None:
+        with self._lock:
+            for registration in registrations:
+                self._unanswered[registration._key] = registration._own_lease_ids
+            while len(self._unanswered) > _MOST_UNANSWERED:
+                del self._unanswered[next(iter(self._unanswered))]  # the oldest
 
     # The thread
 
@@ -423,14 +444,6 @@ class Session:
                     self._on_state(state)
                 except Exception:
                     log.exception("on_state raised")
-
-    def _revoke(self, lease_ids: list[int], timeout_s: float) -> None:
-        if not lease_ids:
-            return
-        try:
-            self._etcd.revoke(lease_ids, timeout_s)
-        except RegistryError as error:
-            log.info("%d records are left to their TTL: %s", len(lease_ids), error)
 
 
 @dataclass

@@ -109,7 +109,7 @@ def test_variables_meant_for_another_etcd_do_no_harm(monkeypatch: pytest.MonkeyP
 def test_a_port_in_use_is_said() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         etcd = EmbeddedEtcd(port=server.getsockname()[1])
-        with pytest.raises(RegistryUnavailableError, match="listens at .* already"):
+        with pytest.raises(RegistryUnavailableError, match=r"listens at .* already"):
             etcd.start()
 
 

@@ -142,6 +142,14 @@ def test_nodes_takes_its_settings_from_the_environment(
     assert nodes(prefix="elsewhere") == []
 
 
+def test_a_proxy_of_the_environment_is_not_asked(
+    etcd: str, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert nodes(etcd, prefix) == []
+
+
 # Whose key it is
 
 
@@ -376,6 +384,20 @@ def test_a_registering_that_was_not_answered_can_be_repeated(prefix: str) -> Non
         registration = eventually(lambda: registry.register(SEED, on_lease=leases.append))
         assert set(leases) == {registration.lease_id}
         assert registry.nodes() == [SEED]
+
+
+def test_a_record_that_could_not_be_withdrawn_is_no_conflict_later(prefix: str) -> None:
+    with (
+        EmbeddedEtcd() as etcd,
+        Registry(etcd.endpoint, prefix, timeout_s=0.5, lease_ttl_s=60) as registry,
+    ):
+        registration = registry.register(SEED)
+        lease_id = registration.lease_id
+        etcd.kill()
+        registration.close()
+        etcd.restart()
+        assert eventually(registry.nodes) == [SEED], "etcd knows nothing of it"
+        assert registry.register(SEED).lease_id == lease_id
 
 
 def test_a_listener_that_raises_is_logged_and_stops_nothing(
