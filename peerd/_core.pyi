@@ -5,8 +5,9 @@ code, an int32 length and an ASCII version, and a body to the end of the datagra
 endian. :func:`encode` and :func:`decode` run the same C functions as :class:`DatagramLoop`.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final, final
+from collections.abc import Callable, Coroutine, Mapping
+from contextvars import Context
+from typing import Any, Final, Protocol, TypeAlias, final
 
 from typing_extensions import Buffer
 
@@ -62,6 +63,24 @@ def encode(magic: str, version: str, body: bytes = b"") -> bytes:
 def decode(datagram: Buffer, sender: tuple[str, int] | None = None) -> Message:
     """The message in a datagram. Raises :class:`peerd.DecodeError`, and nothing else, on any bytes."""
 
+Reply: TypeAlias = bytes | Message | None
+
+class Spare(Protocol):
+    """What a coroutine handler sees as its task while it has not waited for anything yet."""
+
+    @property
+    def context(self) -> Context:
+        """What the coroutine runs in."""
+    @property
+    def clean_context(self) -> Context:
+        """A copy of it from before."""
+    def enter(self) -> object:
+        """Become the event loop's current task."""
+    def leave(self) -> object:
+        """Cease to be."""
+    def discard(self) -> object:
+        """A coroutine has left its context changed: it is not to be handed out again."""
+
 @final
 class DatagramLoop:
     """Receives on a bound UDP socket, calls handlers and sends their replies, in one thread.
@@ -75,6 +94,9 @@ class DatagramLoop:
     ``batch_handlers``
         Magic code to ``handler(messages)``, called once a turn with a non-empty list that the
         handler may keep. It returns None.
+    ``coroutine_handlers``
+        As ``handlers``, with coroutine functions. They need :meth:`attach` and an event loop that
+        calls :meth:`turn` when the socket can be read, instead of :meth:`run`.
     ``slot``
         Heartbeat and counters are written here.
     ``on_handler_error``
@@ -98,11 +120,13 @@ class DatagramLoop:
     def __init__(
         self,
         fd: int,
-        handlers: Mapping[str, Callable[[Message], bytes | Message | None]],
+        handlers: Mapping[str, Callable[[Message], Reply]],
         batch_handlers: Mapping[str, Callable[[list[Message]], None]],
         slot: Slot,
         on_handler_error: Callable[[str, tuple[str, int] | None, Exception], object],
         *,
+        coroutine_handlers: Mapping[str, Callable[[Message], Coroutine[Any, Any, Reply]]]
+        | None = None,
         on_icmp_error: Callable[[tuple[str, int] | None, int], object] | None = None,
         gro: bool = True,
         gso: bool = True,
@@ -130,6 +154,37 @@ class DatagramLoop:
 
         Returns the number of datagrams taken (at most 16 buffers full).
         """
+
+    def fileno(self) -> int:
+        """The socket, for an event loop."""
+
+    def attach(
+        self,
+        new_spare: Callable[[], Spare],
+        continue_: Callable[[Spare, Coroutine[Any, Any, Reply], Any, Message], object],
+    ) -> None:
+        """Let coroutine handlers run: where their spare tasks come from, and who continues them.
+
+        ``continue_`` gets the spare, the coroutine, what it waits for (as a task would), and the
+        message; in the end it calls :meth:`answer` or :meth:`abandon`.
+        """
+
+    def answer(self, message: Message, result: Reply | Exception) -> None:
+        """What a continued coroutine returned or raised. Queued: :meth:`flush` sends it."""
+
+    def abandon(self) -> None:
+        """A continued coroutine was cancelled and gives no answer."""
+
+    def flush(self) -> None:
+        """Send what is queued, as far as the kernel takes it."""
+
+    @property
+    def suspended(self) -> int:
+        """How many continued coroutines have not ended."""
+
+    @property
+    def queued_replies(self) -> int:
+        """How many replies the kernel has not taken yet."""
 
     def stop(self, drain_s: float = 0.0) -> None:
         """End :meth:`run` after the turn it is in; from any thread, or from a signal handler.

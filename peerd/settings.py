@@ -11,6 +11,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from peerd.endpoint import Endpoint
 from peerd.errors import SettingsError
 
 DEFAULT_ENDPOINT = "http://localhost:23790"
@@ -19,6 +20,9 @@ DEFAULT_ENDPOINT = "http://localhost:23790"
 DEFAULT_PREFIX = "peerd"
 MAX_PORT = 65535
 MAX_PEERS = 4096
+MAX_PREFIX_BYTES = 255
+MIN_LEASE_TTL_S = 2
+MAX_LEASE_TTL_S = 24 * 3600
 
 _WILDCARDS = ("0.0.0.0", "::", "")
 
@@ -35,9 +39,20 @@ class RegistrySettings:
     """How long a record outlives a host that died without a word. Longer means fewer keep-alives."""
 
     def __post_init__(self) -> None:
-        if self.lease_ttl_s < 2:
+        Endpoint.parse(self.endpoint)
+        if (
+            not self.prefix.isprintable()
+            or not 1 <= len(self.prefix.encode()) <= MAX_PREFIX_BYTES
+            or self.prefix.endswith("/")
+        ):
             raise SettingsError(
-                f"--ttl {self.lease_ttl_s}: the shortest lease is 2 s, since etcd grants 2 for 1"
+                f"prefix {self.prefix[:100]!r}: give printable text of 1 to {MAX_PREFIX_BYTES} bytes "
+                "in UTF-8 that does not end with '/', such as 'peerd'"
+            )
+        if not MIN_LEASE_TTL_S <= self.lease_ttl_s <= MAX_LEASE_TTL_S:
+            raise SettingsError(
+                f"lease TTL {self.lease_ttl_s} s: give {MIN_LEASE_TTL_S} (etcd grants 2 for 1) to "
+                f"{MAX_LEASE_TTL_S} (a dead peer stays listed for as long)"
             )
 
 

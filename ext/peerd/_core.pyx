@@ -24,6 +24,12 @@ ICMP errors. With IP_RECVERR they wait in a queue of the socket that poll() tell
 that they are about; without, only the next call would fail, and for no fault of its own. They are
 counted, and passed to on_icmp_error if there is one.
 
+Coroutine handlers. Their loop is turned by an event loop instead of run() (peerd/async_server.py). A
+coroutine is stepped at once, as asyncio's eager tasks are (Python 3.12), and most end in that step: they
+cost no task and no trip through the event loop. While it is stepped, the current task and context are
+those of a spare task; a coroutine that waits for something takes the spare with it, and is continued
+by it. So asyncio.timeout(), task groups and context variables work as in any task.
+
 Waking up. The loop polls the socket and a pipe. stop() writes the pipe, and so does the C signal
 handler of CPython if the owner calls signal.set_wakeup_fd(loop.wakeup_fd): so a signal that arrives
 just before poll() is not slept over. After every turn PyErr_CheckSignals runs the Python handlers.
@@ -36,8 +42,10 @@ recvmmsg, and often forbidden in containers).
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.contextvars cimport PyContext_Enter, PyContext_Exit
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.object cimport Py_EQ, Py_NE
+from cpython.object cimport Py_EQ, Py_NE, PyObject
+from cpython.ref cimport Py_DECREF
 from cpython.unicode cimport PyUnicode_DecodeASCII
 from libc.errno cimport EAGAIN, ECONNREFUSED, EHOSTUNREACH, EINTR, ENETUNREACH, ENOBUFS, ENOMEM, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -93,7 +101,13 @@ import orjson
 from peerd.errors import DecodeError
 
 cdef extern from "Python.h":
+    ctypedef enum PySendResult:
+        PYGEN_RETURN
+        PYGEN_ERROR
+        PYGEN_NEXT
+
     const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *) except NULL
+    PySendResult PyIter_Send(object, object, PyObject **)
 
 cdef enum:
     # How long an idle loop sleeps before it writes its heartbeat.
@@ -217,6 +231,7 @@ cdef class _Route:
     cdef str magic
     cdef object handler
     cdef list pending  # the batch of this turn; None when each message gets its own call
+    cdef bint is_coroutine
 
 
 @cython.final
@@ -235,6 +250,10 @@ cdef class DatagramLoop:
     cdef dict _routes
     cdef dict _versions
     cdef list _batched
+    cdef object _new_spare
+    cdef object _continue
+    cdef object _spare  # entered as the current task and context, or None
+    cdef unsigned int _suspended  # coroutines that wait for something
     # The last header that parsed and had a handler: nearly all messages repeat it.
     cdef uint8_t _last_header[HEADER_CACHE_BYTES]
     cdef size_t _last_header_bytes  # 0 when there is none
@@ -262,6 +281,7 @@ cdef class DatagramLoop:
         Slot slot not None,
         on_handler_error,
         *,
+        coroutine_handlers=None,
         on_icmp_error=None,
         bint gro=True,
         bint gso=True,
@@ -283,6 +303,8 @@ cdef class DatagramLoop:
             self._add_route(magic, handler, None)
         for magic, handler in batch_handlers.items():
             self._add_route(magic, handler, [])
+        for magic, handler in (coroutine_handlers or {}).items():
+            self._add_route(magic, handler, None, True)
         self._processed = self._stats.counters[RX_DATAGRAMS]
         self._stats.counters[HANDLED] = self._processed
         self._rx_buffers = RX_BATCH
@@ -343,10 +365,53 @@ cdef class DatagramLoop:
         cdef uint64_t before = self._stats.counters[RX_DATAGRAMS]
         self._begin()
         try:
-            self._turn()
+            if self._turn() < 0 and self._rx.used == 0:
+                # Whoever polled the socket may have been woken by its error queue.
+                self._read_icmp_errors()
         finally:
             self._running = False
         return self._stats.counters[RX_DATAGRAMS] - before
+
+    def fileno(self):
+        return self._fd
+
+    @property
+    def suspended(self):
+        return self._suspended
+
+    @property
+    def queued_replies(self):
+        return self._tx.queued
+
+    def attach(self, new_spare, continue_):
+        self._new_spare = new_spare
+        self._continue = continue_
+
+    def answer(self, Message message not None, result):
+        """The reply of a coroutine that had waited, or its exception."""
+        cdef linux.msghdr to
+        cdef bytes header
+        self._suspended -= 1
+        try:
+            if isinstance(result, Exception):
+                raise result
+            if result is not None:
+                header = encode(message.magic, message.version)
+                to.msg_name = &message._address
+                to.msg_namelen = message._address_bytes
+                self._reply(message.magic, result, <const uint8_t *>PyBytes_AS_STRING(header),
+                            PyBytes_GET_SIZE(header), &to)
+        except Exception as error:
+            self._handler_failed(message.magic, message, error)
+
+    def flush(self):
+        """Send what answer() has queued."""
+        self._flush()
+
+    def abandon(self):
+        """Count a coroutine that was cancelled: it gives no answer."""
+        self._suspended -= 1
+        self._count_handled()
 
     def stop(self, double drain_s=0.0):
         cdef char byte = 0
@@ -361,12 +426,13 @@ cdef class DatagramLoop:
         self._running = True
         return 0
 
-    cdef int _add_route(self, str magic, object handler, list pending) except -1:
+    cdef int _add_route(self, str magic, object handler, list pending, bint is_coroutine=False) except -1:
         cdef _Route route = _Route.__new__(_Route)
         route.key = magic.encode("ascii")
         route.magic = magic
         route.handler = handler
         route.pending = pending
+        route.is_coroutine = is_coroutine
         if route.key in self._routes:
             raise ValueError(f"two handlers for {magic!r}")
         self._routes[route.key] = route
@@ -445,6 +511,8 @@ cdef class DatagramLoop:
                 self._call_batch_handlers()
         finally:
             # Also when a handler ends the loop: what is answered is sent.
+            if self._spare is not None:
+                self._leave_spare()
             self._flush()
         stats.counters[TURNS] += 1
         now_ns = stats.heartbeat_ns = monotonic_ns()
@@ -579,11 +647,64 @@ cdef class DatagramLoop:
             route.pending.append(message)
             return 0
         try:
+            if route.is_coroutine:
+                self._step(route, message, data, header_bytes, header)
+                return 0
             result = route.handler(message)
             if result is not None:
-                self._reply(route, result, data, header_bytes, header)
+                self._reply(route.magic, result, data, header_bytes, header)
         except Exception as error:
-            self._handler_failed(route, message, error)
+            self._handler_failed(route.magic, message, error)
+        return 0
+
+    cdef int _step(
+        self, _Route route, Message message, const uint8_t *data, size_t header_bytes, linux.msghdr *header
+    ) except -1:
+        """The first step of a coroutine, and mostly the only one."""
+        cdef PyObject *out = NULL
+        cdef PySendResult status
+        if self._spare is None:
+            self._enter_spare()
+        coroutine = route.handler(message)
+        status = PyIter_Send(coroutine, None, &out)
+        if status == PYGEN_ERROR:
+            self._check_context()
+            raise_pending()
+        result = <object>out
+        Py_DECREF(result)
+        if status == PYGEN_NEXT:
+            self._suspended += 1
+            spare = self._spare
+            self._leave_spare()
+            self._continue(spare, coroutine, result, message)
+            return 0
+        self._check_context()
+        if result is not None:
+            self._reply(route.magic, result, data, header_bytes, header)
+        return 0
+
+    cdef int _enter_spare(self) except -1:
+        if self._new_spare is None:
+            raise RuntimeError("coroutine handlers need an event loop: see attach()")
+        spare = self._new_spare()
+        spare.enter()
+        PyContext_Enter(spare.context)
+        self._spare = spare
+        return 0
+
+    cdef int _leave_spare(self) except -1:
+        spare = self._spare
+        self._spare = None
+        PyContext_Exit(spare.context)
+        spare.leave()
+        return 0
+
+    cdef int _check_context(self) except -1:
+        """The next message must not see the context variables that this one has set."""
+        if self._spare.context != self._spare.clean_context:
+            spare = self._spare
+            self._leave_spare()
+            spare.discard()
         return 0
 
     cdef Py_ssize_t _read_header(self, const uint8_t *data, size_t size) except -1:
@@ -638,16 +759,16 @@ cdef class DatagramLoop:
                         "it must return None"
                     )
             except Exception as error:
-                self._handler_failed(route, batch[0], error)
+                self._handler_failed(route.magic, batch[0], error)
         return 0
 
-    cdef int _handler_failed(self, _Route route, Message message, object error) except -1:
+    cdef int _handler_failed(self, str magic, Message message, object error) except -1:
         self._stats.counters[HANDLER_ERRORS] += 1
-        self._on_handler_error(route.magic, message.sender, error)
+        self._on_handler_error(magic, message.sender, error)
         return 0
 
     cdef int _reply(
-        self, _Route route, object result, const uint8_t *request, size_t header_bytes, linux.msghdr *to
+        self, str asked, object result, const uint8_t *request, size_t header_bytes, linux.msghdr *to
     ) except -1:
         cdef Message reply
         cdef const char *magic
@@ -675,7 +796,7 @@ cdef class DatagramLoop:
                 memcpy(at, PyBytes_AS_STRING(reply.body), body_bytes)
         else:
             raise TypeError(
-                f"the handler of {route.magic!r} returned {type(result).__name__}; "
+                f"the handler of {asked!r} returned {type(result).__name__}; "
                 "it must return bytes, a Message or None"
             )
         return 0
@@ -706,10 +827,15 @@ cdef class DatagramLoop:
         return 0
 
     cdef void _count_handled(self) noexcept:
-        cdef Py_ssize_t unfinished = self._tx.queued
+        cdef Py_ssize_t unfinished = self._tx.queued + self._suspended
         for route in self._batched:
             unfinished += len((<_Route>route).pending)
         self._stats.counters[HANDLED] = self._processed - unfinished
+
+
+cdef int raise_pending() except -1:
+    """For an error that C has set already."""
+    return -1
 
 
 cdef inline int64_t monotonic_ns() noexcept nogil:

@@ -49,7 +49,7 @@ def etcd(port: int, data_dir: Path | None) -> None:
     )
     click.echo(f"etcd at {url} ({binary}{kept}); {name}; Ctrl-C stops it", err=True)
     try:
-        process = subprocess.Popen(command(binary, url, directory))
+        process = subprocess.Popen(command(binary, url, directory, durable=data_dir is not None))
         for number in (signal.SIGTERM, signal.SIGINT):
             # The terminal sends Ctrl-C to etcd as well; a signal to this process alone is passed on.
             signal.signal(number, lambda number, _: process.send_signal(number))

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import grpc
 
+from peerd.endpoint import Endpoint
 from peerd.errors import RegistryAuthError, RegistryError, RegistryUnavailableError
-from peerd.registry.endpoint import Endpoint
 from peerd.registry.etcd3_import import import_etcd3
 
 etcd3 = import_etcd3()

@@ -7,15 +7,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from peerd.errors import InvalidRecordError, SettingsError
+from peerd.errors import InvalidRecordError
 from peerd.registry.etcd import Etcd
 from peerd.registry.records import PeerRecord
 from peerd.registry.session import Registration, Session, SessionState
-from peerd.settings import DEFAULT_ENDPOINT, DEFAULT_PREFIX
+from peerd.settings import DEFAULT_ENDPOINT, DEFAULT_PREFIX, RegistrySettings
 
 log = logging.getLogger(__name__)
-
-MAX_PREFIX_BYTES = 255
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,8 @@ class Registry:
         on_state: Callable[[SessionState], None] | None = None,
     ) -> None:
         """Raises SettingsError for an endpoint, a prefix or a TTL that cannot work."""
-        self._folder = _folder(prefix)
+        RegistrySettings(endpoint=endpoint, prefix=prefix, lease_ttl_s=lease_ttl_s)
+        self._folder = f"{prefix}/".encode()
         self._etcd = Etcd(endpoint, timeout_s)
         self._session = Session(self._etcd, lease_ttl_s, on_state)
 
@@ -121,16 +120,3 @@ class Registry:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _folder(prefix: str) -> bytes:
-    if (
-        not prefix.isprintable()
-        or not 1 <= len(prefix.encode()) <= MAX_PREFIX_BYTES
-        or prefix.endswith("/")
-    ):
-        raise SettingsError(
-            f"prefix {prefix[:100]!r}: give printable text of 1 to {MAX_PREFIX_BYTES} bytes in UTF-8 "
-            "that does not end with '/', such as 'peerd'"
-        )
-    return f"{prefix}/".encode()

@@ -40,7 +40,6 @@ from peerd.errors import (
     PeerConflictError,
     RegistryError,
     RegistryUnavailableError,
-    SettingsError,
 )
 from peerd.registry.etcd import Etcd, KeyValue, Lease, LeaseNotFoundError
 from peerd.registry.records import PeerRecord
@@ -57,8 +56,6 @@ _CLAIM_ATTEMPTS = 5
 
 _SHORTEST_REVOKE_S = 0.1
 _MOST_UNANSWERED = 10_000
-_SHORTEST_TTL_S = 2
-_LONGEST_TTL_S = 24 * 3600
 
 
 class SessionState(Enum):
@@ -132,11 +129,6 @@ class Session:
     def __init__(
         self, etcd: Etcd, lease_ttl_s: int, on_state: Callable[[SessionState], None] | None
     ) -> None:
-        if not _SHORTEST_TTL_S <= lease_ttl_s <= _LONGEST_TTL_S:
-            raise SettingsError(
-                f"lease TTL {lease_ttl_s} s: give {_SHORTEST_TTL_S} (etcd grants 2 for 1) to "
-                f"{_LONGEST_TTL_S} (a dead peer stays listed for as long)"
-            )
         self._etcd = etcd
         self._lease_ttl_s = lease_ttl_s
         self._on_state = on_state

@@ -19,6 +19,7 @@ import pytest
 
 from eventually import eventually
 from peerd.embedded_etcd import EmbeddedEtcd
+from peerd.endpoint import Endpoint
 from peerd.errors import (
     InvalidRecordError,
     PeerConflictError,
@@ -26,7 +27,6 @@ from peerd.errors import (
     SettingsError,
 )
 from peerd.registry import PeerRecord, Registry, SessionState, nodes
-from peerd.registry.endpoint import Endpoint
 from peerd.registry.etcd import Etcd, KeyValue
 
 CONNECTED, SUSPENDED, LOST = SessionState.CONNECTED, SessionState.SUSPENDED, SessionState.LOST

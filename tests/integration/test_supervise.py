@@ -302,7 +302,7 @@ def test_a_port_of_somebody_else_is_named(supervised: Supervised) -> None:
         (["--base-port=65530", "--peers=8"], 2, "use --base-port 65528 or lower"),
         (["--app=no_such:app"], 78, "there is no module 'no_such'"),
         (["--app=peerd:nothing"], 78, "has no attribute 'nothing'"),
-        (["--ttl=1"], 2, "shortest lease is 2 s"),
+        (["--ttl=1"], 2, "etcd grants 2 for 1"),
         (["--etcd=localhost:2379"], 2, "http://host:port"),
         (["--host=192.0.2.1"], 73, "this machine has no such address"),
         (["--no-such-flag"], 2, "No such option"),

@@ -32,8 +32,20 @@ def test_what_cannot_work_is_refused(values: dict[str, int], text: str) -> None:
 
 
 def test_a_lease_that_etcd_would_not_grant_is_refused() -> None:
-    with pytest.raises(SettingsError, match="shortest lease is 2 s"):
+    with pytest.raises(SettingsError, match="etcd grants 2 for 1"):
         RegistrySettings(lease_ttl_s=1)
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:2379", "ftp://localhost:1", "http://localhost"])
+def test_an_endpoint_of_the_wrong_form_is_refused(endpoint: str) -> None:
+    with pytest.raises(SettingsError, match="http://host:port"):
+        RegistrySettings(endpoint=endpoint)
+
+
+@pytest.mark.parametrize("prefix", ["", "a/", "a\n", "x" * 256])
+def test_a_prefix_that_cannot_work_is_refused(prefix: str) -> None:
+    with pytest.raises(SettingsError, match="prefix"):
+        RegistrySettings(prefix=prefix)
 
 
 @pytest.mark.parametrize(
