@@ -65,7 +65,7 @@ def decode(datagram: Buffer, sender: tuple[str, int] | None = None) -> Message:
 
 Reply: TypeAlias = bytes | Message | None
 
-class Spare(Protocol):
+class _Spare(Protocol):
     """What a coroutine handler sees as its task while it has not waited for anything yet."""
 
     @property
@@ -160,8 +160,8 @@ class DatagramLoop:
 
     def attach(
         self,
-        new_spare: Callable[[], Spare],
-        continue_: Callable[[Spare, Coroutine[Any, Any, Reply], Any, Message], object],
+        new_spare: Callable[[], _Spare],
+        continue_: Callable[[_Spare, Coroutine[Any, Any, Reply], Any, Message], object],
     ) -> None:
         """Let coroutine handlers run: where their spare tasks come from, and who continues them.
 

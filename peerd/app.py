@@ -5,18 +5,19 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
-from peerd._core import Message
+from peerd._core import Message, Reply
 from peerd.errors import AppLoadError
 
-Handler = Callable[[Message], bytes | Message | None]
+Handler = Callable[[Message], Reply]
+CoroutineHandler = Callable[[Message], Coroutine[Any, Any, Reply]]
 BatchHandler = Callable[[list[Message]], None]
 
-HandlerT = TypeVar("HandlerT", bound=Handler)
+HandlerT = TypeVar("HandlerT", bound=Handler | CoroutineHandler)
 BatchHandlerT = TypeVar("BatchHandlerT", bound=BatchHandler)
 
 # The envelope allows 2 GiB; a magic code is a word.
@@ -27,12 +28,15 @@ class App:
     """Handlers by magic code.
 
     A handler runs in the worker's only thread: while it runs, its peer receives nothing (datagrams
-    wait in the kernel's buffer). So it should not block. What it raises is counted and logged, the
-    message gets no reply, and the peer goes on.
+    wait in the kernel's buffer). So it should not block, or be an ``async def`` and await: an app
+    that has one runs on an event loop (uvloop's when it is installed), and others are served
+    meanwhile. What a handler raises is counted and logged, the message gets no reply, and the peer
+    goes on.
     """
 
     def __init__(self) -> None:
         self._handlers: dict[str, Handler] = {}
+        self._coroutine_handlers: dict[str, CoroutineHandler] = {}
         self._batch_handlers: dict[str, BatchHandler] = {}
 
     @property
@@ -40,20 +44,27 @@ class App:
         return MappingProxyType(self._handlers)
 
     @property
+    def coroutine_handlers(self) -> Mapping[str, CoroutineHandler]:
+        return MappingProxyType(self._coroutine_handlers)
+
+    @property
     def batch_handlers(self) -> Mapping[str, BatchHandler]:
         return MappingProxyType(self._batch_handlers)
 
     def handler(self, magic: str) -> Callable[[HandlerT], HandlerT]:
-        """Register a function that is called once a message.
+        """Register a function, or a coroutine function, that is called once a message.
 
         It returns bytes (the body of a reply with the same magic and version), a Message (a reply
         of its own) or None (no reply). Raises ValueError when the magic is not 1 to 255 ASCII
-        characters or has a handler already, TypeError for a coroutine function.
+        characters or has a handler already, TypeError for what cannot be called.
         """
 
         def register(function: HandlerT) -> HandlerT:
             self._check(magic, function)
-            self._handlers[magic] = function
+            if inspect.iscoroutinefunction(function):
+                self._coroutine_handlers[magic] = function
+            else:
+                self._handlers[magic] = cast(Handler, function)
             return function
 
         return register
@@ -61,11 +72,13 @@ class App:
     def batch_handler(self, magic: str) -> Callable[[BatchHandlerT], BatchHandlerT]:
         """Register a function that is called once a wake-up with all messages of it; no replies.
 
-        Raises as :meth:`handler` does.
+        Raises as :meth:`handler` does, and TypeError for a coroutine function.
         """
 
         def register(function: BatchHandlerT) -> BatchHandlerT:
             self._check(magic, function)
+            if inspect.iscoroutinefunction(function):
+                raise TypeError(f"the batch handler of {magic!r} cannot be a coroutine function")
             self._batch_handlers[magic] = function
             return function
 
@@ -76,15 +89,11 @@ class App:
             raise ValueError(
                 f"a magic code is 1 to {MAX_MAGIC_BYTES} ASCII characters, not {magic!r}"
             )
-        if magic in self._handlers or magic in self._batch_handlers:
+        taken = (self._handlers, self._coroutine_handlers, self._batch_handlers)
+        if any(magic in handlers for handlers in taken):
             raise ValueError(f"magic code {magic!r} has a handler already")
         if not callable(function):
             raise TypeError(f"the handler of {magic!r} is not callable: {function!r}")
-        if inspect.iscoroutinefunction(function):
-            raise TypeError(
-                f"the handler of {magic!r} is a coroutine function; "
-                "this version of peerd calls plain functions only: drop the async"
-            )
 
 
 def builtin_app() -> App:

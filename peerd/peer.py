@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Self
 from peerd._core import DatagramLoop
 from peerd._scoreboard import Scoreboard
 from peerd.app import App, builtin_app
+from peerd.errors import SettingsError
 from peerd.settings import DEFAULT_PREFIX, SupervisorSettings
 from peerd.supervisor.sockets import bind_all
-from peerd.worker import HandlerErrorLog
+from peerd.worker import make_loop
 
 if TYPE_CHECKING:
     from peerd.registry import PeerRecord
@@ -57,8 +58,14 @@ class Peer:
 
         ``app``: None for the built-in one (PING, ECHO). ``etcd``: the endpoint of the registry; None
         to register nowhere. ``advertise``: the host in the record; None for ``host``, or this
-        machine's name when that is a wildcard. Raises SettingsError for a port out of range.
+        machine's name when that is a wildcard. Raises SettingsError for a port out of range, and for
+        an app with coroutine handlers, which need a worker of their own.
         """
+        if app is not None and app.coroutine_handlers:
+            raise SettingsError(
+                "a Peer calls plain functions only: run an app with async handlers by "
+                "'peerd supervise --app module:attr'"
+            )
         settings = SupervisorSettings(
             host=host, base_port=port, advertise=advertise, recv_buffer_bytes=recv_buffer_bytes
         )
@@ -134,12 +141,8 @@ class Peer:
             raise RuntimeError(f"peer {self.peer_id} is running already")
         (sock,) = bind_all(self._settings.host, self.port, 1, self._settings.recv_buffer_bytes)
         self._open.callback(sock.close)
-        self._loop = DatagramLoop(
-            sock.fileno(),
-            self._app.handlers,
-            self._app.batch_handlers,
-            self._slot,
-            HandlerErrorLog(self.peer_id),
+        self._loop = make_loop(
+            self._app, sock.fileno(), self._slot, self.peer_id, self._settings.datagrams
         )
         self._open.callback(self._end_loop)
         return self._loop

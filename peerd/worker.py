@@ -7,19 +7,22 @@ that happens here from the slot, from one report at boot and from the exit code.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from setproctitle import setproctitle
 
 from peerd._core import DatagramLoop
 from peerd._scoreboard import Slot
-from peerd.app import load_app
+from peerd.app import App, load_app
 from peerd.errors import AppLoadError
+from peerd.kernel import is_kernel_with_broken_gso, is_kernel_without_gro
+from peerd.settings import DatagramSettings
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +33,9 @@ EX_CONFIG = 78
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
     peer_id: str
-    app: str | None
-    drain_timeout_s: float
+    app: str | None = None
+    datagrams: DatagramSettings = field(default_factory=DatagramSettings)
+    drain_timeout_s: float = 1.0
 
 
 class BootReport(Protocol):
@@ -52,19 +56,48 @@ def run(settings: WorkerSettings, sock: socket.socket, slot: Slot, report: BootR
     except AppLoadError as error:
         report.failed(_explain(error))
         return EX_CONFIG
-    loop = DatagramLoop(
-        sock.fileno(),
-        app.handlers,
-        app.batch_handlers,
-        slot,
-        HandlerErrorLog(settings.peer_id),
-    )
+    loop = make_loop(app, sock.fileno(), slot, settings.peer_id, settings.datagrams)
+    if app.coroutine_handlers:
+        # Only an app that has such handlers pays for asyncio.
+        from peerd import async_server
+
+        async_server.run(loop, report.ready, settings.drain_timeout_s)
+        return EX_OK
     signal.signal(signal.SIGTERM, lambda *_: loop.stop(drain_s=settings.drain_timeout_s))
     signal.set_wakeup_fd(loop.wakeup_fd, warn_on_full_buffer=False)
     loop.turn()
     report.ready()
     loop.run()
     return EX_OK
+
+
+def make_loop(
+    app: App, fd: int, slot: Slot, peer_id: str, settings: DatagramSettings
+) -> DatagramLoop:
+    """The datagram loop of a peer, with its handlers and its logs."""
+    return DatagramLoop(
+        fd,
+        app.handlers,
+        app.batch_handlers,
+        slot,
+        HandlerErrorLog(peer_id),
+        coroutine_handlers=app.coroutine_handlers,
+        on_icmp_error=IcmpErrorLog(peer_id) if log.isEnabledFor(logging.DEBUG) else None,
+        gro=settings.offload and not is_kernel_without_gro(),
+        gso=settings.offload and not is_kernel_with_broken_gso(),
+        linger_s=settings.linger_us / 1e6,
+    )
+
+
+class IcmpErrorLog:
+    """Names the clients that cannot be reached."""
+
+    def __init__(self, peer_id: str) -> None:
+        self._peer_id = peer_id
+
+    def __call__(self, address: tuple[str, int] | None, error: int) -> None:
+        host, port = address or ("?", 0)
+        log.debug("peer=%s to=%s:%d: %s", self._peer_id, host, port, os.strerror(error))
 
 
 class HandlerErrorLog:

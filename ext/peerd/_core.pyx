@@ -95,6 +95,7 @@ from peerd.transmit cimport (
 from peerd.wire cimport DECODE_EMPTY, DECODE_OK, MAX_DATAGRAM_BYTES, DecodeReason, Envelope, parse_envelope, write_text
 
 import os
+from typing import Union
 
 import orjson
 
@@ -185,6 +186,9 @@ cdef class Message:
 
     def __reduce__(self):
         return Message, (self.magic, self.version, self.body, self.sender)
+
+
+Reply = Union[bytes, Message, None]
 
 
 def encode(str magic not None, str version not None, bytes body not None=b""):

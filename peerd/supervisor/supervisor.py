@@ -359,7 +359,10 @@ class Supervisor:
         if ready == len(self._peers) and not self._all_ready_told:
             self._all_ready_told = True
             passed_ms = (time.monotonic() - self._begun_s) * 1e3
-            log.info("all %d peers are ready, %.0f ms after start", ready, passed_ms)
+            log.info("%s ready, %.0f ms after start", self._all_peers(), passed_ms)
+
+    def _all_peers(self) -> str:
+        return "the peer is" if len(self._peers) == 1 else f"all {len(self._peers)} peers are"
 
     # The registrar
 
@@ -395,11 +398,8 @@ class Supervisor:
             self._registrar_report_fd = None
         if not self._all_registered_told and all(peer.slot.registered for peer in self._peers):
             self._all_registered_told = True
-            log.info(
-                "all %d peers are registered in etcd at %s",
-                len(self._peers),
-                self._settings.registry.endpoint,
-            )
+            endpoint = self._settings.registry.endpoint
+            log.info("%s registered in etcd at %s", self._all_peers(), endpoint)
 
     def _registrar_exited(self, pid: int, end: Exit) -> None:
         self._close_lifeline()
@@ -550,7 +550,7 @@ class Supervisor:
                 continue
             if self._phase is _Phase.SERVING:
                 name = signal.Signals(number).name
-                log.info("%s: stopping %d peers; once more stops at once", name, len(self._peers))
+                log.info("%s: stopping; once more stops at once", name)
                 self._begin_stop(STOP_SIGNALS[signal.Signals(number)])
             elif self._phase in (_Phase.WITHDRAW, _Phase.DRAIN):
                 self._stop_now()

@@ -43,12 +43,20 @@ def test_a_magic_code_has_one_handler() -> None:
         app.batch_handler("A")(lambda messages: None)
 
 
-def test_a_coroutine_function_is_refused() -> None:
+def test_a_coroutine_function_handles_messages_but_no_batches() -> None:
+    app = App()
+
+    @app.handler("A")
     async def handler(message: Message) -> bytes:
         return b""
 
+    assert app.coroutine_handlers == {"A": handler}
+    assert not app.handlers
+
+    async def batch(messages: list[Message]) -> None: ...
+
     with pytest.raises(TypeError, match="coroutine"):
-        App().handler("A")(handler)  # type: ignore[type-var]
+        app.batch_handler("B")(batch)  # type: ignore[type-var]
 
 
 def test_the_built_in_app() -> None:

@@ -14,10 +14,10 @@ PACKAGE = Path(__file__).parents[2] / "peerd"
 # Top to bottom as in ARCHITECTURE.md; the longest prefix of a module's name decides.
 LAYERS: list[set[str]] = [
     {"peerd.errors"},
-    {"peerd.endpoint", "peerd.settings"},
+    {"peerd.endpoint", "peerd.kernel", "peerd.settings"},
     {"peerd._scoreboard", "peerd.supervisor.restart"},
     {"peerd._core"},
-    {"peerd.app", "peerd.registry", "peerd.embedded_etcd"},
+    {"peerd.app", "peerd.async_server", "peerd.registry", "peerd.embedded_etcd"},
     {"peerd.client", "peerd.worker", "peerd.registrar", "peerd.supervisor"},
     {"peerd.peer"},
     {"peerd"},

@@ -1,0 +1,28 @@
+"""What is known of kernel versions that cannot be found out by trying."""
+
+from __future__ import annotations
+
+import os
+import re
+
+FIRST_WITH_GOOD_GRO = (5, 12)
+"""Before it, joined datagrams were misreported (wireguard-go: "UDP_GRO is kind of buggy")."""
+
+BROKEN_GSO = ((7, 0, 0), (7, 1, 4))
+"""First and last whose UDP_SEGMENT sends have mangled headers, which no call reports
+(tailscale issues 19918 and 21335)."""
+
+
+def is_kernel_without_gro(release: str = os.uname().release) -> bool:
+    return _version(release) < FIRST_WITH_GOOD_GRO
+
+
+def is_kernel_with_broken_gso(release: str = os.uname().release) -> bool:
+    first, last = BROKEN_GSO
+    return first <= _version(release) <= last
+
+
+def _version(release: str) -> tuple[int, ...]:
+    """Of "6.18.44-fc-v669": (6, 18, 44)."""
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
+    return tuple(int(part or 0) for part in found.groups()) if found else (0, 0, 0)
