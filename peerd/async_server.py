@@ -66,7 +66,7 @@ class AsyncServer:
         self._end = self._events.create_future()
         self._core.attach(self._take_spare, self._continue)
         self._events.add_signal_handler(signal.SIGTERM, self._stop)
-        self._keep_heartbeat()
+        self._heartbeat = self._events.call_later(HEARTBEAT_S, self._keep_heartbeat)
         try:
             await self._turn_in_callback()
             self._read()
