@@ -6,11 +6,11 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from peerd._core import Message, decode, encode
+from peerd.address import Address
 from peerd.errors import DecodeError, NoAnswerError, SettingsError
 
 if TYPE_CHECKING:
@@ -18,15 +18,6 @@ if TYPE_CHECKING:
 
 DEFAULT_VERSION = "1.0"
 MAX_DATAGRAM_BYTES = 65507
-
-
-@dataclass(frozen=True)
-class Address:
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def resolve(target: str, nodes: Callable[[], list[PeerRecord]]) -> Address:

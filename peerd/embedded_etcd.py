@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from peerd.endpoint import Endpoint
+from peerd.address import Address
 from peerd.errors import RegistryUnavailableError, SettingsError
 
 HOW_TO_GET_ETCD = (
@@ -66,7 +66,7 @@ def command(binary: Path, client_url: str, data_dir: Path, *, durable: bool = Fa
     kill of etcd, not one of the machine. Raises SettingsError for a URL that is not on loopback, since
     this etcd lets everybody in.
     """
-    endpoint = Endpoint.parse(client_url)
+    endpoint = Address.of_etcd(client_url)
     address = "127.0.0.1" if endpoint.host == "localhost" else endpoint.host
     with contextlib.suppress(ValueError):
         if ipaddress.ip_address(address).is_loopback:
@@ -75,7 +75,7 @@ def command(binary: Path, client_url: str, data_dir: Path, *, durable: bool = Fa
                 str(binary),
                 "--name=peerd",
                 f"--data-dir={data_dir}",
-                f"--listen-client-urls=http://{Endpoint(address, endpoint.port)}",
+                f"--listen-client-urls=http://{Address(address, endpoint.port)}",
                 f"--advertise-client-urls=http://{endpoint}",
                 "--listen-peer-urls=http://127.0.0.1:0",  # there are no peers: any free port
                 *([] if durable else ["--unsafe-no-fsync"]),
@@ -91,7 +91,7 @@ def command(binary: Path, client_url: str, data_dir: Path, *, durable: bool = Fa
 
 def is_listening(url: str, timeout_s: float = 0.5) -> bool:
     """Whether anybody accepts TCP connections at ``http://host:port``."""
-    endpoint = Endpoint.parse(url)
+    endpoint = Address.of_etcd(url)
     try:
         socket.create_connection(endpoint, timeout_s).close()
     except OSError:

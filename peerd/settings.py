@@ -11,7 +11,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from peerd.endpoint import Endpoint
+from peerd.address import Address
 from peerd.errors import SettingsError
 
 DEFAULT_ENDPOINT = "http://localhost:23790"
@@ -40,7 +40,7 @@ class RegistrySettings:
     """How long a record outlives a host that died without a word. Longer means fewer keep-alives."""
 
     def __post_init__(self) -> None:
-        Endpoint.parse(self.endpoint)
+        Address.of_etcd(self.endpoint)
         if (
             not self.prefix.isprintable()
             or not 1 <= len(self.prefix.encode()) <= MAX_PREFIX_BYTES
@@ -139,7 +139,7 @@ class SupervisorSettings:
         return socket.gethostname() if self.host in _WILDCARDS else self.host
 
     def peer_id(self, slot: int) -> str:
-        return f"{self.url}:{self.base_port + slot}"
+        return str(Address(self.url, self.base_port + slot))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from setproctitle import setproctitle
 
 from peerd._core import DatagramLoop
 from peerd._scoreboard import Slot
+from peerd.address import Address
 from peerd.app import App, load_app
 from peerd.errors import AppLoadError
 from peerd.kernel import is_kernel_with_broken_gso, is_kernel_without_gro
@@ -96,8 +97,8 @@ class IcmpErrorLog:
         self._peer_id = peer_id
 
     def __call__(self, address: tuple[str, int] | None, error: int) -> None:
-        host, port = address or ("?", 0)
-        log.debug("peer=%s to=%s:%d: %s", self._peer_id, host, port, os.strerror(error))
+        to = Address(*address) if address else "?"
+        log.debug("peer=%s to=%s: %s", self._peer_id, to, os.strerror(error))
 
 
 class HandlerErrorLog:
@@ -121,7 +122,7 @@ class HandlerErrorLog:
         log.error(
             "peer=%s from=%s: the handler of %r raised %s%s",
             self._peer_id,
-            f"{sender[0]}:{sender[1]}" if sender else "?",
+            Address(*sender) if sender else "?",
             magic,
             type(error).__name__,
             also,

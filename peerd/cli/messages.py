@@ -12,8 +12,9 @@ import click
 import orjson
 
 from peerd._core import Message
+from peerd.address import Address
 from peerd.cli.options import etcd_option, json_option, prefix_option
-from peerd.client import DEFAULT_VERSION, Address, PeerClient, resolve
+from peerd.client import DEFAULT_VERSION, PeerClient, resolve
 from peerd.errors import NoAnswerError
 
 if TYPE_CHECKING:

@@ -218,7 +218,7 @@ def _print_first_screen(
     click.echo(
         f"peerd {__version__}, supervisor pid {pid}: {peers} on {settings.host}, {ports}\n"
         f"  app       {settings.app or 'built in: answers PING and ECHO'}\n"
-        f"  registry  etcd at {registry.endpoint}{started}, keys {registry.prefix}/{settings.url}:PORT\n"
+        f"  registry  etcd at {registry.endpoint}{started}, keys {registry.prefix}/{settings.peer_id(0)}\n"
         f"  control   {control_path} (peerd status)\n"
         f"  stop      Ctrl-C, or kill {pid}"
     )

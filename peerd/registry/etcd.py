@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from peerd.endpoint import Endpoint
+from peerd.address import Address
 from peerd.errors import RegistryAuthError, RegistryError, RegistryUnavailableError
 from peerd.registry.etcd3_import import import_etcd3
 
@@ -84,7 +84,7 @@ class Etcd:
     """
 
     def __init__(self, endpoint_url: str, timeout_s: float) -> None:
-        endpoint = Endpoint.parse(endpoint_url)
+        endpoint = Address.of_etcd(endpoint_url)
         host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
         self.url = endpoint_url
         self.timeout_s = timeout_s

@@ -19,11 +19,12 @@ from typing import Any
 
 import orjson
 
+from peerd.address import Address
 from peerd.errors import InvalidRecordError
 
 MAX_VALUE_BYTES = 64 * 1024
 MAX_PEER_ID_BYTES = 255
-MAX_URL_BYTES = MAX_PEER_ID_BYTES - len(":65535")
+MAX_URL_BYTES = MAX_PEER_ID_BYTES - len("[]:65535")
 """So that the default peer id always fits. A DNS name in use is shorter than this."""
 
 MAX_PROTOCOL_BYTES = 64
@@ -69,7 +70,7 @@ class PeerRecord:
         if type(self.port) is not int or not 1 <= self.port <= 65535:
             raise _invalid("port", self.port, "an integer from 1 to 65535")
         if self.peer_id == "":
-            object.__setattr__(self, "peer_id", f"{self.url}:{self.port}")
+            object.__setattr__(self, "peer_id", str(Address(self.url, self.port)))
         _check_text("peer_id", self.peer_id, MAX_PEER_ID_BYTES)
         if self.peer_id[0] == "/" or self.peer_id[-1] == "/":
             raise _invalid("peer_id", self.peer_id, "no '/' at either end, as it is part of a key")

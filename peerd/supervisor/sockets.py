@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from peerd.address import Address
 from peerd.errors import BindError, PortInUseError
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ def bind_all(host: str, base_port: int, count: int, recv_buffer_bytes: int) -> l
         sockets = []
         for port in range(base_port, base_port + count):
             sock = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+            if family == socket.AF_INET6:
+                # "::" then takes IPv4 as well, whatever net.ipv6.bindv6only says (ipv6(7)).
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             _bind(sock, host, address, port)
             _grow_buffer(sock, recv_buffer_bytes)
             sockets.append(sock)
@@ -96,7 +100,7 @@ def _resolve(host: str) -> tuple[socket.AddressFamily, str]:
         found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_DGRAM)
     except OSError as error:
         raise BindError(
-            f"cannot bind to host {host!r}: {error.strerror}; use an address of this machine"
+            f"cannot bind to host {host!r}: {error.strerror}; use --host with an address of this machine"
         ) from None
     # "localhost" is both ::1 and 127.0.0.1; most clients try IPv4.
     family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
@@ -120,7 +124,7 @@ def _bind(sock: socket.socket, host: str, address: str, port: int) -> None:
             errno.EADDRNOTAVAIL: "this machine has no such address",
         }
         reason = reasons.get(error.errno or 0, os.strerror(error.errno or 0))
-        raise BindError(f"cannot bind UDP {host}:{port}: {reason}") from None
+        raise BindError(f"cannot bind UDP {Address(host, port)}: {reason}") from None
 
 
 def _grow_buffer(sock: socket.socket, size_bytes: int) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from eventually import eventually
+from peerd.address import Address
 from peerd.embedded_etcd import EmbeddedEtcd
-from peerd.endpoint import Endpoint
 from peerd.errors import (
     InvalidRecordError,
     PeerConflictError,
@@ -554,9 +554,9 @@ def test_an_endpoint_that_cannot_work(url: str, why: str) -> None:
 
 
 def test_endpoints() -> None:
-    assert Endpoint.parse("http://etcd.example:2379/") == ("etcd.example", 2379)
-    assert Endpoint.parse("http://[::1]:2379") == ("::1", 2379)
-    assert str(Endpoint("::1", 2379)) == "[::1]:2379"
+    assert Address.of_etcd("http://etcd.example:2379/") == ("etcd.example", 2379)
+    assert Address.of_etcd("http://[::1]:2379") == ("::1", 2379)
+    assert str(Address("::1", 2379)) == "[::1]:2379"
 
 
 @pytest.mark.parametrize("prefix", ["", "/", "peerd/", "a\nb", "x" * 256, "\ud800"])

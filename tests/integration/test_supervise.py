@@ -59,6 +59,26 @@ def test_eight_peers_are_registered_and_answer(supervised: Supervised) -> None:
     assert running.status()["registry"] == {"state": "connected", "endpoint": running.etcd}
 
 
+@pytest.mark.parametrize(
+    ("host", "reached_at"),
+    [("::1", ["::1"]), ("::", ["::1", "127.0.0.1"]), ("0.0.0.0", ["127.0.0.1"])],
+)
+def test_other_hosts(supervised: Supervised, host: str, reached_at: list[str]) -> None:
+    running = supervised.start(f"--host={host}", peers=1)
+    running.wait_registered()
+    port = running.ports[0]
+    for address in reached_at:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as client:
+            client.settimeout(5)
+            client.sendto(raw_client.pack(b"PING", b"1.0", b"x"), (address, port))
+            assert raw_client.unpack(client.recv(1 << 16))[0] == b"PONG"
+    (record,) = records(running)
+    url = "::1" if host == "::1" else socket.gethostname()
+    assert (record.url, record.port) == (url, port)
+    assert record.peer_id == (f"[::1]:{port}" if host == "::1" else f"{url}:{port}")
+
+
 def test_each_record_has_a_lease_of_its_own(supervised: Supervised) -> None:
     from peerd.registry.etcd import Etcd
 

@@ -100,8 +100,8 @@ def test_any_other_value_is_no_record(value: bytes) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("url", "", "1 to 249 bytes"),
-        ("url", "u" * (MAX_URL_BYTES + 1), "1 to 249 bytes"),
+        ("url", "", "1 to 247 bytes"),
+        ("url", "u" * (MAX_URL_BYTES + 1), "1 to 247 bytes"),
         ("url", None, "printable text"),
         ("port", 0, "1 to 65535"),
         ("port", 65536, "1 to 65535"),
@@ -131,7 +131,7 @@ def test_a_wrong_value_is_refused_by_name(field: str, value: Any, allowed: str) 
 
 
 def test_the_longest_record_fits() -> None:
-    url = '"' * MAX_URL_BYTES  # each takes two bytes in JSON
+    url = ":" + '"' * (MAX_URL_BYTES - 1)  # each quote takes two bytes in JSON, the colon brackets
     record = PeerRecord(
         url=url,
         port=65535,

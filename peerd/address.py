@@ -1,4 +1,4 @@
-"""Where etcd listens, as the settings name it."""
+"""A host and a port, as people write them and as URLs do."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from urllib.parse import urlsplit
 from peerd.errors import SettingsError
 
 
-class Endpoint(NamedTuple):
+class Address(NamedTuple):
     host: str
     """A name or an address; an IPv6 one without its brackets."""
 
     port: int
 
     @classmethod
-    def parse(cls, url: str) -> Endpoint:
+    def of_etcd(cls, url: str) -> Address:
         """Of ``http://host:port``. Raises SettingsError for anything else, saying what to write."""
         if "," in url:
             raise _wrong(url, "peerd talks to one endpoint for now: name a single http://host:port")
