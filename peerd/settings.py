@@ -22,6 +22,8 @@ MAX_PORT = 65535
 MAX_PEERS = 4096
 MAX_PREFIX_BYTES = 255
 MAX_LINGER_US = 10_000
+LINGER_US_PER_PEER = 50
+MAX_DEFAULT_LINGER_US = 400
 MIN_LEASE_TTL_S = 2
 MAX_LEASE_TTL_S = 24 * 3600
 
@@ -66,6 +68,7 @@ class DatagramSettings:
     """For how long a loop waits for its queue to refill after a short batch, where that pays.
 
     It saves CPU time where many peers share few cores, and is at most added to a round trip.
+    ``default_linger_us`` says what suits how many.
     """
 
     def __post_init__(self) -> None:
@@ -73,6 +76,18 @@ class DatagramSettings:
             raise SettingsError(
                 f"--linger {self.linger_us}: give microseconds from 0 to {MAX_LINGER_US}"
             )
+
+
+def default_linger_us(peers: int, cpus: int) -> int:
+    """None for peers that have a core each, and more the more of them share one.
+
+    Measured with 8 peers on one core, datagrams interleaved, at 200,000 a second: 4.8 us of CPU time
+    a datagram without, 1.6 with 100 us, 1.2 with 200 us, 1.0 with 400 us, no less with more; one
+    uvloop process for all 8 took 2.3. A round trip through a busy peer takes up to the linger longer.
+    """
+    if peers <= cpus:
+        return 0
+    return min(LINGER_US_PER_PEER * peers // cpus, MAX_DEFAULT_LINGER_US)
 
 
 @dataclass(frozen=True, kw_only=True)

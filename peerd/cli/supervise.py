@@ -23,6 +23,7 @@ from peerd.settings import (
     EmbeddedEtcdSettings,
     RegistrySettings,
     SupervisorSettings,
+    default_linger_us,
 )
 from peerd.supervisor import control
 from peerd.supervisor.sockets import bind_all
@@ -92,10 +93,8 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
     "--linger",
     type=int,
     metavar="MICROSECONDS",
-    default=DatagramSettings.linger_us,
-    show_default=True,
-    help="Wait for more after a short batch, where it pays: less CPU time for many peers on few "
-    "cores, a later answer. 0 for never.",
+    help="Wait for more after a short batch, where it pays: less CPU time, a later answer. 0 for "
+    "never.  [default: 0 when each peer has a core, else 50 for each peer on a core, at most 400]",
 )
 @click.option(
     "--recv-buffer",
@@ -137,7 +136,7 @@ def supervise(
     ttl: int,
     control_path: Path | None,
     offload: bool,
-    linger: int,
+    linger: int | None,
     recv_buffer: int,
     stop_timeout: float,
     log_level: str,
@@ -161,7 +160,12 @@ def supervise(
         registry=RegistrySettings(
             endpoint=etcd or DEFAULT_ENDPOINT, prefix=prefix, lease_ttl_s=ttl
         ),
-        datagrams=DatagramSettings(offload=offload, linger_us=linger),
+        datagrams=DatagramSettings(
+            offload=offload,
+            linger_us=default_linger_us(peers, len(os.sched_getaffinity(0)))
+            if linger is None
+            else linger,
+        ),
         recv_buffer_bytes=recv_buffer,
         stop_timeout_s=stop_timeout,
     )

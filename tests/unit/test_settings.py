@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from peerd import SettingsError
-from peerd.settings import RegistrySettings, SupervisorSettings
+from peerd.settings import RegistrySettings, SupervisorSettings, default_linger_us
 
 
 def test_the_ports_follow_each_other() -> None:
@@ -29,6 +29,14 @@ def test_the_ports_follow_each_other() -> None:
 def test_what_cannot_work_is_refused(values: dict[str, int], text: str) -> None:
     with pytest.raises(SettingsError, match=text):
         SupervisorSettings(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("peers", "cpus", "linger_us"),
+    [(1, 1, 0), (2, 2, 0), (8, 16, 0), (8, 2, 200), (3, 2, 75), (64, 2, 400)],
+)
+def test_peers_that_share_a_core_linger(peers: int, cpus: int, linger_us: int) -> None:
+    assert default_linger_us(peers, cpus) == linger_us
 
 
 def test_a_lease_that_etcd_would_not_grant_is_refused() -> None:
