@@ -1,83 +1,92 @@
-"""One measurement: one receiver in a process of its own, one load generator, and what became of it.
+"""One measurement of throughput: one receiver in a process of its own, one sender, what became of it.
 
-The socket is made here and inherited by the receiver. So this process sees through SO_MEMINFO when
-the queue is empty and how much the kernel dropped, and every datagram is accounted for:
+The sockets are made here and inherited by the receiver. So this process sees through SO_MEMINFO when
+the queues are empty and how much the kernel dropped, and every datagram is accounted for:
 
     sent = delivered + dropped by the kernel
 
-The clock runs from the first send until the queue is empty. What waits in the buffer when the
-generator stops is therefore not given away, and no receiver has to read a clock for each message.
+The clock runs from the first send until the queues are empty. What waits in the buffers when the
+sender stops is therefore not given away, and no receiver has to read a clock for each message. For
+an echo it runs until the last reply instead, and what counts is the replies.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import select
-import shlex
 import socket
-import struct
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import orjson
 
+from children import ANSWER_LIMIT_S, BenchmarkError, answer, running
+from datagrams import SEGMENTS, datagram
 from machine import Cpus
-from peerd._core import encode
-from receivers import MAGIC, Report
+from noise import QUIET, Watch
+from programs import Programs
+from receivers import Receiver, Role, Serving, serving
+from sockets import bound_sockets, dropped, port_of, queued_bytes, takes_joined
 
-HERE = Path(__file__).parent
-DATAGRAM_BYTES = 64
-SEGMENTS = 64  # datagrams in one send; the most that every Linux takes (UDP_MAX_SEGMENTS)
-BUFFER_BYTES = 64 << 20  # what every receiver's socket asks for
-ANSWER_LIMIT_S = 15.0
 DRAIN_LIMIT_S = 60.0
-
-# asm-generic/socket.h and linux/sock_diag.h; Python's socket module does not have them.
-SO_RCVBUFFORCE = 33
-SO_MEMINFO = 55
-SK_MEMINFO = struct.Struct("@9I")
-SK_MEMINFO_RMEM_ALLOC = 0
-SK_MEMINFO_DROPS = 8
-
-
-class BenchmarkError(Exception):
-    """The benchmark cannot go on; the text is for the user."""
+ECHO_WINDOW = 64 * SEGMENTS
+"""Requests under way at most when an echo server is saturated."""
 
 
 @dataclass(frozen=True)
-class Load:
-    """What the generator says of itself."""
+class Bench:
+    """What all measurements of a run have in common."""
 
-    sent: int
-    started_ns: int
+    programs: Programs
+    cpus: Cpus
     seconds: float
-    errors: int
-    cpu_s: float
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Subject:
+    """What is measured: a receiver, in a regime, in a round."""
+
+    regime: str
+    name: str
+    receiver: Receiver
+    round: int
+
+
+@dataclass(frozen=True)
+class Throughput:
+    regime: str
     receiver: str
     round: int
-    load: Load
+    sent: int
+    sender_s: float
+    sender_cpu_s: float
+    send_errors: int
     delivered: int
+    """What reached the receiver's handler."""
+
+    answered: int | None
+    """What came back; None where nothing is to."""
+
     kernel_drops: int
     window_s: float
-    """From the first send until the receiver had emptied the queue."""
+    """From the first send until the queues were empty, or the last reply was there."""
+
     receiver_cpu_s: float
+    """User and system time of the receiver's processes in that time."""
+
+    others: float
+    """The share of all CPUs that somebody else used meanwhile."""
+
+    @property
+    def counted(self) -> int:
+        return self.delivered if self.answered is None else self.answered
 
     @property
     def rate(self) -> float:
-        return self.delivered / self.window_s
+        return self.counted / self.window_s
 
     @property
     def offered_rate(self) -> float:
-        return self.load.sent / self.load.seconds
+        return self.sent / self.sender_s
 
     @property
     def cpu_ns(self) -> float:
@@ -85,7 +94,7 @@ class Measurement:
 
     @property
     def loss(self) -> float:
-        return 1 - self.delivered / self.load.sent
+        return 1 - self.counted / self.sent
 
     @property
     def busy(self) -> float:
@@ -93,141 +102,106 @@ class Measurement:
 
     @property
     def unaccounted(self) -> int:
-        return self.load.sent - self.delivered - self.kernel_drops
+        return self.sent - self.delivered - self.kernel_drops
 
     @property
     def limited_by(self) -> str:
         if self.busy >= 0.9:
             return "receiver"
         # With time left and nothing lost, a faster sender would have shown more.
-        return "sender" if self.delivered == self.load.sent else "unclear"
+        return "sender" if self.counted == self.sent else "unclear"
+
+    @property
+    def disturbed(self) -> bool:
+        return self.others > QUIET
 
 
-def measure(receiver: str, number: int, generator: Path, seconds: float, cpus: Cpus) -> Measurement:
-    with bound_socket() as sock, receiver_process(receiver, sock, cpus) as child:
-        drops_before = meminfo(sock)[SK_MEMINFO_DROPS]
-        load = run_generator(generator, sock, seconds)
-        drained_ns = wait_until_drained(receiver, sock, child)
-        report = stop(receiver, child)
-        drops = meminfo(sock)[SK_MEMINFO_DROPS] - drops_before
-    return Measurement(
-        receiver=receiver,
-        round=number,
-        load=load,
-        delivered=report.messages,
-        # Joined datagrams that find no room are one drop to the kernel, however many they are
-        # (__udp_enqueue_schedule_skb in net/ipv4/udp.c). On loopback they are those of one send.
-        kernel_drops=drops * SEGMENTS if report.joined else drops,
-        window_s=(drained_ns - load.started_ns) / 1e9,
-        receiver_cpu_s=report.cpu_s,
+@dataclass(frozen=True)
+class Load:
+    """What the sender says of itself."""
+
+    sent: int
+    started_ns: int
+    seconds: float
+    errors: int
+    cpu_s: float
+    answered: int | None = None
+
+
+def measure_stream(bench: Bench, subject: Subject) -> Throughput:
+    """One socket; each send carries SEGMENTS datagrams."""
+    command = [bench.programs.path("load"), "-g", str(SEGMENTS)]
+    return _measure(bench, subject, "count", 1, command, SEGMENTS)
+
+
+def measure_interleaved(bench: Bench, subject: Subject) -> Throughput:
+    """Eight sockets, one plain datagram to each in turn."""
+    return _measure(bench, subject, "count", 8, [bench.programs.path("load")], 1)
+
+
+def measure_echo(bench: Bench, subject: Subject) -> Throughput:
+    """A client that keeps ECHO_WINDOW requests under way, SEGMENTS a send."""
+    command = [bench.programs.path("echo_load"), "-g", str(SEGMENTS), "-w", str(ECHO_WINDOW)]
+    return _measure(bench, subject, "echo", 1, command, SEGMENTS)
+
+
+def _measure(
+    bench: Bench, subject: Subject, role: Role, sockets: int, sender: list[str], joined: int
+) -> Throughput:
+    """``joined``: how many datagrams the sender puts into a send."""
+    with (
+        bound_sockets(sockets) as socks,
+        serving(subject.receiver, role, socks, bench.programs, bench.cpus.receiver) as server,
+    ):
+        drops_before = [dropped(sock) for sock in socks]
+        watch = Watch()
+        cpu_before_s = server.cpu_s()
+        ports = [str(port_of(sock)) for sock in socks]
+        load = run_sender([*sender, "-s", str(bench.seconds), datagram().hex(), *ports], bench.seconds)
+        drained_ns = wait_until_drained(server, socks)
+        receiver_cpu_s = server.cpu_s() - cpu_before_s
+        others = watch.others(receiver_cpu_s + load.cpu_s)
+        # Joined datagrams that find no room are one drop to the kernel, however many they are. On
+        # loopback they are those of one send.
+        a_drop = joined if takes_joined(socks[0]) else 1
+        delivered = server.stop()
+        drops = sum(
+            (dropped(sock) - before) % 2**32
+            for sock, before in zip(socks, drops_before, strict=True)
+        )
+    return Throughput(
+        regime=subject.regime,
+        receiver=subject.name,
+        round=subject.round,
+        sent=load.sent,
+        sender_s=load.seconds,
+        sender_cpu_s=load.cpu_s,
+        send_errors=load.errors,
+        delivered=delivered,
+        answered=load.answered,
+        kernel_drops=drops * a_drop,
+        window_s=load.seconds if role == "echo" else (drained_ns - load.started_ns) / 1e9,
+        receiver_cpu_s=receiver_cpu_s,
+        others=others,
     )
 
 
-def build_generator(folder: Path) -> Path:
-    """Compile load.c. It takes a tenth of a second, so it is done anew for every run."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    generator = folder / "load"
-    command = [*compiler, "-O2", "-Wall", "-Wextra", "-o", str(generator), str(HERE / "load.c")]
-    try:
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
-    except OSError as error:
-        raise BenchmarkError(
-            f"no C compiler for the load generator: {compiler[0]}: {error.strerror}. "
-            "Install gcc, or name another with the environment variable CC"
-        ) from None
-    except subprocess.CalledProcessError:
-        raise BenchmarkError("load.c does not compile (the compiler's errors are above)") from None
-    return generator
-
-
-def bound_socket() -> socket.socket:
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.bind(("127.0.0.1", 0))
-    try:
-        # CAP_NET_ADMIN may go past net.core.rmem_max (socket(7)).
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_BYTES)
-    except PermissionError:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
-    return sock
-
-
-def granted_buffer_bytes() -> int:
-    with bound_socket() as sock:
-        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-
-
-def meminfo(sock: socket.socket) -> tuple[int, ...]:
-    return SK_MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, SK_MEMINFO.size))
-
-
-@contextlib.contextmanager
-def receiver_process(
-    receiver: str, sock: socket.socket, cpus: Cpus
-) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, str(HERE / "receivers.py"), receiver, str(sock.fileno())]
-    if cpus.receiver is not None:
-        command.append(str(cpus.receiver))
-    with running(command, stdin=subprocess.PIPE, pass_fds=(sock.fileno(),)) as child:
-        if answer(receiver, child) != b"ready\n":
-            raise BenchmarkError(f"{receiver} did not start (its error is above)")
-        yield child
-
-
-def run_generator(generator: Path, sock: socket.socket, seconds: float) -> Load:
-    datagram = encode(MAGIC, "1.0", bytes(DATAGRAM_BYTES - len(encode(MAGIC, "1.0"))))
-    port = sock.getsockname()[1]
-    command = [str(generator), str(port), str(seconds), str(SEGMENTS), datagram.hex()]
+def run_sender(command: Sequence[str], seconds: float) -> Load:
+    """It inherits this process's CPU."""
     with running(command) as child:
         said = answer("the load generator", child, ANSWER_LIMIT_S + seconds)
     return Load(**orjson.loads(said))
 
 
-def wait_until_drained(receiver: str, sock: socket.socket, child: subprocess.Popen[bytes]) -> int:
-    """When the queue was empty, to about a millisecond, on the monotonic clock."""
+def wait_until_drained(server: Serving, socks: Sequence[socket.socket]) -> int:
+    """When the queues were empty, to about a millisecond, on the monotonic clock."""
     deadline = time.monotonic() + DRAIN_LIMIT_S
     while time.monotonic() < deadline:
         now = time.monotonic_ns()
-        empty = meminfo(sock)[SK_MEMINFO_RMEM_ALLOC] == 0
+        empty = not any(map(queued_bytes, socks))
         time.sleep(0.001)
-        # Twice, since something may still be on its way from the generator into the queue.
-        if empty and meminfo(sock)[SK_MEMINFO_RMEM_ALLOC] == 0:
+        # Twice, since something may still be on its way from the sender into a queue.
+        if empty and not any(map(queued_bytes, socks)):
             return now
-        if child.poll() is not None:
-            raise BenchmarkError(f"{receiver} died (its error is above)")
-    raise BenchmarkError(f"{receiver} did not empty its queue in {DRAIN_LIMIT_S:.0f} s")
-
-
-def stop(receiver: str, child: subprocess.Popen[bytes]) -> Report:
-    assert child.stdin is not None
-    child.stdin.close()
-    return Report(**orjson.loads(answer(receiver, child)))
-
-
-@contextlib.contextmanager
-def running(
-    command: list[str], *, stdin: int = subprocess.DEVNULL, pass_fds: tuple[int, ...] = ()
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A child that has ended when the block is left, in whichever way."""
-    with subprocess.Popen(
-        command,
-        stdin=stdin,
-        stdout=subprocess.PIPE,
-        pass_fds=pass_fds,
-        # Ctrl-C at the terminal is for this process only; it ends its children itself.
-        process_group=0,
-    ) as child:
-        try:
-            yield child
-        finally:
-            child.kill()
-
-
-def answer(name: str, child: subprocess.Popen[bytes], limit_s: float = ANSWER_LIMIT_S) -> bytes:
-    """The child's next line."""
-    assert child.stdout is not None
-    if not select.select([child.stdout], [], [], limit_s)[0]:
-        raise BenchmarkError(f"{name} did not answer in {limit_s:.0f} s")
-    line = child.stdout.readline()
-    if not line:
-        raise BenchmarkError(f"{name} ended without an answer (its error is above)")
-    return line
+        server.check_alive()
+    raise BenchmarkError(f"{server.title} did not empty its queue in {DRAIN_LIMIT_S:.0f} s")

@@ -1,195 +1,157 @@
-"""The receivers that throughput.py compares; run as a child process, one for each measurement.
+"""Who is compared: the receivers by name, and how each is started, asked for its CPU time and stopped.
 
-    python receivers.py NAME SOCKET-FD [CPU]
+A receiver is a child process. It inherits bound sockets, writes ``ready`` to stdout when it serves
+them (and behind it the pids that do the work, when it is not itself), serves until its stdin ends,
+and then writes one line of JSON with ``messages``, how many it has counted. End of stdin is also what
+a killed benchmark leaves, so no receiver outlives it.
 
-The socket is bound already and inherited. The child writes ``ready`` to stdout when everything is
-set up, counts messages until its stdin ends, then writes one line of JSON (Report). End of stdin is
-also what a killed benchmark leaves, so no receiver outlives it.
-
-To add a receiver: write a function from a bound socket to a Receiver and name it in RECEIVERS.
+To add one: write it in other_receivers.py or reference.c and name it in RECEIVERS.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
-import select
-import signal
 import socket
-import struct
+import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import TypeAlias
+from pathlib import Path
+from typing import Literal
 
 import orjson
 
-from peerd._core import DatagramLoop, Message
-from peerd._scoreboard import Scoreboard
+from children import BenchmarkError, answer, cpu_seconds, end_stdin, running
+from programs import Programs
 
-MAGIC = "BNCH"
-STOP_FD = 0  # stdin
+HERE = Path(__file__).parent
 
-Address: TypeAlias = tuple[str, int]
+Role = Literal["count", "echo"]
 
 
 @dataclass(frozen=True)
 class Receiver:
-    """``run`` counts messages until stdin ends; ``counted`` says how many there were."""
-
-    run: Callable[[], None]
-    counted: Callable[[], int]
-    joined: bool = False
-    """Whether datagrams come joined (UDP_GRO); the kernel then counts a buffer as one drop."""
-
-
-@dataclass(frozen=True)
-class Report:
-    messages: int
-    cpu_s: float
-    """User and system time of the process from ready to the end; while it waits it uses none."""
-    joined: bool
-
-
-@dataclass(frozen=True)
-class Recipe:
     title: str
-    make: Callable[[socket.socket], Receiver]
+    kind: Literal["peerd", "other", "c"]
+    does: str
+    """What its kind calls it."""
+
     needs: str | None = None
     """A package that must be installed."""
+
+    linger_us: int | None = None
+    """peerd only; None: its default."""
+
+    offload: bool = True
+    """peerd only."""
 
     @property
     def available(self) -> bool:
         return self.needs is None or find_spec(self.needs) is not None
 
-
-def main(name: str, fd: str, cpu: str | None = None) -> None:
-    # Ctrl-C belongs to the benchmark, which then ends its children.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if cpu is not None:
-        os.sched_setaffinity(0, {int(cpu)})
-    with socket.socket(fileno=int(fd)) as sock:
-        receiver = RECEIVERS[name].make(sock)
-        before = time.process_time()
-        print("ready", flush=True)
-        receiver.run()
-        report = Report(receiver.counted(), time.process_time() - before, receiver.joined)
-    print(orjson.dumps(report).decode())
-
-
-# peerd: decodes the envelope in C, the handler gets a Message
+    def command(self, role: Role, programs: Programs) -> list[str]:
+        if self.kind == "c":
+            return [programs.path("reference"), self.does]
+        if self.kind == "other":
+            return [sys.executable, str(HERE / "other_receivers.py"), self.does, role]
+        linger = "default" if self.linger_us is None else str(self.linger_us)
+        app = f"apps:{self.does}"
+        return [
+            sys.executable,
+            str(HERE / "peerd_workers.py"),
+            app,
+            linger,
+            str(int(self.offload)),
+        ]
 
 
-def peerd_message(sock: socket.socket) -> Receiver:
-    count = 0
-
-    def handler(message: Message) -> None:
-        nonlocal count
-        count += 1
-
-    return _peerd(sock, {MAGIC: handler}, {}, lambda: count)
+def peerd(title: str, does: str) -> Receiver:
+    return Receiver(f"peerd, {title}", "peerd", does)
 
 
-def peerd_batch(sock: socket.socket) -> Receiver:
-    count = 0
-
-    def handler(messages: list[Message]) -> None:
-        nonlocal count
-        count += len(messages)
-
-    return _peerd(sock, {}, {MAGIC: handler}, lambda: count)
+def other(name: str, title: str) -> Receiver:
+    return Receiver(title, "other", name, needs=None if name in ("recvfrom", "asyncio") else name)
 
 
-def _peerd(
-    sock: socket.socket,
-    handlers: Mapping[str, Callable[[Message], None]],
-    batch_handlers: Mapping[str, Callable[[list[Message]], None]],
-    counted: Callable[[], int],
-) -> Receiver:
-    slot = Scoreboard(1).slots[0]
-    loop = DatagramLoop(sock.fileno(), handlers, batch_handlers, slot, _end_run, gro=True)
+COUNTING: dict[str, Receiver] = {
+    "peerd": peerd("per message", "counting"),
+    "peerd-batch": peerd("batch", "counting_batch"),
+    "peerd-async": peerd("async def", "counting_async"),
+    "c-gro": Receiver("C recvmmsg, GRO", "c", "count-gro"),
+    "c": Receiver("C recvmmsg", "c", "count"),
+    "recvfrom": other("recvfrom", "socket.recvfrom loop"),
+    "rloop": other("rloop", "rloop"),
+    "uvloop": other("uvloop", "uvloop"),
+    "aiofastnet": other("aiofastnet", "aiofastnet"),
+    "asyncio": other("asyncio", "asyncio"),
+}
 
-    def stop_at_end_of_stdin() -> None:
-        os.read(STOP_FD, 1)
-        loop.stop()
+ON_MANY_SOCKETS: dict[str, Receiver] = {
+    "peerd": peerd("8 workers", "counting"),
+    "c": Receiver("C epoll + recvmmsg", "c", "count-epoll"),
+    **{name: COUNTING[name] for name in ("rloop", "uvloop", "aiofastnet", "asyncio")},
+}
 
-    def run() -> None:
-        # Blocked in read() without the GIL until the end, so it costs the loop nothing.
-        threading.Thread(target=stop_at_end_of_stdin, daemon=True).start()
-        loop.run()
-
-    return Receiver(run, counted, joined=loop.gro)
-
-
-def _end_run(magic: str, sender: Address | None, error: Exception) -> None:
-    raise error
-
-
-# The others: the handler gets the raw bytes and decodes nothing, which favours them
-
-
-def recvfrom_loop(sock: socket.socket) -> Receiver:
-    count = 0
-    # The kernel's time limit, because settimeout() would add a poll() to every recvfrom().
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, 50_000))
-
-    def handler(data: bytes, sender: Address) -> None:
-        nonlocal count
-        count += 1
-
-    def run() -> None:
-        receive = sock.recvfrom
-        while not _stdin_ended():
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    data, sender = receive(65536)
-                    handler(data, sender)
-
-    return Receiver(run, lambda: count)
-
-
-def _stdin_ended() -> bool:
-    return bool(select.select([STOP_FD], [], [], 0)[0])
-
-
-def asyncio_protocol(sock: socket.socket) -> Receiver:
-    return _protocol(asyncio.new_event_loop(), sock)
-
-
-def uvloop_protocol(sock: socket.socket) -> Receiver:
-    import uvloop
-
-    return _protocol(uvloop.new_event_loop(), sock)
-
-
-class CountingProtocol(asyncio.DatagramProtocol):
-    def __init__(self) -> None:
-        self.count = 0
-
-    def datagram_received(self, data: bytes, addr: Address) -> None:
-        self.count += 1
-
-
-def _protocol(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> Receiver:
-    _, protocol = loop.run_until_complete(
-        loop.create_datagram_endpoint(CountingProtocol, sock=sock)
-    )
-    loop.add_reader(STOP_FD, loop.stop)
-    return Receiver(loop.run_forever, lambda: protocol.count)
-
-
-RECEIVERS: dict[str, Recipe] = {
-    "peerd": Recipe("peerd, per message", peerd_message),
-    "peerd-batch": Recipe("peerd, batch", peerd_batch),
-    "recvfrom": Recipe("socket.recvfrom loop", recvfrom_loop),
-    "asyncio": Recipe("asyncio DatagramProtocol", asyncio_protocol),
-    "uvloop": Recipe("uvloop DatagramProtocol", uvloop_protocol, needs="uvloop"),
+ECHOING: dict[str, Receiver] = {
+    "peerd": peerd("per message", "echo"),
+    "peerd-async": peerd("async def", "echo_async"),
+    "c-gro": Receiver("C recvmmsg + sendmmsg, GRO, GSO", "c", "echo-gro"),
+    "c": Receiver("C recvfrom + sendto", "c", "echo"),
+    "recvfrom": other("recvfrom", "socket.recvfrom + sendto"),
+    **{name: COUNTING[name] for name in ("rloop", "uvloop", "aiofastnet", "asyncio")},
 }
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def without_offload(receivers: dict[str, Receiver]) -> dict[str, Receiver]:
+    return {name: replace(receiver, offload=False) for name, receiver in receivers.items()}
+
+
+def with_lingers(receivers: dict[str, Receiver], lingers_us: Sequence[int]) -> dict[str, Receiver]:
+    """Also peerd with each of these linger times, right behind peerd with its default."""
+    default = receivers["peerd"]
+    lingering = {
+        f"peerd-linger-{us}": replace(default, title=f"{default.title}, linger {us} us", linger_us=us)
+        for us in lingers_us
+    }
+    others = {name: receiver for name, receiver in receivers.items() if name != "peerd"}
+    return {"peerd": default, **lingering, **others}
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A receiver that runs."""
+
+    title: str
+    child: subprocess.Popen[bytes]
+    pids: list[int] = field(default_factory=list)
+
+    def cpu_s(self) -> float:
+        return cpu_seconds(self.pids)
+
+    def check_alive(self) -> None:
+        if self.child.poll() is not None:
+            raise BenchmarkError(f"{self.title} died (its error is above)")
+
+    def stop(self) -> int:
+        """How many messages it has counted."""
+        end_stdin(self.child)
+        messages: int = orjson.loads(answer(self.title, self.child))["messages"]
+        return messages
+
+
+@contextlib.contextmanager
+def serving(
+    receiver: Receiver,
+    role: Role,
+    socks: Sequence[socket.socket],
+    programs: Programs,
+    cpu: int | None,
+) -> Iterator[Serving]:
+    fds = [sock.fileno() for sock in socks]
+    command = [*receiver.command(role, programs), *map(str, fds)]
+    with running(command, stdin=subprocess.PIPE, pass_fds=fds, cpu=cpu) as child:
+        ready, *pids = answer(receiver.title, child).split()
+        if ready != b"ready":
+            raise BenchmarkError(f"{receiver.title} did not start (its error is above)")
+        yield Serving(receiver.title, child, [int(pid) for pid in pids] or [child.pid])

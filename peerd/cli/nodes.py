@@ -37,7 +37,4 @@ def nodes(etcd: str, prefix: str, as_json: bool) -> None:
     else:
         click.echo(f"no peers under {prefix}/ in {etcd}")
     if listing.skipped:
-        click.echo(
-            f"{listing.skipped} values under {prefix}/ are no peer records and were skipped",
-            err=True,
-        )
+        click.echo(f"skipped under {prefix}/, no peer records: {listing.skipped}", err=True)

@@ -80,7 +80,8 @@ def port_holder(port: int) -> str | None:
         # A worker shares its socket with its supervisor, and the supervisor is whom to stop.
         while (parent := holder.parent()) is not None and _has_udp_port(parent, port):
             holder = parent
-        command = " ".join(holder.cmdline()) or holder.name()
+        # A process title comes as one argument, filled up with spaces (setproctitle).
+        command = " ".join(holder.cmdline()).strip() or holder.name()
         return f"pid {holder.pid} ({command[:120]})"
     except (psutil.Error, OSError):
         return f"pid {pids[0]}"

@@ -50,7 +50,7 @@ def test_nodes_shows_faasnets_records_and_counts_what_is_none(etcd: str) -> None
         store.close()
     shown = peerd("nodes", "--json", f"--etcd={etcd}", "--prefix=mixed")
     assert [node["port"] for node in orjson.loads(shown.stdout)] == [5009]
-    assert b"1 values under mixed/ are no peer records and were skipped" in shown.stderr
+    assert b"skipped under mixed/, no peer records: 1" in shown.stderr
 
 
 def test_nodes_without_etcd() -> None:
