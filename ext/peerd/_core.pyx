@@ -47,7 +47,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport Py_EQ, Py_NE, PyObject
 from cpython.ref cimport Py_DECREF
 from cpython.unicode cimport PyUnicode_DecodeASCII
-from libc.errno cimport EAGAIN, ECONNREFUSED, EHOSTUNREACH, EINTR, ENETUNREACH, ENOBUFS, ENOMEM, errno
+from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ENOMEM, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
@@ -72,6 +72,7 @@ from peerd._scoreboard cimport (
     Slot,
     SlotData,
 )
+from peerd.icmp cimport may_be_icmp
 from peerd.linger cimport Linger, linger_after, linger_open
 from peerd.receive cimport (
     RX_BATCH,
@@ -528,7 +529,7 @@ cdef class DatagramLoop:
         return 0 if full else linger_ns or -1
 
     cdef int _receive_failed(self, int error) except -1:
-        if error == ECONNREFUSED or error == EHOSTUNREACH or error == ENETUNREACH:
+        if may_be_icmp(error):
             self._read_icmp_errors()
         elif error != EAGAIN and error != EINTR and error != ENOMEM and error != ENOBUFS:
             raise OSError(error, f"recvmmsg: {os.strerror(error)}")

@@ -95,6 +95,9 @@ cdef inline size_t stride_of(linux.mmsghdr *received) noexcept nogil:
             control.cmsg_level == linux.SOL_UDP
             and control.cmsg_type == linux.UDP_GRO
             and control.cmsg_len >= linux.CMSG_LEN(sizeof(int))
+            # Neither CMSG_FIRSTHDR nor CMSG_NXTHDR says that the part lies within the control bytes.
+            and <size_t>(linux.CMSG_DATA(control) - <uint8_t *>received.msg_hdr.msg_control) + sizeof(int)
+            <= received.msg_hdr.msg_controllen
         ):
             memcpy(&stride, linux.CMSG_DATA(control), sizeof(int))
             if stride > 0:

@@ -6,7 +6,7 @@ UDP_SEGMENT send (udp(7)): the kernel's path is then walked once for up to 64 da
 
 What the kernel does not take now (EAGAIN, ENOBUFS, ENOMEM) stays in the arena, which is the bounded
 queue: when it is full, further replies are dropped and counted. A run that the kernel refuses (EIO: a
-device without checksum offload; EINVAL: larger than the path's MTU) is sent in pieces, and its address
+device without checksum offload; EINVAL, since Linux 6.14 EMSGSIZE: larger than the path's MTU) is sent in pieces, and its address
 gets no runs any more. An ICMP error that was pending on the socket is reported by the send that comes
 next and says nothing about it, so that send is tried again.
 
@@ -15,13 +15,10 @@ Nothing here touches Python.
 
 from libc.errno cimport (
     EAGAIN,
-    ECONNREFUSED,
-    EHOSTUNREACH,
     EINTR,
     EINVAL,
     EIO,
     EMSGSIZE,
-    ENETUNREACH,
     ENOBUFS,
     ENOMEM,
     errno,
@@ -39,6 +36,7 @@ from peerd._scoreboard cimport (
     TX_GSO_REFUSED,
     TX_MESSAGES,
 )
+from peerd.icmp cimport may_be_icmp
 from peerd.wire cimport MAX_DATAGRAM_BYTES
 
 cdef enum:
@@ -211,11 +209,6 @@ cdef inline bint is_not_now(int error) noexcept nogil:
     return error == EAGAIN or error == ENOBUFS or error == ENOMEM
 
 
-cdef inline bint may_be_anothers(int error) noexcept nogil:
-    """What an ICMP error of an earlier reply looks like."""
-    return error == ECONNREFUSED or error == EHOSTUNREACH or error == ENETUNREACH
-
-
 cdef inline void drop_one(Transmitter *tx, int error) noexcept nogil:
     """This datagram cannot be sent (port 0, no route, too big); the next may."""
     tx.counters[TX_DROPPED_TOO_BIG if error == EMSGSIZE else TX_DROPPED_REFUSED] += 1
@@ -264,7 +257,7 @@ cdef inline bint send_in_pieces(Transmitter *tx, unsigned int index) noexcept no
                                       - <uint8_t *>tx.piece_vectors[done].iov_base)
             vector.iov_base = tx.piece_vectors[done].iov_base
             return False
-        elif may_be_anothers(error) and retries < TX_RETRIES:
+        elif may_be_icmp(error) and retries < TX_RETRIES:
             retries += 1
         else:
             drop_one(tx, error)
@@ -289,6 +282,8 @@ cdef inline void transmit(Transmitter *tx) noexcept nogil:
     cdef int sent, error
     cdef int i
     cdef int retries = 0
+    cdef uint64_t sent_before
+    cdef bint done
     cdef Run *run
     close_runs(tx)
     tx.blocked = 0
@@ -300,6 +295,7 @@ cdef inline void transmit(Transmitter *tx) noexcept nogil:
             if not send_in_pieces(tx, tx.first):
                 return
             tx.first += 1
+            retries = 0
             continue
         sent = linux.sendmmsg(
             tx.fd, &tx.headers[tx.first], tx.end - tx.first, linux.MSG_DONTWAIT
@@ -315,15 +311,23 @@ cdef inline void transmit(Transmitter *tx) noexcept nogil:
         elif is_not_now(error):
             tx.blocked = error
             return
-        elif may_be_anothers(error) and retries < TX_RETRIES:
+        elif may_be_icmp(error) and retries < TX_RETRIES and not (
+            run.count > 1 and error == EMSGSIZE  # the pieces will tell
+        ):
             retries += 1
         elif run.count > 1:
-            # EIO and EINVAL, as said above; with any other error the pieces say which is meant.
-            if error == EIO or error == EINVAL:
+            # EIO, EINVAL and EMSGSIZE, as said above, if pieces are taken: an address that takes nothing
+            # (port 0, which a request may come from) must not use up the table.
+            sent_before = tx.counters[TX_MESSAGES]
+            done = send_in_pieces(tx, tx.first)
+            if tx.counters[TX_MESSAGES] > sent_before and (
+                error == EIO or error == EINVAL or error == EMSGSIZE
+            ):
                 refuse_runs(tx, tx.addresses + tx.first * TX_ADDRESS_BYTES)
-            if not send_in_pieces(tx, tx.first):
+            if not done:
                 return
             tx.first += 1
+            retries = 0
         else:
             drop_one(tx, error)
             tx.first += 1

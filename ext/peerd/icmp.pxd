@@ -1,0 +1,38 @@
+"""What an ICMP error of an earlier datagram looks like in the call that comes next.
+
+The kernel turns the type and code of the message into an errno (icmp_err_convert in net/ipv4/icmp.c,
+icmpv6_err_convert in net/ipv6/icmp.c) and leaves it on the socket, where the next call finds it,
+whatever it is about. Any host can send such a message: it must never end the loop, and never cost
+the datagram at hand. Those that a call can also mean for itself are here as well, so whoever meets
+one tries again a few times before it believes it.
+"""
+
+from libc.errno cimport (
+    EACCES,
+    ECONNREFUSED,
+    EHOSTDOWN,
+    EHOSTUNREACH,
+    EMSGSIZE,
+    ENETUNREACH,
+    ENOPROTOOPT,
+    EOPNOTSUPP,
+    EPROTO,
+)
+
+cdef extern from "<errno.h>" nogil:
+    int ENONET
+
+
+cdef inline bint may_be_icmp(int error) noexcept nogil:
+    return (
+        error == ECONNREFUSED
+        or error == EHOSTUNREACH
+        or error == ENETUNREACH
+        or error == EHOSTDOWN
+        or error == ENONET
+        or error == ENOPROTOOPT
+        or error == EOPNOTSUPP
+        or error == EPROTO
+        or error == EACCES
+        or error == EMSGSIZE
+    )
