@@ -8,8 +8,9 @@ terminal, or `docker compose up -d --wait`.
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 
-from peerd import Peer
+from peerd import Peer, PeerdError
 from peerd.registry import Registry
 
 
@@ -32,11 +33,11 @@ def main() -> None:
     options.add_argument("--port", type=int, default=5001)
     options.add_argument("--etcd", default="http://localhost:23790")
     chosen = options.parse_args()
-    peer = launch_peer(chosen.port, "seedId", etcd=chosen.etcd)
     try:
-        display_cluster(chosen.etcd)
-    finally:
-        peer.close()
+        with closing(launch_peer(chosen.port, "seedId", etcd=chosen.etcd)):
+            display_cluster(chosen.etcd)
+    except PeerdError as error:
+        raise SystemExit(f"quickstart: {error}") from None
 
 
 if __name__ == "__main__":

@@ -50,9 +50,13 @@ class Slot:
     """CLOCK_MONOTONIC of the last change of state."""
     lease_id: int
     """The etcd lease of the peer's record, 0 for none. Written by the registrar, as are the next two."""
-    registered: bool
+    registered_until_ns: int
+    """CLOCK_MONOTONIC when the record's lease runs out, as far as the registrar knows; 0 for no record."""
     holder: str
     """Who holds the peer id instead of this peer; at most 191 bytes of UTF-8."""
+    @property
+    def registered(self) -> bool:
+        """Whether the record is in etcd now: true of no record that nobody keeps alive."""
     @property
     def heartbeat_ns(self) -> int:
         """CLOCK_MONOTONIC at the worker's last turn; at most 250 ms old in a loop that turns."""
@@ -83,4 +87,6 @@ class Scoreboard:
     @property
     def slots(self) -> tuple[Slot, ...]: ...
     registry_state: RegistryState
-    """Written by the registrar."""
+    """Written by the registrar, and by the supervisor while there is none."""
+    registrar_heartbeat_ns: int
+    """CLOCK_MONOTONIC of the registrar's last round."""

@@ -134,7 +134,7 @@ def load_app(name: str | None) -> App:
                 f"app {name!r}: there is no module {missing!r} in {here} or on sys.path"
             ) from None
         raise AppLoadError(f"app {name!r}: importing {module_name!r} failed: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise AppLoadError(
             f"app {name!r}: importing {module_name!r} failed: {type(error).__name__}: {error}"
         ) from error

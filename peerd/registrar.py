@@ -37,6 +37,8 @@ ROUND_S = 0.25
 RETRY_S = 0.5
 """Between two attempts to register the same peer."""
 
+WARN_EVERY_S = 60.0
+
 CALL_TIMEOUT_S = 2.0
 """The longest that one question to etcd may take."""
 
@@ -111,10 +113,12 @@ class _Reconciler:
         self._report_fd = report_fd
         self._registrations: dict[int, Registration] = {}
         self._retry_s: dict[int, float] = {}
+        self._warn_s = 0.0
         self._liveness = _Liveness(settings.liveness_timeout_s)
 
     def reconcile(self) -> None:
         """One round. Stops half way when the supervisor is gone: what is registered is revoked then."""
+        self._board.registrar_heartbeat_ns = time.monotonic_ns()
         for slot in self._board.slots:
             if self._lifeline.ended:
                 return
@@ -128,7 +132,7 @@ class _Reconciler:
             elif not desired:
                 self._revoke(slot, registration)
             else:
-                self._publish(slot, registration.registered, registration.conflict)
+                self._publish(slot, registration.registered_until_s, registration.conflict)
 
     def _register(self, slot: Slot) -> None:
         now_s = time.monotonic()
@@ -146,15 +150,17 @@ class _Reconciler:
             if slot.holder != str(error):
                 log.error("%s", error)
             slot.lease_id = 0
-            self._publish(slot, False, str(error))
+            self._publish(slot, 0.0, str(error))
             self._retry_s[slot.index] = now_s + RETRY_S
         except RegistryError as error:
-            log.debug("peer=%s: not registered yet: %s", self._settings.peer_id(slot.index), error)
+            if now_s >= self._warn_s:
+                self._warn_s = now_s + WARN_EVERY_S
+                log.warning("not registered, and tried again every %g s: %s", RETRY_S, error)
             # All of them would wait for the same etcd: one attempt a round is enough.
             for other in self._board.slots:
                 self._retry_s[other.index] = time.monotonic() + RETRY_S
         else:
-            self._publish(slot, True, "")
+            self._publish(slot, self._registrations[slot.index].registered_until_s, "")
 
     def _revoke(self, slot: Slot, registration: Registration) -> None:
         if slot.state is PeerState.READY:
@@ -166,7 +172,7 @@ class _Reconciler:
         registration.close()
         del self._registrations[slot.index]
         slot.lease_id = 0
-        self._publish(slot, False, "")
+        self._publish(slot, 0.0, "")
 
     def _adopt_to_revoke(self, slot: Slot) -> None:
         """A lease that a registrar left behind when it died, of a peer that has stopped since."""
@@ -175,12 +181,13 @@ class _Reconciler:
         except RegistryError:
             return  # next round
         slot.lease_id = 0
-        self._publish(slot, False, "")
+        self._publish(slot, 0.0, "")
 
-    def _publish(self, slot: Slot, registered: bool, conflict: str) -> None:
-        if slot.registered != registered or slot.holder != conflict:
-            slot.registered = registered
-            slot.holder = conflict
+    def _publish(self, slot: Slot, registered_until_s: float, conflict: str) -> None:
+        before = slot.registered, slot.holder
+        slot.registered_until_ns = int(registered_until_s * 1e9)
+        slot.holder = conflict
+        if before != (slot.registered, slot.holder):
             _tell(self._report_fd)
 
     def _record(self, slot: Slot) -> PeerRecord:

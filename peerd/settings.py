@@ -7,6 +7,7 @@ it needs, as arguments.
 
 from __future__ import annotations
 
+import math
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,14 @@ MAX_PORT = 65535
 MAX_PEERS = 4096
 MAX_PREFIX_BYTES = 255
 MAX_LINGER_US = 10_000
+MAX_RECV_BUFFER_BYTES = 1 << 30
 LINGER_US_PER_PEER = 50
 MAX_DEFAULT_LINGER_US = 400
 MIN_LEASE_TTL_S = 2
 MAX_LEASE_TTL_S = 24 * 3600
 
-_WILDCARDS = ("0.0.0.0", "::", "")
+WILDCARDS = ("0.0.0.0", "::")
+"""Every address of the machine; as an address to send to, none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,11 @@ class DatagramSettings:
             raise SettingsError(
                 f"--linger {self.linger_us}: give microseconds from 0 to {MAX_LINGER_US}"
             )
+
+
+def _is_host(name: str) -> bool:
+    """A rough look, which finds what was meant as something else; resolving it is the real test."""
+    return 0 < len(name) <= 247 and name.isprintable() and not set(" /@[]") & set(name)
 
 
 def default_linger_us(peers: int, cpus: int) -> int:
@@ -133,14 +141,19 @@ class SupervisorSettings:
                 f"--base-port {self.base_port} with {self.peers} peers ends at {self.last_port}, "
                 f"past {MAX_PORT}: use --base-port {MAX_PORT - self.peers + 1} or lower, or fewer peers"
             )
-        for name in (
-            "recv_buffer_bytes",
-            "drain_timeout_s",
-            "stop_timeout_s",
-            "liveness_timeout_s",
-        ):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"{name} {getattr(self, name)}: give a number above 0")
+        for flag, name in (("--host", self.host), ("--advertise", self.advertise)):
+            if name is not None and not _is_host(name):
+                raise SettingsError(
+                    f"{flag} {name!r}: give a host name or an address, without scheme and port"
+                )
+        if not 0 < self.recv_buffer_bytes <= MAX_RECV_BUFFER_BYTES:
+            raise SettingsError(
+                f"--recv-buffer {self.recv_buffer_bytes}: give 1 to {MAX_RECV_BUFFER_BYTES} bytes"
+            )
+        for name in ("drain_timeout_s", "stop_timeout_s", "liveness_timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                flag = f"--{name.removesuffix('_s').replace('_', '-')}"
+                raise SettingsError(f"{flag} {getattr(self, name)}: give seconds above 0")
 
     @property
     def last_port(self) -> int:
@@ -151,7 +164,7 @@ class SupervisorSettings:
         """The host that others are told."""
         if self.advertise is not None:
             return self.advertise
-        return socket.gethostname() if self.host in _WILDCARDS else self.host
+        return socket.gethostname() if self.host in WILDCARDS else self.host
 
     def peer_id(self, slot: int) -> str:
         return str(Address(self.url, self.base_port + slot))

@@ -58,18 +58,28 @@ def run(settings: WorkerSettings, sock: socket.socket, slot: Slot, report: BootR
         report.failed(_explain(error))
         return EX_CONFIG
     loop = make_loop(app, sock.fileno(), slot, settings.peer_id, settings.datagrams)
-    if app.coroutine_handlers:
-        # Only an app that has such handlers pays for asyncio.
+    try:
+        _serve(loop, bool(app.coroutine_handlers), report, settings.drain_timeout_s)
+    except SystemExit:
+        log.critical("peer=%s: a handler has called sys.exit", settings.peer_id, exc_info=True)
+        raise
+    return EX_OK
+
+
+def _serve(
+    loop: DatagramLoop, on_event_loop: bool, report: BootReport, drain_timeout_s: float
+) -> None:
+    if on_event_loop:
+        # Only an app that has coroutine handlers pays for asyncio.
         from peerd import async_server
 
-        async_server.run(loop, report.ready, settings.drain_timeout_s)
-        return EX_OK
-    signal.signal(signal.SIGTERM, lambda *_: loop.stop(drain_s=settings.drain_timeout_s))
+        async_server.run(loop, report.ready, drain_timeout_s)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: loop.stop(drain_s=drain_timeout_s))
     signal.set_wakeup_fd(loop.wakeup_fd, warn_on_full_buffer=False)
     loop.turn()
     report.ready()
     loop.run()
-    return EX_OK
 
 
 def make_loop(

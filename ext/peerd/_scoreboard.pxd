@@ -48,7 +48,7 @@ cdef struct SlotData:
     int64_t supervisor_pad[3]
     # The registrar writes.
     int64_t lease_id
-    int64_t registered
+    int64_t registered_until_ns
     char holder[HOLDER_BYTES]
     int64_t registrar_pad[6]
     # The worker writes.
@@ -63,7 +63,8 @@ cdef struct SlotData:
 # The head of the mapping; the registrar writes.
 cdef struct BoardData:
     int64_t registry_state
-    int64_t pad[7]
+    int64_t registrar_heartbeat_ns
+    int64_t pad[6]
 
 
 @cython.final

@@ -23,6 +23,7 @@ from libc.string cimport memcpy, memset
 from peerd.linux_udp cimport MAP_ANONYMOUS, MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 
 import os
+import time
 from enum import IntEnum
 
 COUNTER_NAMES = (
@@ -121,12 +122,16 @@ cdef class Slot:
         self.data.lease_id = value
 
     @property
-    def registered(self):
-        return self.data.registered != 0
+    def registered_until_ns(self):
+        return self.data.registered_until_ns
 
-    @registered.setter
-    def registered(self, bint value):
-        self.data.registered = value
+    @registered_until_ns.setter
+    def registered_until_ns(self, int64_t value):
+        self.data.registered_until_ns = value
+
+    @property
+    def registered(self):
+        return self.data.registered_until_ns > time.monotonic_ns()
 
     @property
     def holder(self):
@@ -199,6 +204,14 @@ cdef class Scoreboard:
     def __dealloc__(self):
         if self._mapping != NULL:
             munmap(self._mapping, self._mapping_bytes)
+
+    @property
+    def registrar_heartbeat_ns(self):
+        return self._board.registrar_heartbeat_ns
+
+    @registrar_heartbeat_ns.setter
+    def registrar_heartbeat_ns(self, int64_t value):
+        self._board.registrar_heartbeat_ns = value
 
     @property
     def registry_state(self):

@@ -7,6 +7,7 @@ does not pay for etcd. Errors become one line on standard error and an exit code
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import NoReturn
@@ -91,6 +92,9 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """The console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A record may hold what the terminal's encoding has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(prog_name="peerd", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -112,6 +116,10 @@ def main() -> NoReturn:
         # Whoever read our output has seen enough (peerd nodes | head -1).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:
+        # Whatever the commands do not expect: no space for the output, no descriptor left.
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        code = 1
     sys.exit(code)
 
 

@@ -13,7 +13,7 @@ import orjson
 
 from peerd._core import Message
 from peerd.address import Address
-from peerd.cli.options import etcd_option, json_option, prefix_option
+from peerd.cli.options import SECONDS, etcd_option, json_option, prefix_option
 from peerd.client import DEFAULT_VERSION, PeerClient, resolve
 from peerd.errors import NoAnswerError
 
@@ -31,7 +31,7 @@ TARGET_HELP = "TARGET is host:port or a peer id, which is looked up in etcd."
 @click.option(
     "-i",
     "--interval",
-    type=click.FloatRange(0),
+    type=SECONDS,
     default=0.2,
     show_default=True,
     help="Seconds between.",
@@ -39,7 +39,7 @@ TARGET_HELP = "TARGET is host:port or a peer id, which is looked up in etcd."
 @click.option(
     "-t",
     "--timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=SECONDS,
     default=1.0,
     show_default=True,
     help="Seconds to wait for each answer.",
@@ -94,7 +94,7 @@ def ping(
 @click.option(
     "-t",
     "--timeout",
-    type=click.FloatRange(0),
+    type=SECONDS,
     default=1.0,
     show_default=True,
     help="Seconds to wait for a reply; 0 sends and leaves.",

@@ -13,6 +13,9 @@ from peerd.cli.options import json_option
 from peerd.cli.table import print_table
 from peerd.supervisor import control
 
+STUCK_S = 1.0
+"""A loop that turns writes its heartbeat every quarter of a second."""
+
 
 @click.command()
 @click.option(
@@ -26,14 +29,14 @@ from peerd.supervisor import control
 def status(path: Path | None, as_json: bool) -> None:
     """Show what a running supervisor and its peers do.
 
-    Exit code 0 when all peers are ready, 1 when some are not, 3 when no supervisor runs.
+    Exit code 0 when all peers are ready and get on, 1 when some are not, 3 when no supervisor runs.
     """
     report: dict[str, Any] = control.request(path or control.find_running(), "status")
     if as_json:
         click.echo(orjson.dumps(report, option=orjson.OPT_INDENT_2))
     else:
         _print(report)
-    if any(peer["state"] != "ready" for peer in report["peers"]):
+    if report["supervisor"]["state"] != "ready":
         sys.exit(1)
 
 
@@ -45,27 +48,12 @@ def _print(report: dict[str, Any]) -> None:
     )
     click.echo(f"registry {registry['state']}, etcd at {registry['endpoint']}\n")
     print_table(
-        (
-            "SLOT",
-            "PEER",
-            "PID",
-            "STATE",
-            "UP",
-            "RESTARTS",
-            "REGISTERED",
-            "RX",
-            "TX",
-            "DROPPED",
-            "ERRORS",
-            "RSS MiB",
-            "CPU %",
-        ),
+        ("#", "PEER", "STATE", "UP", "RST", "REG", "RX", "TX", "DROP", "ERR", "PID", "MiB", "CPU%"),
         [
             (
                 peer["slot"],
                 peer["peer_id"],
-                peer["pid"],
-                peer["state"],
+                _state(peer),
                 _duration(peer["uptime_s"]),
                 peer["restarts"],
                 "yes" if peer["registered"] else "no",
@@ -73,6 +61,7 @@ def _print(report: dict[str, Any]) -> None:
                 peer["tx_messages"],
                 peer["rx_dropped"] + peer["tx_dropped"],
                 peer["decode_errors"] + peer["handler_errors"],
+                peer["pid"],
                 round(peer["rss_bytes"] / 2**20, 1),
                 peer["cpu_percent"],
             )
@@ -82,6 +71,13 @@ def _print(report: dict[str, Any]) -> None:
     for peer in report["peers"]:
         if peer["conflict"]:
             click.echo(f"slot {peer['slot']}: {peer['conflict']}")
+
+
+def _state(peer: dict[str, Any]) -> str:
+    age_s = peer["heartbeat_age_s"]
+    if peer["state"] == "ready" and age_s is not None and age_s > STUCK_S:
+        return f"stuck {age_s:.0f}s"
+    return str(peer["state"])
 
 
 def _duration(seconds: float) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import secrets
 import shutil
 import socket
 import sys
@@ -16,7 +18,8 @@ import click
 from peerd import __version__, embedded_etcd, registrar, worker
 from peerd._scoreboard import Scoreboard, Slot
 from peerd.cli import logs
-from peerd.cli.options import etcd_option, prefix_option
+from peerd.cli.options import SECONDS, etcd_option, prefix_option
+from peerd.errors import SettingsError
 from peerd.settings import (
     DEFAULT_ENDPOINT,
     DatagramSettings,
@@ -28,6 +31,10 @@ from peerd.settings import (
 from peerd.supervisor import control
 from peerd.supervisor.sockets import bind_all
 from peerd.supervisor.supervisor import BootReport, Supervisor
+
+# Its socket, the pidfd and, while it starts, the pipe of its report.
+DESCRIPTORS_PER_PEER = 3
+OTHER_DESCRIPTORS = 128
 
 
 class BadConfigError(click.ClickException):
@@ -43,13 +50,17 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadConfigError(f"{path}: {error}") from None
     known = {param.name: param for param in ctx.command.params if param.name != "config"}
-    names: dict[str, Any] = {"control": "control_path", "ttl": "ttl"}
     for key, value in values.items():
-        name = names.get(key, key.replace("-", "_"))
+        name = "control_path" if key == "control" else key.replace("-", "_")
         if name not in known:
             options = ", ".join(sorted(str(param.opts[0])[2:] for param in known.values()))
             raise BadConfigError(f"{path}: unknown setting {key!r}; there are: {options}")
-        ctx.default_map = {**(ctx.default_map or {}), name: value}
+        try:
+            # As text, so that a file is read by the same rules as a flag: 2.7 is no number of peers.
+            checked = known[name].type_cast_value(ctx, str(value))
+        except click.BadParameter as error:
+            raise BadConfigError(f"{path}: {key}: {error.message}") from None
+        ctx.default_map = {**(ctx.default_map or {}), name: checked}
     return path
 
 
@@ -105,7 +116,7 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
 )
 @click.option(
     "--stop-timeout",
-    type=float,
+    type=SECONDS,
     default=SupervisorSettings.stop_timeout_s,
     show_default=True,
     help="Hard end of a stop, in seconds.",
@@ -170,6 +181,7 @@ def supervise(
         stop_timeout_s=stop_timeout,
     )
     logs.configure(log_level)
+    _raise_descriptor_limit(peers)
     sockets = bind_all(
         settings.host, settings.base_port, settings.peers, settings.recv_buffer_bytes
     )
@@ -192,6 +204,18 @@ def supervise(
     sys.exit(code)
 
 
+def _raise_descriptor_limit(peers: int) -> None:
+    """Up to the hard limit: the soft one is low for the sake of select(), which nobody uses here."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    needed = DESCRIPTORS_PER_PEER * peers + OTHER_DESCRIPTORS
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise SettingsError(
+            f"--peers {peers} needs {needed} open files, and the limit is {hard}: "
+            "raise it (ulimit -Hn), or run fewer"
+        )
+
+
 def _own_etcd() -> EmbeddedEtcdSettings | None:
     """An etcd at the default endpoint, if nobody is there and a binary is."""
     if embedded_etcd.is_listening(DEFAULT_ENDPOINT):
@@ -204,7 +228,8 @@ def _own_etcd() -> EmbeddedEtcdSettings | None:
             err=True,
         )
         return None
-    directory = Path(tempfile.mkdtemp(prefix="peerd-etcd-"))
+    # Only named here: etcd's own process makes it, when there is somebody who will remove it.
+    directory = Path(tempfile.gettempdir(), f"peerd-etcd-{secrets.token_hex(8)}")
     command = embedded_etcd.command(binary, DEFAULT_ENDPOINT, directory)
     return EmbeddedEtcdSettings(tuple(command), directory)
 
@@ -226,7 +251,6 @@ def _print_first_screen(
         f"  control   {control_path} (peerd status)\n"
         f"  stop      Ctrl-C, or kill {pid}"
     )
-    sys.stdout.flush()
 
 
 def _worker_entry(settings: SupervisorSettings) -> Any:

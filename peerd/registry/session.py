@@ -118,6 +118,12 @@ class Registration:
         self.close()
 
     @property
+    def registered_until_s(self) -> float:
+        """When the lease runs out on the monotonic clock if it is not refreshed; 0 for no record."""
+        lease = self._lease
+        return lease.ends_at_s if self._put and lease is not None else 0.0
+
+    @property
     def _stands(self) -> bool:
         lease = self._lease
         return self._put and lease is not None and lease.lives

@@ -66,6 +66,10 @@ def request(path: Path, command: str, timeout_s: float = 5.0) -> Any:
             raise ControlError(
                 f"{path} belongs to another user: run this as them, or as root"
             ) from None
+        except BlockingIOError:
+            raise ControlError(
+                f"the supervisor at {path} does not answer within {timeout_s:g} s: is it stopped?"
+            ) from None
         except OSError as error:
             raise ControlError(f"the supervisor at {path} does not answer: {error}") from None
     try:
@@ -148,8 +152,10 @@ class ControlServer:
         try:
             if events & selectors.EVENT_READ and not self._read(client):
                 return
-            if client.unsent:
+            self._answer_next(client)
+            while client.unsent:
                 client.unsent = client.unsent[client.connection.send(client.unsent) :]
+                self._answer_next(client)
         except BlockingIOError:
             pass
         except OSError:
@@ -164,12 +170,14 @@ class ControlServer:
         if not chunk or len(client.received) > MAX_REQUEST_BYTES:
             self._drop(client)
             return False
-        # One request at a time: the next is read when this one's answer is gone.
-        line, newline, rest = client.received.partition(b"\n")
-        if newline:
-            client.received = rest
-            client.unsent += self._answer(line)
         return True
+
+    def _answer_next(self, client: _Client) -> None:
+        """One request at a time, when the answer before is gone: so answers cannot pile up."""
+        line, newline, rest = client.received.partition(b"\n")
+        if newline and not client.unsent:
+            client.received = rest
+            client.unsent = self._answer(line)
 
     def _answer(self, line: bytes) -> bytes:
         try:
@@ -200,7 +208,9 @@ class _Client:
 
 
 def _listen(path: Path) -> socket.socket:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    if path.parent == directory() and path.parent.stat().st_uid != os.getuid():
+        raise ControlError(f"{path.parent} belongs to another user")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if path.exists() and stat.S_ISSOCK(path.stat().st_mode):

@@ -18,6 +18,7 @@ import psutil
 
 from peerd.address import Address
 from peerd.errors import BindError, PortInUseError
+from peerd.settings import WILDCARDS
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +63,18 @@ def queue_state(sock: socket.socket) -> QueueState:
     return QueueState(queued_bytes=fields[0], dropped=fields[8])
 
 
-def port_holder(port: int) -> str | None:
-    """Who has a UDP port, as a person would say it; None when it cannot be seen (another user's)."""
+def port_holder(family: socket.AddressFamily, address: str, port: int) -> str | None:
+    """Whose socket is in the way of binding this, as a person would say it.
+
+    None when it cannot be seen (another user's).
+    """
     try:
         taken = [
             found
             for found in psutil.net_connections("udp")
-            if found.laddr and found.laddr.port == port
+            if found.laddr
+            and found.laddr.port == port
+            and _overlap(family, address, found.family, found.laddr.ip)
         ]
     except (psutil.Error, OSError):
         return None
@@ -81,10 +87,17 @@ def port_holder(port: int) -> str | None:
         while (parent := holder.parent()) is not None and _has_udp_port(parent, port):
             holder = parent
         # A process title comes as one argument, filled up with spaces (setproctitle).
-        command = " ".join(holder.cmdline()).strip() or holder.name()
+        command = " ".join(" ".join(holder.cmdline()).split()) or holder.name()
         return f"pid {holder.pid} ({command[:120]})"
     except (psutil.Error, OSError):
         return f"pid {pids[0]}"
+
+
+def _overlap(family: int, address: str, other_family: int, other: str) -> bool:
+    wild = address in WILDCARDS or other in WILDCARDS
+    if family == other_family:
+        return wild or address == other
+    return "::" in (address, other)  # takes IPv4 as well
 
 
 def _has_udp_port(process: psutil.Process, port: int) -> bool:
@@ -98,7 +111,7 @@ def _has_udp_port(process: psutil.Process, port: int) -> bool:
 
 def _resolve(host: str) -> tuple[socket.AddressFamily, str]:
     try:
-        found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_DGRAM)
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)
     except OSError as error:
         raise BindError(
             f"cannot bind to host {host!r}: {error.strerror}; use --host with an address of this machine"
@@ -113,7 +126,7 @@ def _bind(sock: socket.socket, host: str, address: str, port: int) -> None:
         sock.bind((address, port))
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            holder = port_holder(port)
+            holder = port_holder(sock.family, address, port)
             who = f"held by {holder}" if holder else "held by a process that this user cannot see"
             raise PortInUseError(
                 port,

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 
 import psutil
 
-from peerd._scoreboard import PeerState, Scoreboard, Slot
+from peerd._scoreboard import PeerState, RegistryState, Scoreboard, Slot
 from peerd.settings import SupervisorSettings
 from peerd.supervisor.sockets import queue_state
+
+REGISTRAR_STALE_S = 5.0
+"""Longer than a round in which etcd answers nothing."""
 
 
 class StatusReport:
@@ -32,6 +35,14 @@ class StatusReport:
         self._started_ns = time.monotonic_ns()
         self._processes: dict[int, psutil.Process] = {}
 
+    def all_get_on(self) -> bool:
+        """Whether every peer is ready and its loop has turned lately."""
+        return all(
+            slot.state is PeerState.READY
+            and _seconds_since(slot.heartbeat_ns) < self._settings.liveness_timeout_s
+            for slot in self._board.slots
+        )
+
     def build(self, state: str) -> dict[str, object]:
         """The document of the design's ``peerd status --json``."""
         self._follow_workers()
@@ -43,7 +54,7 @@ class StatusReport:
                 "version": self._version,
             },
             "registry": {
-                "state": self._board.registry_state.name.lower(),
+                "state": self._registry_state().name.lower(),
                 "endpoint": self._settings.registry.endpoint,
             },
             "peers": [self._peer(slot) for slot in self._board.slots],
@@ -61,6 +72,7 @@ class StatusReport:
             "state": slot.state.name.lower(),
             "restarts": slot.restarts,
             "uptime_s": _seconds_since(slot.since_ns) if slot.state is PeerState.READY else 0.0,
+            "heartbeat_age_s": _seconds_since(slot.heartbeat_ns) if slot.heartbeat_ns else None,
             "registered": slot.registered,
             "conflict": slot.holder or None,
             "rx_messages": counters["rx_messages"],
@@ -73,7 +85,14 @@ class StatusReport:
             "rss_bytes": rss_bytes,
             "cpu_percent": cpu_percent,
             "counters": counters,
+            "histograms": slot.histograms(),
         }
+
+    def _registry_state(self) -> RegistryState:
+        """What the registrar says, unless it has not got on for a while."""
+        if _seconds_since(self._board.registrar_heartbeat_ns) > REGISTRAR_STALE_S:
+            return RegistryState.SUSPENDED
+        return self._board.registry_state
 
     def _usage(self, pid: int) -> tuple[int, float]:
         process = self._processes.get(pid)

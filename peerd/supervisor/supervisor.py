@@ -26,6 +26,7 @@ import random
 import selectors
 import signal
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,8 +59,8 @@ STOP_SIGNALS: Mapping[signal.Signals, int] = {
 WITHDRAW_TIMEOUT_S = 2.0
 """For how long a stop waits for the registrar; longer than etcd's answer, shorter than the stop."""
 
-KILLED_REGISTRAR_TIMEOUT_S = 1.0
-"""What an immediate stop leaves the registrar to revoke the records."""
+LAST_TIMEOUT_S = 1.0
+"""What a stop at its end leaves the registrar to revoke the records."""
 
 MAX_REPORT_BYTES = 32 * 1024
 
@@ -110,6 +111,7 @@ class _Managed:
     ready_s: float | None = None
     next_start_s: float | None = None
     failures: deque[Failure] = field(default_factory=lambda: deque(maxlen=64))
+    policy: RestartPolicy = field(default_factory=RestartPolicy)
 
 
 @dataclass
@@ -138,15 +140,17 @@ class Supervisor:
         self._registrar_entry = registrar_entry
         self._etcd_settings = etcd
         self._control_path = control_path
-        self._policy = RestartPolicy()
         self._board = Scoreboard(len(sockets))
         self._status = StatusReport(settings, sockets, self._board, version)
         self._selector = selectors.DefaultSelector()
         self._peers = [
             self._peer(slot, sock) for slot, sock in zip(self._board.slots, sockets, strict=True)
         ]
-        self._registrar = _Managed("registrar", self._start_registrar)
-        self._etcd = _Managed("etcd", self._start_etcd)
+        # Never parked, and back before the leases that its predecessor kept have run out.
+        ttl_s = settings.registry.lease_ttl_s
+        unparked = RestartPolicy(max_failures=sys.maxsize, max_delay_s=ttl_s / 4)
+        self._registrar = _Managed("registrar", self._start_registrar, policy=unparked)
+        self._etcd = _Managed("etcd", self._start_etcd, policy=unparked)
         self._lifeline_fd: int | None = None
         self._registrar_report_fd: int | None = None
         self._control: ControlServer | None = None
@@ -166,11 +170,12 @@ class Supervisor:
         with self._signals():
             try:
                 self._open_control()
+                # Before the etcd, whose folder it removes if this process is killed.
+                self._start(self._registrar)
                 for peer in self._peers:
                     self._start(peer)
                 if self._etcd_settings is not None:
                     self._start(self._etcd)
-                self._start(self._registrar)
                 while self._phase is not _Phase.DONE:
                     self._turn()
             finally:
@@ -180,8 +185,7 @@ class Supervisor:
     def status(self) -> dict[str, object]:
         if self._phase is not _Phase.SERVING:
             return self._status.build("stopping")
-        ready = all(peer.slot.state is PeerState.READY for peer in self._peers)
-        return self._status.build("ready" if ready else "degraded")
+        return self._status.build("ready" if self._status.all_get_on() else "degraded")
 
     # The loop
 
@@ -243,7 +247,7 @@ class Supervisor:
         now_s = time.monotonic()
         ready_for_s = 0.0 if managed.ready_s is None else now_s - managed.ready_s
         managed.failures.append(Failure(now_s, ready_for_s))
-        restart = next_restart(self._policy, list(managed.failures), random.random())
+        restart = next_restart(managed.policy, list(managed.failures), random.random())
         managed.next_start_s = now_s + restart.delay_s
         if isinstance(managed, _Peer):
             state = PeerState.CRASHLOOP if restart.crashloop else PeerState.BACKOFF
@@ -254,8 +258,8 @@ class Supervisor:
             log.error(
                 "the %s failed %d times within %g s: parked, the next try is %s",
                 managed.name,
-                self._policy.max_failures + 1,
-                self._policy.window_s,
+                managed.policy.max_failures + 1,
+                managed.policy.window_s,
                 when,
             )
         else:
@@ -407,7 +411,8 @@ class Supervisor:
             self._selector.unregister(self._registrar_report_fd)
             os.close(self._registrar_report_fd)
             self._registrar_report_fd = None
-        if self._phase is _Phase.SERVING:
+        self._board.registry_state = RegistryState.SUSPENDED
+        if self._phase in (_Phase.SERVING, _Phase.WITHDRAW):
             log.error("the registrar, pid %d: %s", pid, end)
             self._plan_restart(self._registrar)
 
@@ -427,10 +432,11 @@ class Supervisor:
     def _start_etcd(self) -> None:
         assert self._etcd_settings is not None
         command = self._etcd_settings.command
-        log_path = str(self._etcd_settings.data_dir / "etcd.log")
+        data_dir = self._etcd_settings.data_dir
 
         def run_etcd() -> int:
-            redirect_output(log_path)
+            os.makedirs(data_dir, mode=0o700, exist_ok=True)
+            redirect_output(str(data_dir / "etcd.log"))
             os.execv(command[0], command)
 
         self._etcd.child = spawn(run_etcd, (), die_with_parent=True)
@@ -451,8 +457,8 @@ class Supervisor:
         assert self._etcd_settings is not None
         with contextlib.suppress(OSError):
             text = (self._etcd_settings.data_dir / "etcd.log").read_text(errors="replace")
-            return "\n".join(text.splitlines()[-3:])
-        return "(none)"
+            return "\n".join(text.splitlines()[-3:]) or "(its log is empty)"
+        return "(it has no log)"
 
     # Stopping
 
@@ -462,30 +468,32 @@ class Supervisor:
         self._stop_s = time.monotonic()
         self._kill_s = self._stop_s + self._settings.stop_timeout_s
         self._next_notice_s = self._stop_s + 1.0
-        for managed in (*self._peers, self._etcd, self._registrar):
+        for managed in (*self._peers, self._etcd):
             managed.next_start_s = None
+        if self._registrar.child is None:
+            # A registrar that died a moment ago: the records it left need one to revoke them.
+            self._registrar.next_start_s = self._stop_s
         for peer in self._peers:
             self._set_state(peer, PeerState.STOPPING if peer.child else PeerState.STOPPED)
 
     def _stop_now(self) -> None:
         log.warning("second signal: stopping at once")
         now_s = time.monotonic()
-        self._kill_s = min(self._kill_s, now_s + KILLED_REGISTRAR_TIMEOUT_S)
+        self._kill_s = min(self._kill_s, now_s + LAST_TIMEOUT_S)
         for peer in self._peers:
             if peer.child is not None:
                 peer.child.send(signal.SIGKILL)
-        self._close_lifeline()
-        self._phase = _Phase.CLOSE
+        self._close()
 
     def _advance_stop(self, now_s: float) -> None:
         if self._phase is _Phase.WITHDRAW and self._withdrawn(now_s):
             self._phase = _Phase.DRAIN
+            self._registrar.next_start_s = None
             for peer in self._peers:
                 if peer.child is not None:
                     peer.child.send(signal.SIGTERM)
         if self._phase is _Phase.DRAIN and not any(peer.child for peer in self._peers):
-            self._phase = _Phase.CLOSE
-            self._close_lifeline()
+            self._close()
         if (
             self._phase is _Phase.CLOSE
             and self._registrar.child is None
@@ -499,22 +507,33 @@ class Supervisor:
         if self._phase is _Phase.CLOSE and not children:
             self._phase = _Phase.DONE
         elif now_s >= self._kill_s:
-            for managed in children:
-                assert managed.child is not None
-                log.warning("the %s has not stopped in time: SIGKILL", managed.name)
-                managed.child.send(signal.SIGKILL)
-            self._kill_s = now_s + 1.0
+            # The registrar and etcd are asked to stop in CLOSE only.
+            late = children if self._phase is _Phase.CLOSE else self._peers
+            for managed in late:
+                if managed.child is not None:
+                    log.warning("the %s has not stopped in time: SIGKILL", managed.name)
+                    managed.child.send(signal.SIGKILL)
+            self._kill_s = now_s + LAST_TIMEOUT_S
         elif now_s >= self._next_notice_s:
             self._next_notice_s = now_s + 1.0
             log.info("waiting for: %s", ", ".join(managed.name for managed in children))
 
+    def _close(self) -> None:
+        self._phase = _Phase.CLOSE
+        self._registrar.next_start_s = None
+        left = sum(peer.slot.lease_id != 0 for peer in self._peers)
+        if left and self._registrar.child is None:
+            log.warning(
+                "no registrar to revoke %d records: their leases run out within %d s",
+                left,
+                self._settings.registry.lease_ttl_s,
+            )
+        self._close_lifeline()
+
     def _withdrawn(self, now_s: float) -> bool:
-        return (
-            self._registrar.child is None
-            or not any(peer.slot.registered for peer in self._peers)
-            or self._board.registry_state is not RegistryState.CONNECTED
-            or now_s >= self._stop_s + WITHDRAW_TIMEOUT_S
-        )
+        if now_s >= self._stop_s + WITHDRAW_TIMEOUT_S:
+            return True
+        return not any(peer.slot.lease_id for peer in self._peers)
 
     def _next_deadline_s(self) -> float:
         deadlines = [self._kill_s, self._next_notice_s]
@@ -532,7 +551,12 @@ class Supervisor:
             reader.setblocking(False)
             writer.setblocking(False)
             previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-            previous = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+            previous = {
+                number: signal.signal(number, lambda *_: None)
+                for number in STOP_SIGNALS
+                # nohup has it ignored, and means it.
+                if not (number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN)
+            }
             self._selector.register(
                 reader, selectors.EVENT_READ, lambda _: self._read_signals(reader)
             )

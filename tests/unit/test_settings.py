@@ -23,10 +23,15 @@ def test_the_ports_follow_each_other() -> None:
         ({"base_port": 0}, "--base-port 0"),
         ({"base_port": 65536}, "--base-port 65536"),
         ({"base_port": 65530, "peers": 8}, "use --base-port 65528 or lower"),
-        ({"stop_timeout_s": 0}, "stop_timeout_s 0"),
+        ({"stop_timeout_s": 0}, "--stop-timeout 0"),
+        ({"stop_timeout_s": float("nan")}, "--stop-timeout nan"),
+        ({"recv_buffer_bytes": 3 << 30}, "--recv-buffer"),
+        ({"host": ""}, "--host ''"),
+        ({"advertise": ""}, "--advertise ''"),
+        ({"advertise": "http://a"}, "--advertise 'http://a'"),
     ],
 )
-def test_what_cannot_work_is_refused(values: dict[str, int], text: str) -> None:
+def test_what_cannot_work_is_refused(values: dict[str, object], text: str) -> None:
     with pytest.raises(SettingsError, match=text):
         SupervisorSettings(**values)  # type: ignore[arg-type]
 
