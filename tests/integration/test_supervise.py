@@ -43,6 +43,10 @@ def no_records(running: Running) -> bool:
     return not records(running)
 
 
+def is_replaced(running: Running, registrar_pid: int) -> bool:
+    return running.registrar().pid != registrar_pid
+
+
 def all_gone(pids: list[int]) -> bool:
     return not alive(pids)
 
@@ -218,6 +222,8 @@ def test_a_stop_has_a_hard_end(supervised: Supervised, tmp_path: Path) -> None:
     assert running.wait(5) == 0
     assert f"waiting for: worker of localhost:{running.ports[0]}" in running.err
     assert f"worker of localhost:{running.ports[0]} has not stopped in time" in running.err
+    assert "registrar has not stopped" not in running.err
+    assert records(running) == []
 
 
 def test_a_killed_registrar_is_replaced_and_no_record_disappears(supervised: Supervised) -> None:
@@ -234,6 +240,61 @@ def test_a_killed_registrar_is_replaced_and_no_record_disappears(supervised: Sup
         while time.monotonic() < deadline_s:
             assert len(registry.nodes()) == 8
     assert all(peer["registered"] for peer in running.status()["peers"])
+
+
+def test_a_registrar_that_is_killed_again_and_again_comes_back(supervised: Supervised) -> None:
+    running = supervised.start(peers=2)
+    running.wait_registered()
+    for _ in range(7):
+        old = eventually(running.registrar)
+        old.kill()
+        eventually(partial(is_replaced, running, old.pid), within_s=10)
+        assert len(records(running)) == 2
+    running.wait_registered()
+
+
+def test_a_stop_while_there_is_no_registrar_leaves_no_record(supervised: Supervised) -> None:
+    running = supervised.start(peers=2)
+    running.wait_registered()
+    running.registrar().kill()
+    running.signal(signal.SIGTERM)
+    assert running.wait() == 0
+    assert records(running) == []
+
+
+def test_a_log_that_nobody_reads_stops_nothing(supervised: Supervised, tmp_path: Path) -> None:
+    (tmp_path / "angry.py").write_text(
+        "import peerd\napp = peerd.App()\n"
+        "@app.handler('BAD')\ndef bad(message):\n    raise ValueError('x' * 60000)\n"
+        "@app.handler('PING')\ndef ping(message):\n    return message.body\n"
+    )
+    port = free_ports(1)
+    command = [sys.executable, "-m", "peerd", "supervise", f"--base-port={port}", "--app=angry:app"]
+    command += [f"--etcd={supervised.etcd}", "--prefix=unread", f"--control={tmp_path / 'control'}"]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path
+    ) as process:
+        eventually(lambda: raw_client.request(port, b"PING", b"x", 0.5)[2] == b"x", within_s=10)
+        for _ in range(3):  # a pipe holds 64 KiB
+            with pytest.raises(TimeoutError):
+                raw_client.request(port, b"BAD", b"", 1.1)
+        assert raw_client.request(port, b"PING", b"x")[2] == b"x"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def test_nohup_means_it(supervised: Supervised) -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        running = supervised.start(peers=1)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    running.wait_ready()
+    running.signal(signal.SIGHUP)
+    running.signal(signal.SIGTERM)
+    assert running.wait() == 0
 
 
 def test_an_adopted_lease_is_kept_alive(supervised: Supervised) -> None:
