@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard ext/peerd/*.pyx ext/peerd/*.pxd)
 
-.PHONY: help run test lint stubs pytest build bench sdist-check clean
+.PHONY: help run test lint stubs pytest build bench fuzz fuzz-quick sdist-check clean
 
 help:
 	@echo 'make run         set up, then run 8 peers on UDP 5001 to 5008 (make run ARGS="--peers 2")'
@@ -13,6 +13,8 @@ help:
 	@echo 'make build       rebuild the compiled modules after a change in ext/'
 	@echo 'make lint        ruff and mypy'
 	@echo 'make bench       benchmarks/throughput.py'
+	@echo 'make fuzz        coverage-guided fuzzing under ASan and UBSan, with clang (FUZZ="-runs=10000000")'
+	@echo 'make fuzz-quick  the same for some seconds, as CI does'
 	@echo 'make sdist-check build the sdist, and the wheel from it, and look inside'
 	@echo 'make clean       remove the virtual environment and what was built'
 	@echo 'PYTHON=python3.12 make ... chooses the interpreter (3.11 or newer)'
@@ -41,6 +43,22 @@ build: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/throughput.py
+
+FUZZ ?= -runs=10000000
+FUZZ_BUILD := build/fuzz
+FUZZ_TARGETS := envelope split transmit
+
+# New inputs go to build/; what is worth keeping is merged into the corpus by hand (-merge=1).
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzz/build_targets.py $(FUZZ_BUILD)
+	@for target in $(FUZZ_TARGETS); do \
+	  mkdir -p $(FUZZ_BUILD)/found-$$target && echo "fuzz_$$target $(FUZZ)" && \
+	  $(FUZZ_BUILD)/fuzz_$$target $(FUZZ) -verbosity=0 -print_final_stats=1 -artifact_prefix=$(FUZZ_BUILD)/ \
+	    $(FUZZ_BUILD)/found-$$target tests/fuzz/corpus/$$target || exit 1; \
+	done
+
+fuzz-quick:
+	$(MAKE) fuzz FUZZ="-max_total_time=7"
 
 sdist-check: $(VENV)/.test
 	$(BIN)/python -m pytest tests/integration/test_packaging.py

@@ -1,0 +1,265 @@
+"""Invariant: whatever the kernel answers, each reply is sent once, whole, in order and to its address, or is counted as dropped.
+
+sendmmsg is defined here, so what runs is transmit.pxd against a kernel that follows the input: takes
+all, takes some, or fails with any errno that Linux has for this call. An input is the byte GSO_MODE
+(how runs are refused) and then steps, to which the kernel helps itself when it is called; when the
+input is used up, the kernel takes everything. A reply carries its number and its size.
+
+A refusal says nothing about the datagram at hand when it stems from an ICMP error of an earlier one
+(udp(7), IP_RECVERR), or from its being sent in a run; so replies may be dropped as refused only as
+often as the kernel refused single ones for good. And runs are given up only for an address that takes
+single datagrams: else anyone could turn them off for all, with requests from addresses that take none.
+"""
+
+from libc cimport errno
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport abort
+from libc.string cimport memcpy, memset
+
+cimport peerd.linux_udp as linux
+from peerd._scoreboard cimport (
+    COUNTER_COUNT,
+    TX_BYTES,
+    TX_DROPPED_FULL,
+    TX_DROPPED_REFUSED,
+    TX_DROPPED_TOO_BIG,
+    TX_MESSAGES,
+)
+from peerd.transmit cimport (
+    TX_ADDRESS_BYTES,
+    TX_RETRIES,
+    TX_SEGMENTS,
+    Transmitter,
+    drop_queued,
+    transmit,
+    transmit_room,
+    transmitter_open,
+)
+from peerd.wire cimport MAX_DATAGRAM_BYTES
+
+# In C, since Cython fills its arrays when a module is imported, and no target ever is.
+cdef extern from *:
+    """
+    static const size_t SIZES[8] = {8, 9, 40, 64, 1200, 9000, 30000, 65507};
+    static const int ERRORS[12] = {
+        EAGAIN, ENOBUFS, ENOMEM, EINTR, ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, ECONNREFUSED,
+        EIO, EINVAL, EMSGSIZE, EPERM
+    };
+    """
+    const size_t SIZES[8]
+    const int ERRORS[12]
+
+cdef enum:
+    MAX_REPLIES = 4096
+    # Bits of GSO_MODE.
+    REFUSE_ALL_RUNS = 1
+    REFUSE_RUNS_TO_ODD_CLIENTS = 2
+    REFUSE_ALL_TO_HIGH_CLIENTS = 4
+    DROP_AT_THE_END = 128
+
+cdef struct Kernel:
+    const uint8_t *at
+    const uint8_t *end
+    uint8_t gso_mode
+    uint32_t next_number  # no lower one may come
+    uint64_t messages
+    uint64_t message_bytes
+    uint64_t refused_for_good
+    uint64_t refused_runs  # to clients that take single datagrams
+    int others_errors  # in a row
+
+cdef Kernel kernel
+cdef Transmitter tx
+cdef bint opened = False
+cdef uint64_t counters[COUNTER_COUNT]
+cdef uint8_t clients[MAX_REPLIES]
+cdef uint32_t offered
+
+
+cdef inline void check(bint holds) noexcept nogil:
+    if not holds:
+        abort()
+
+
+cdef inline uint8_t next_byte() noexcept nogil:
+    cdef uint8_t value = 0
+    if kernel.at != kernel.end:
+        value = kernel.at[0]
+        kernel.at += 1
+    return value
+
+
+cdef inline void address_of(uint8_t client, uint8_t *address) noexcept nogil:
+    memset(address, 0, TX_ADDRESS_BYTES)
+    address[0] = linux.AF_INET
+    address[3] = client
+
+
+cdef inline uint8_t client_of(linux.mmsghdr *message) noexcept nogil:
+    return (<uint8_t *>message.msg_hdr.msg_name)[3]
+
+
+cdef inline bint refuses_all(uint8_t client) noexcept nogil:
+    """As the kernel does for port 0, which a request may come from."""
+    return client >= 128 and kernel.gso_mode & REFUSE_ALL_TO_HIGH_CLIENTS
+
+
+cdef inline bint is_anothers(int error) noexcept nogil:
+    return error == errno.ECONNREFUSED or error == errno.EHOSTUNREACH or error == errno.ENETUNREACH
+
+
+cdef int refuse(linux.mmsghdr *first, int error) noexcept nogil:
+    if is_anothers(error):
+        kernel.others_errors += 1
+        if kernel.others_errors > TX_RETRIES:
+            kernel.refused_for_good += 1
+    elif error != errno.EAGAIN and error != errno.ENOBUFS and error != errno.ENOMEM and error != errno.EINTR:
+        if first.msg_hdr.msg_controllen == 0:
+            kernel.refused_for_good += 1
+        elif not refuses_all(client_of(first)):
+            kernel.refused_runs += 1
+    errno.errno = error
+    return -1
+
+
+cdef void take_one(const uint8_t *data, size_t size, linux.msghdr *header) noexcept nogil:
+    cdef uint32_t number, written_size
+    cdef uint8_t address[TX_ADDRESS_BYTES]
+    cdef size_t i
+    memcpy(&number, data, 4)
+    memcpy(&written_size, data + 4, 4)
+    check(number >= kernel.next_number and number < offered)
+    check(written_size == size)
+    check(size == 8 or data[size - 1] == <uint8_t>number)
+    address_of(clients[number], address)
+    check(header.msg_namelen == sizeof(linux.sockaddr_in))
+    for i in range(sizeof(linux.sockaddr_in)):
+        check((<uint8_t *>header.msg_name)[i] == address[i])
+    kernel.next_number = number + 1
+    kernel.messages += 1
+    kernel.message_bytes += size
+
+
+cdef void take(linux.mmsghdr *message) noexcept nogil:
+    """One send; with UDP_SEGMENT it is what the kernel would make of it."""
+    cdef linux.msghdr *header = &message.msg_hdr
+    cdef const uint8_t *data = <const uint8_t *>header.msg_iov.iov_base
+    cdef size_t left = header.msg_iov.iov_len
+    cdef linux.cmsghdr *control
+    cdef uint16_t stride = 0
+    check(header.msg_iovlen == 1)
+    check(left > 0 and left <= MAX_DATAGRAM_BYTES)
+    if header.msg_controllen == 0:
+        take_one(data, left, header)
+        return
+    control = linux.CMSG_FIRSTHDR(header)
+    check(control.cmsg_level == linux.SOL_UDP and control.cmsg_type == linux.UDP_SEGMENT)
+    check(control.cmsg_len == linux.CMSG_LEN(sizeof(uint16_t)))
+    check(control.cmsg_len <= header.msg_controllen)
+    memcpy(&stride, linux.CMSG_DATA(control), sizeof(stride))
+    check(stride > 0 and stride < left)
+    check((left + stride - 1) // stride <= TX_SEGMENTS)
+    while left > stride:
+        take_one(data, stride, header)
+        data += stride
+        left -= stride
+    take_one(data, left, header)
+
+
+cdef public int sendmmsg(int fd, linux.mmsghdr *messages, unsigned int count, int flags) noexcept nogil:
+    cdef uint8_t answer = next_byte()
+    cdef unsigned int takes = count
+    cdef unsigned int i
+    cdef uint8_t client
+    check(fd == 7 and count > 0 and flags == linux.MSG_DONTWAIT)
+    if answer & 3 == 3:
+        return refuse(messages, ERRORS[(answer >> 2) % 12])
+    if answer & 3 == 1:
+        takes = min(count, 1 + (answer >> 2))
+    for i in range(takes):
+        client = client_of(&messages[i])
+        # As in the kernel, an error behind messages that were sent is not told.
+        if refuses_all(client):
+            return i if i > 0 else refuse(messages, errno.EINVAL)
+        if messages[i].msg_hdr.msg_controllen and (
+            kernel.gso_mode & REFUSE_ALL_RUNS
+            or (client & 1 and kernel.gso_mode & REFUSE_RUNS_TO_ODD_CLIENTS)
+        ):
+            return i if i > 0 else refuse(messages, errno.EIO)
+        take(&messages[i])
+        kernel.others_errors = 0
+    return takes
+
+
+cdef void offer(uint8_t client, size_t size) noexcept nogil:
+    """As DatagramLoop._queue does."""
+    global offered
+    cdef uint8_t address[TX_ADDRESS_BYTES]
+    cdef uint32_t written_size = <uint32_t>size
+    cdef uint8_t *at
+    if offered == MAX_REPLIES:
+        return
+    address_of(client, address)
+    clients[offered] = client
+    at = transmit_room(&tx, size, address, sizeof(linux.sockaddr_in))
+    if at == NULL:
+        transmit(&tx)
+        at = transmit_room(&tx, size, address, sizeof(linux.sockaddr_in))
+    if at == NULL:
+        counters[TX_DROPPED_FULL] += 1
+    else:
+        at[size - 1] = <uint8_t>offered
+        memcpy(at, &offered, 4)
+        memcpy(at + 4, &written_size, 4)
+    offered += 1
+
+
+cdef inline uint64_t refused() noexcept nogil:
+    return counters[TX_DROPPED_REFUSED] + counters[TX_DROPPED_TOO_BIG]
+
+
+cdef inline void check_counters() noexcept nogil:
+    check(kernel.messages == counters[TX_MESSAGES])
+    check(kernel.message_bytes == counters[TX_BYTES])
+    check(refused() <= kernel.refused_for_good)
+    check(tx.refusing_count <= kernel.refused_runs)
+    check(offered == tx.queued + counters[TX_MESSAGES] + counters[TX_DROPPED_FULL] + refused())
+
+
+cdef public int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) noexcept nogil:
+    global offered, opened
+    cdef uint8_t step, client
+    cdef uint8_t repeat
+    if size == 0:
+        return -1  # not for the corpus
+    if not opened:
+        check(transmitter_open(&tx, 7, True, counters))
+        opened = True
+    memset(counters, 0, sizeof(counters))
+    memset(&kernel, 0, sizeof(kernel))
+    kernel.at = data
+    kernel.end = data + size
+    kernel.gso_mode = next_byte()
+    offered = 0
+    # As transmitter_open leaves them; the arena is not made anew, for speed.
+    tx.first = tx.end = tx.queued = tx.refusing_count = 0
+    tx.arena_used = 0
+    tx.gso = True
+    while kernel.at != kernel.end:
+        step = next_byte()
+        if step & 7 == 7:
+            transmit(&tx)
+        else:
+            client = next_byte()
+            repeat = 1 + (step >> 6) * 25
+            while repeat > 0:
+                offer(client, SIZES[(step >> 3) & 7])
+                repeat -= 1
+        check_counters()
+    if kernel.gso_mode & DROP_AT_THE_END:
+        drop_queued(&tx)
+    # A kernel that takes everything, but for runs.
+    transmit(&tx)
+    check(tx.queued == 0)
+    check_counters()
+    return 0
