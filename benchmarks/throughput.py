@@ -1,43 +1,41 @@
-"""How many messages a second reach a Python handler, and what one costs: peerd and the others.
+"""How many messages a second reach a Python handler, what one costs, and how long an answer takes.
 
-The receivers take turns, round after round, so that a slow minute of the machine hits all of them;
-what is printed is the median and the range of the rounds. measurement.py has what one measurement
-is, receivers.py who is measured, and README.md how to read the figures and what they do not say.
+Regimes, one after the other; in each, the receivers take turns, round after round, so that a slow
+minute of the machine hits all of them. What is printed is the median and the range of the rounds.
+regimes.py has who is measured how, and README.md how to read the figures and what they do not say.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 
 import orjson
 
 try:
+    import chart
+    import claims
+    from children import BenchmarkError
+    from datagrams import DATAGRAM_BYTES, SEGMENTS
+    from latency import Latency
     from machine import Machine, choose_cpus, look_at_machine
-    from measurement import (
-        DATAGRAM_BYTES,
-        SEGMENTS,
-        BenchmarkError,
-        Measurement,
-        build_generator,
-        granted_buffer_bytes,
-        measure,
-    )
-    from receivers import RECEIVERS
+    from measurement import Bench, Subject
+    from noise import Patience
+    from programs import build_programs
+    from progress import Progress, showing
+    from regimes import Regime, Result, present, regimes
+    from sockets import granted_buffer_bytes
+    from tables import table, warnings
 except ImportError as error:
     sys.exit(f"throughput: {error}. Build and install peerd first: pip install -e '.[bench]'")
 
-BASELINE = "uvloop"
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -60,142 +58,95 @@ def main() -> int:
 class Options:
     seconds: float
     rounds: int
-    receivers: list[str]
+    patience_s: float
+    regimes: dict[str, Regime]
+    check: bool
     json_file: Path | None
+    chart_file: Path | None
 
 
 def benchmark(options: Options) -> None:
     cpus = choose_cpus()
     machine = look_at_machine(cpus, granted_buffer_bytes())
     print(machine, flush=True)
+    for title, needs in not_installed(options.regimes):
+        print(f"NOTE      no {title}: {needs} is not installed (pip install -e '.[bench]')")
     if cpus.sender is not None:
-        # The generator inherits it; this process only waits while the generator runs.
+        # The senders inherit it; this process only waits while they run.
         os.sched_setaffinity(0, {cpus.sender})
-    present = [name for name in options.receivers if RECEIVERS[name].available]
-    if not present:
-        raise BenchmarkError("none of these receivers is installed")
-    measurements = []
-    with tempfile.TemporaryDirectory(prefix="peerd-benchmark-") as folder, progress() as tell:
-        generator = build_generator(Path(folder))
-        for number in range(1, options.rounds + 1):
-            for name in present:
-                step = f"round {number}/{options.rounds}, {RECEIVERS[name].title}"
-                tell(step, False)
-                measured = measure(name, number, generator, options.seconds, cpus)
-                measurements.append(measured)
-                tell(f"{step}: {measured.rate / 1e6:.3f} M messages/s", True)
-    print()
-    print(table(present, measurements))
-    print(footnotes(options.receivers, measurements))
+    plan = {name: present(regime) for name, regime in options.regimes.items()}
+    results: list[Result] = []
+    steps = options.rounds * sum(len(regime.receivers) for regime in plan.values())
+    with tempfile.TemporaryDirectory(prefix="peerd-benchmark-") as folder, showing(steps) as shown:
+        bench = Bench(build_programs(Path(folder)), cpus, options.seconds)
+        patience = Patience(options.patience_s)
+        for name, regime in plan.items():
+            results += run_regime(bench, name, regime, options.rounds, patience, shown)
+            shown.clear()
+            print(f"\n{table(name, regime, results)}", flush=True)
+    print("", *warnings(results), sep="\n")
+    print(FOOTNOTE)
+    if options.check:
+        print(claims.check(results))
     if options.json_file is not None:
-        try:
-            options.json_file.write_bytes(as_json(options, machine, measurements))
-        except OSError as error:
-            raise BenchmarkError(f"--json: {error}") from None
+        write(options.json_file, as_json(options, machine, results))
+    if options.chart_file is not None:
+        chart.draw(options.chart_file, machine, plan, results)
 
 
-@contextlib.contextmanager
-def progress() -> Iterator[Callable[[str, bool], None]]:
-    """tell(text, done): one line that changes on a terminal, elsewhere a line for what is done."""
-    terminal = sys.stderr.isatty()
-
-    def tell(text: str, done: bool) -> None:
-        if terminal:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-        elif done:
-            print(text, file=sys.stderr, flush=True)
-
-    try:
-        yield tell
-    finally:
-        if terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-# The table
+def run_regime(
+    bench: Bench,
+    name: str,
+    regime: Regime,
+    rounds: int,
+    patience: Patience,
+    shown: Progress,
+) -> list[Result]:
+    results: list[Result] = []
+    for number in range(1, rounds + 1):
+        for receiver, spec in regime.receivers.items():
+            subject = Subject(name, receiver, spec, number)
+            shown.begin(regime.title, f"round {number} of {rounds}, {spec.title}")
+            results += measure_undisturbed(bench, regime, subject, patience)
+            shown.end()
+    return results
 
 
-HEADER = (
-    "receiver",
-    "messages/s (range)",
-    "vs uvloop",
-    "CPU ns/message (range)",
-    "offered",
-    "lost",
-    "busy",
-    "limited by",
-)
+def measure_undisturbed(
+    bench: Bench, regime: Regime, subject: Subject, patience: Patience
+) -> list[Result]:
+    """Measure again when somebody else used the CPUs meanwhile; the least disturbed one counts."""
+    tries = [list(regime.measure(bench, subject))]
+    while patience.is_left and any(result.disturbed for result in tries[-1]):
+        patience.wait_for_quiet()
+        began_s = time.monotonic()
+        tries.append(list(regime.measure(bench, subject)))
+        patience.spend(time.monotonic() - began_s)
+    return min(tries, key=lambda results: max(result.others for result in results))
 
 
-def table(names: list[str], measurements: list[Measurement]) -> str:
-    of = {name: [m for m in measurements if m.receiver == name] for name in names}
-    rows = [HEADER, *(row(of[name], of.get(BASELINE, [])) for name in names)]
-    widths = [max(len(cells[column]) for cells in rows) for column in range(len(HEADER))]
-    lines = []
-    for cells in rows:
-        first, *rest = (
-            cell.ljust(width) if column in (0, len(HEADER) - 1) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        lines.append("  ".join([first, *rest]).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
-
-
-def row(runs: list[Measurement], baseline: list[Measurement]) -> tuple[str, ...]:
-    rates = [run.rate / 1e6 for run in runs]
-    costs = [run.cpu_ns for run in runs]
-    # Round by round, since the two of a round met the same machine.
-    ratios = [run.rate / base.rate for run, base in zip(runs, baseline, strict=False)]
-    mark = " !" if any(run.unaccounted for run in runs) else ""
-    return (
-        RECEIVERS[runs[0].receiver].title + mark,
-        f"{median(rates):.3f} M ({min(rates):.3f}-{max(rates):.3f})",
-        f"x {median(ratios):.2f}" if ratios else "-",
-        f"{median(costs):,.0f} ({min(costs):,.0f}-{max(costs):,.0f})",
-        f"{median(run.offered_rate for run in runs) / 1e6:.1f} M",
-        f"{median(run.loss for run in runs):.0%}",
-        f"{median(run.busy for run in runs):.0%}",
-        limited_by(runs),
-    )
-
-
-def limited_by(runs: list[Measurement]) -> str:
-    (limit, times), *others = Counter(run.limited_by for run in runs).most_common()
-    return f"{limit} ({times} of {len(runs)})" if others else limit
+def not_installed(plan: dict[str, Regime]) -> list[tuple[str, str]]:
+    absent = {
+        receiver.title: receiver.needs
+        for regime in plan.values()
+        for receiver in regime.receivers.values()
+        if receiver.needs is not None and not receiver.available
+    }
+    return list(absent.items())
 
 
 FOOTNOTE = f"""
-{DATAGRAM_BYTES}-byte envelopes over loopback, {SEGMENTS} a send (UDP_SEGMENT); median and range.
-peerd decodes every envelope in C and hands over a Message. The others hand over the raw bytes,
-which their handler only counts: that favours them.
-peerd takes datagrams joined by the kernel (UDP_GRO), which the others do not ask for. Most of its
-lead is that, and it shrinks with senders that send one datagram at a time: see README.md.
-'offered' is what the sender got out, 'lost' what found the receive buffer full, 'busy' the
-receiver's share of its CPU. Where the sender is the limit, the receiver could do more.
+{DATAGRAM_BYTES}-byte envelopes over loopback; median and range of the rounds.
+peerd decodes every envelope in C, keeps its counters and hands over a Message. The others hand over
+the raw bytes, which their handler counts or sends back as they are: that favours them.
+A stream of {SEGMENTS} datagrams a send is what the kernel can hand over joined (UDP_GRO); peerd asks for
+that, the others do not, and most of peerd's lead in such a stream is that. 'offered' is what the
+sender got out, 'lost' what found the receive buffer full, 'busy' the CPU time of the receiver's
+processes a second. Where the sender is the limit, the receiver could do more. README.md says more.
 """
 
 
-def footnotes(names: list[str], measurements: list[Measurement]) -> str:
-    notes = [FOOTNOTE.rstrip()]
-    for name in names:
-        recipe = RECEIVERS[name]
-        if not recipe.available:
-            skipped = f"{recipe.title} was skipped: {recipe.needs} is not installed"
-            notes.append(f"NOTE: {skipped} (pip install -e '.[bench]').")
-    for run in measurements:
-        where = f"round {run.round}, {RECEIVERS[run.receiver].title}"
-        if run.unaccounted:
-            notes.append(
-                f"! WARNING: {where}: sent {run.load.sent:,} is not delivered {run.delivered:,} + "
-                f"dropped by the kernel {run.kernel_drops:,}: {run.unaccounted:,} unaccounted for."
-            )
-        if run.load.errors:
-            notes.append(f"! WARNING: {where}: {run.load.errors:,} sends failed.")
-    return "\n".join(notes)
-
-
-def as_json(options: Options, machine: Machine, measurements: list[Measurement]) -> bytes:
+def as_json(options: Options, machine: Machine, results: list[Result]) -> bytes:
     facts = {
         "taken_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine,
@@ -203,68 +154,112 @@ def as_json(options: Options, machine: Machine, measurements: list[Measurement])
         "rounds": options.rounds,
         "datagram_bytes": DATAGRAM_BYTES,
         "segments": SEGMENTS,
-        "measurements": [
-            {
-                **dataclasses.asdict(run),
-                "messages_per_s": run.rate,
-                "offered_per_s": run.offered_rate,
-                "cpu_ns_per_message": run.cpu_ns,
-                "loss": run.loss,
-                "busy": run.busy,
-                "unaccounted": run.unaccounted,
-                "limited_by": run.limited_by,
-            }
-            for run in measurements
-        ],
+        "results": [as_facts(result) for result in results],
     }
     return orjson.dumps(facts, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def as_facts(result: Result) -> dict[str, object]:
+    facts: dict[str, object] = dataclasses.asdict(result)
+    if isinstance(result, Latency):
+        return facts | {"cpu_ns_per_message": result.cpu_ns}
+    return facts | {
+        "messages_per_s": result.rate,
+        "offered_per_s": result.offered_rate,
+        "cpu_ns_per_message": result.cpu_ns,
+        "loss": result.loss,
+        "busy": result.busy,
+        "unaccounted": result.unaccounted,
+        "limited_by": result.limited_by,
+    }
+
+
+def write(file: Path, content: bytes) -> None:
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise BenchmarkError(f"{file}: {error.strerror}") from None
 
 
 # The command line
 
 
 def parse_options() -> Options:
-    names = "\n".join(f"  {name:12} {recipe.title}" for name, recipe in RECEIVERS.items())
+    everything = regimes()
+    listed = "\n".join(f"  {name:17} {regime.text}" for name, regime in everything.items())
     parser = argparse.ArgumentParser(
         prog="throughput.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "How many messages a second reach a Python handler, and what CPU time one costs.\n\n"
-            "One load generator (C, compiled now) sends 64-byte envelopes over loopback to one\n"
-            "receiver at a time, each in a process of its own. The receivers take turns for some\n"
-            "rounds; the table has the median and the range. It needs a C compiler, Linux 4.18 or\n"
-            "newer, and a machine that does nothing else; 2 CPUs or more, so that the sender does\n"
-            "not take the receiver's time. As root the receive buffers may pass net.core.rmem_max."
+            "How many messages a second reach a Python handler, what one costs, and how long an answer\n"
+            "takes: peerd, other Python stacks, and C.\n\n"
+            "Senders and references are C, compiled now. It needs a C compiler, Linux 5.0 or newer, 2\n"
+            "CPUs, and a machine that does nothing else. As root the receive buffers may pass\n"
+            "net.core.rmem_max."
         ),
-        epilog=f"receivers:\n{names}\n\nREADME.md beside this file says how to read the figures.",
+        epilog=f"regimes:\n{listed}\n\nREADME.md beside this file says how to read the figures.",
     )
     parser.add_argument(
-        "--seconds", type=seconds, default=1.0, help="sending time of each measurement (1)"
+        "--regimes", metavar="A,B", help="only these (default: all below but the last)"
+    )
+    parser.add_argument("--receivers", metavar="A,B", help="only these, as in the JSON file")
+    parser.add_argument(
+        "--seconds", type=seconds, default=0.4, help="of each measurement's load (0.4)"
+    )
+    parser.add_argument("--rounds", type=count, default=5, help="measurements of each receiver (5)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="spend so many seconds in all on waiting, and measuring again, where others used more "
+        "than a tenth of the CPUs (60)",
     )
     parser.add_argument(
-        "--rounds", type=rounds, default=7, help="measurements of each receiver (7)"
-    )
-    parser.add_argument(
-        "--receivers",
-        type=receiver_names,
-        default=list(RECEIVERS),
+        "--linger-us",
+        type=lingers,
+        default=[0],
         metavar="A,B",
-        help="only these, in this order (default: all; see below)",
+        help="peerd's linger times to measure beside its default (0)",
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write every measurement and the machine"
+        "--check", action="store_true", help="hold the figures against what the project claims"
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every measurement")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="also draw a PNG (matplotlib)")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="3 rounds of 0.2 s: to see that it works, not for figures that you quote",
+        help="2 rounds of 0.1 s: to see that it works, not for figures that you quote",
     )
     given = parser.parse_args()
-    if given.json is not None and not given.json.parent.is_dir():
-        parser.error(f"argument --json: no directory {given.json.parent}")
+    for file in (given.json, given.chart):
+        if file is not None and not file.parent.is_dir():
+            parser.error(f"no directory {file.parent}")
+    if given.chart is not None and find_spec("matplotlib") is None:
+        parser.error("--chart needs matplotlib (pip install -e '.[bench]')")
     if given.quick:
-        given.seconds, given.rounds = 0.2, 3
-    return Options(given.seconds, given.rounds, given.receivers, given.json)
+        given.seconds, given.rounds, given.patience = 0.1, 2, 0.0
+    plan = regimes(given.linger_us)
+    if given.regimes is not None:
+        for name in given.regimes.split(","):
+            if name not in plan:
+                parser.error(f"no regime {name!r}; there are {', '.join(plan)}")
+        plan = {name: plan[name] for name in given.regimes.split(",")}
+    else:
+        plan = {name: regime for name, regime in plan.items() if regime.by_default}
+    if given.receivers is not None:
+        plan = {name: with_only(regime, given.receivers) for name, regime in plan.items()}
+        if not any(regime.receivers for regime in plan.values()):
+            parser.error(f"argument --receivers: none of {given.receivers} is in these regimes")
+    return Options(
+        given.seconds, given.rounds, given.patience, plan, given.check, given.json, given.chart
+    )
+
+
+def with_only(regime: Regime, names: str) -> Regime:
+    kept = {name: each for name, each in regime.receivers.items() if name in names.split(",")}
+    return dataclasses.replace(regime, receivers=kept)
 
 
 def seconds(text: str) -> float:
@@ -274,21 +269,15 @@ def seconds(text: str) -> float:
     return value
 
 
-def rounds(text: str) -> int:
+def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
     return value
 
 
-def receiver_names(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in RECEIVERS:
-            raise argparse.ArgumentTypeError(
-                f"no receiver {name!r}; there are {', '.join(RECEIVERS)}"
-            )
-    return names
+def lingers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+/* Keeps an echo server on 127.0.0.1 busy and counts its replies.
+ *
+ *     echo_load -s SECONDS [-g SEGMENTS] [-w WINDOW] HEX PORT
+ *
+ * HEX is the datagram, which must come back as it is. Requests leave SEGMENTS a send (UDP_SEGMENT) as
+ * long as fewer than WINDOW are under way, and replies are taken joined (UDP_GRO): the server always
+ * has work waiting, and nothing is lost by being sent too fast. Requests that nothing came back for in
+ * STALL_NS are given up and count as lost.
+ *
+ * Prints one line of JSON.
+ */
+
+#include "client.h"
+
+#include <unistd.h>
+
+#define BATCH 16
+#define STALL_NS 500000000
+
+static const char ARGUMENTS[] = "-s SECONDS [-g SEGMENTS] [-w WINDOW] HEX PORT";
+
+static unsigned char joined[MAX_BYTES];
+static unsigned char buffers[BATCH][BUFFER_BYTES];
+static unsigned char control[BATCH][64];
+static uint64_t errors = 0;
+
+static uint64_t take_replies(int fd, size_t size)
+{
+    static struct mmsghdr headers[BATCH];
+    static struct iovec vectors[BATCH];
+    uint64_t replies = 0;
+    for (int i = 0; i < BATCH; i++) {
+        vectors[i] = (struct iovec){buffers[i], BUFFER_BYTES};
+        headers[i].msg_hdr.msg_iov = &vectors[i];
+        headers[i].msg_hdr.msg_iovlen = 1;
+        headers[i].msg_hdr.msg_control = control[i];
+        headers[i].msg_hdr.msg_controllen = sizeof control[i];
+        headers[i].msg_hdr.msg_flags = 0;
+    }
+    int filled = recvmmsg(fd, headers, BATCH, MSG_DONTWAIT, NULL);
+    for (int i = 0; i < filled; i++) {
+        size_t received = headers[i].msg_len;
+        size_t stride = stride_of(&headers[i].msg_hdr, received);
+        if (stride != size || received % size || received > sizeof joined
+            || memcmp(buffers[i], joined, received) != 0)
+            errors++;
+        replies += received / size;
+    }
+    if (filled < 0 && errno != EAGAIN && errno != EINTR)
+        errors++;
+    return replies;
+}
+
+int main(int argc, char **argv)
+{
+    double seconds = 0;
+    int segments = MAX_SEGMENTS, option;
+    uint64_t window = 4096, sent = 0, answered = 0, lost = 0;
+    while ((option = getopt(argc, argv, "s:g:w:")) != -1) {
+        if (option == 's')
+            seconds = atof(optarg);
+        else if (option == 'g')
+            segments = atoi(optarg);
+        else if (option == 'w')
+            window = strtoull(optarg, NULL, 10);
+        else
+            usage(ARGUMENTS);
+    }
+    if (argc - optind != 2 || seconds <= 0 || segments < 1 || segments > MAX_SEGMENTS
+        || window < (uint64_t)segments)
+        usage(ARGUMENTS);
+    size_t size = parse_hex(argv[optind], joined, sizeof joined);
+    if (size == 0 || size * segments > sizeof joined)
+        usage(ARGUMENTS);
+    die_with_parent();
+    /* Beyond the segments of a send as well: joined replies are compared with it. */
+    for (size_t at = size; at + size <= sizeof joined; at += size)
+        memcpy(joined + at, joined, size);
+    int fd = connected_socket(argv[optind + 1]);
+    split_sends(fd, (int)size);
+    join_receives(fd);
+    large_receive_buffer(fd, 16 << 20);
+
+    int64_t started = monotonic_ns();
+    int64_t now = started, last = started;
+    int64_t end = started + (int64_t)(seconds * 1e9);
+    while (now < end || (answered + lost < sent && now - last < STALL_NS)) {
+        if (now < end && sent - answered - lost + segments <= window) {
+            if (send(fd, joined, size * segments, 0) < 0)
+                errors++;
+            else
+                sent += segments;
+        }
+        uint64_t replies = take_replies(fd, size);
+        now = monotonic_ns();
+        if (replies > 0) {
+            answered += replies;
+            last = now;
+        } else if (now - last > STALL_NS) {
+            lost = sent - answered;
+            last = now;
+        }
+        /* Replies to requests that had been given up. */
+        if (answered + lost > sent)
+            lost = sent - answered;
+    }
+    if (answered == 0) {
+        errno = ETIMEDOUT;
+        fail("no answer at all");
+    }
+    printf("{\"sent\": %llu, \"answered\": %llu, \"errors\": %llu, \"started_ns\": %lld, "
+           "\"seconds\": %.6f, \"cpu_s\": %.6f}\n",
+           (unsigned long long)sent, (unsigned long long)answered, (unsigned long long)errors,
+           (long long)started, (last - started) / 1e9, cpu_seconds());
+    return 0;
+}

@@ -1,0 +1,200 @@
+/* The receivers in C that the others are compared with: what the kernel allows, and no more.
+ *
+ *     reference count-gro FD      recvmmsg with UDP_GRO; counts
+ *     reference count FD          recvmmsg without; counts
+ *     reference count-epoll FD .. one epoll, recvmmsg on each socket; counts
+ *     reference echo FD           blocking recvfrom, sendto
+ *     reference echo-gro FD       recvmmsg with UDP_GRO, sendmmsg with UDP_SEGMENT
+ *
+ * Speaks as receivers.py says: "ready", and when stdin ends a line of JSON. All of them learn
+ * the sender's address, since a peer needs it; none of them looks into the datagrams.
+ */
+
+#include "client.h"
+
+#include <fcntl.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#define PLAIN_BATCH 64
+#define GRO_BATCH 16
+#define MAX_SOCKETS 64
+#define CONTROL_BYTES 64
+/* A cache line more than a datagram can have: with a power of two, the first bytes of all buffers
+ * would compete for the same few places of the caches (4 % of CPU time without GRO). */
+#define BUFFER_STRIDE (BUFFER_BYTES + 64)
+
+static volatile sig_atomic_t ended = 0;
+static uint64_t messages = 0;
+
+static struct mmsghdr headers[PLAIN_BATCH];
+static struct iovec vectors[PLAIN_BATCH];
+static struct sockaddr_in senders[PLAIN_BATCH];
+static unsigned char buffers[PLAIN_BATCH][BUFFER_STRIDE];
+static unsigned char control[PLAIN_BATCH][CONTROL_BYTES];
+
+static void on_stdin(int number)
+{
+    (void)number;
+    ended = 1;
+}
+
+/* SIGIO when stdin ends interrupts a blocking call. One that comes just before the call is found by
+ * the socket's time limit. */
+static void watch_stdin(void)
+{
+    struct sigaction action = {.sa_handler = on_stdin};
+    sigaction(SIGIO, &action, NULL);
+    if (fcntl(0, F_SETOWN, getpid()) < 0 || fcntl(0, F_SETFL, O_ASYNC | O_NONBLOCK) < 0)
+        fail("fcntl O_ASYNC on stdin");
+}
+
+static void limit_waiting(int fd)
+{
+    struct timeval limit = {0, 200000};
+    if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit) < 0)
+        fail("setsockopt SO_RCVTIMEO");
+}
+
+static void reset_headers(int from, int count, size_t controls)
+{
+    for (int i = from; i < from + count; i++) {
+        vectors[i] = (struct iovec){buffers[i], BUFFER_BYTES};
+        headers[i].msg_hdr = (struct msghdr){
+            .msg_name = &senders[i],
+            .msg_namelen = sizeof senders[i],
+            .msg_iov = &vectors[i],
+            .msg_iovlen = 1,
+            .msg_control = controls ? control[i] : NULL,
+            .msg_controllen = controls,
+        };
+    }
+}
+
+static void count_joined(int fd)
+{
+    join_receives(fd);
+    reset_headers(0, GRO_BATCH, CONTROL_BYTES);
+    while (!ended) {
+        int filled = recvmmsg(fd, headers, GRO_BATCH, MSG_WAITFORONE, NULL);
+        for (int i = 0; i < filled; i++) {
+            size_t stride = stride_of(&headers[i].msg_hdr, headers[i].msg_len);
+            messages += stride ? (headers[i].msg_len + stride - 1) / stride : 1;
+        }
+        if (filled > 0)
+            reset_headers(0, filled, CONTROL_BYTES);
+    }
+}
+
+static void count_plain(int fd)
+{
+    reset_headers(0, PLAIN_BATCH, 0);
+    while (!ended) {
+        int filled = recvmmsg(fd, headers, PLAIN_BATCH, MSG_WAITFORONE, NULL);
+        if (filled > 0) {
+            messages += filled;
+            reset_headers(0, filled, 0);
+        }
+    }
+}
+
+static void count_on_many(char **fds, int count)
+{
+    struct epoll_event events[MAX_SOCKETS];
+    int poller = epoll_create1(EPOLL_CLOEXEC);
+    if (poller < 0)
+        fail("epoll_create1");
+    for (int i = 0; i < count; i++) {
+        struct epoll_event event = {.events = EPOLLIN, .data.fd = atoi(fds[i])};
+        if (epoll_ctl(poller, EPOLL_CTL_ADD, event.data.fd, &event) < 0)
+            fail("epoll_ctl");
+    }
+    reset_headers(0, PLAIN_BATCH, 0);
+    while (!ended) {
+        int ready = epoll_wait(poller, events, MAX_SOCKETS, 200);
+        for (int i = 0; i < ready; i++) {
+            int filled = recvmmsg(events[i].data.fd, headers, PLAIN_BATCH, MSG_DONTWAIT, NULL);
+            if (filled > 0) {
+                messages += filled;
+                reset_headers(0, filled, 0);
+            }
+        }
+    }
+}
+
+static void echo(int fd)
+{
+    struct sockaddr_in sender;
+    while (!ended) {
+        socklen_t length = sizeof sender;
+        ssize_t size = recvfrom(fd, buffers[0], BUFFER_BYTES, 0, (struct sockaddr *)&sender, &length);
+        if (size >= 0) {
+            messages++;
+            sendto(fd, buffers[0], (size_t)size, 0, (struct sockaddr *)&sender, length);
+        }
+    }
+}
+
+/* The control message that came says how to split; one that goes says the same (UDP_GRO's is an int,
+ * UDP_SEGMENT's 16 bits). */
+static void split_as_received(struct mmsghdr *received, unsigned char *room)
+{
+    struct msghdr *header = &received->msg_hdr;
+    size_t stride = stride_of(header, received->msg_len);
+    messages += stride ? (received->msg_len + stride - 1) / stride : 1;
+    header->msg_iov->iov_len = received->msg_len;
+    header->msg_flags = 0;
+    header->msg_control = NULL;
+    header->msg_controllen = 0;
+    if (stride < received->msg_len) {
+        header->msg_control = room;
+        header->msg_controllen = CMSG_SPACE(sizeof(uint16_t));
+        struct cmsghdr *part = CMSG_FIRSTHDR(header);
+        part->cmsg_level = SOL_UDP;
+        part->cmsg_type = UDP_SEGMENT;
+        part->cmsg_len = CMSG_LEN(sizeof(uint16_t));
+        uint16_t segment_bytes = (uint16_t)stride;
+        memcpy(CMSG_DATA(part), &segment_bytes, sizeof segment_bytes);
+    }
+}
+
+static void echo_joined(int fd)
+{
+    join_receives(fd);
+    while (!ended) {
+        reset_headers(0, GRO_BATCH, CONTROL_BYTES);
+        int filled = recvmmsg(fd, headers, GRO_BATCH, MSG_WAITFORONE, NULL);
+        for (int i = 0; i < filled; i++)
+            split_as_received(&headers[i], control[i]);
+        for (int done = 0; done < filled;) {
+            int taken = sendmmsg(fd, headers + done, filled - done, 0);
+            done += taken > 0 ? taken : 1;
+        }
+    }
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 3 || argc - 2 > MAX_SOCKETS)
+        usage("NAME FD [FD ...]");
+    die_with_parent();
+    watch_stdin();
+    int fd = atoi(argv[2]);
+    limit_waiting(fd);
+    printf("ready %d\n", getpid());
+    fflush(stdout);
+    if (strcmp(argv[1], "count-gro") == 0)
+        count_joined(fd);
+    else if (strcmp(argv[1], "count") == 0)
+        count_plain(fd);
+    else if (strcmp(argv[1], "count-epoll") == 0)
+        count_on_many(argv + 2, argc - 2);
+    else if (strcmp(argv[1], "echo") == 0)
+        echo(fd);
+    else if (strcmp(argv[1], "echo-gro") == 0)
+        echo_joined(fd);
+    else
+        usage("NAME FD [FD ...]");
+    printf("{\"messages\": %llu}\n", (unsigned long long)messages);
+    return 0;
+}
