@@ -70,6 +70,7 @@ cdef struct Transmitter:
     unsigned int first  # of the runs not sent yet
     unsigned int end
     unsigned int queued  # datagrams in them
+    bint met_icmp_error  # one may wait in the socket's error queue; who reads it says so here
     int blocked  # the errno that stopped the last flush, 0 when it did not stop
     uint8_t refusing[TX_REFUSING][TX_ADDRESS_BYTES]
     unsigned int refusing_count
@@ -244,6 +245,7 @@ cdef inline bint send_in_pieces(Transmitter *tx, unsigned int index) noexcept no
         sent = linux.sendmmsg(tx.fd, &tx.pieces[done], count - done, linux.MSG_DONTWAIT)
         error = errno
         if sent > 0:
+            tx.met_icmp_error |= sent < count - done
             for i in range(done, done + sent):
                 count_sent(tx, 1, tx.piece_vectors[i].iov_len)
             done += sent
@@ -259,6 +261,7 @@ cdef inline bint send_in_pieces(Transmitter *tx, unsigned int index) noexcept no
             return False
         elif may_be_icmp(error) and retries < TX_RETRIES:
             retries += 1
+            tx.met_icmp_error = True
         else:
             drop_one(tx, error)
             done += 1
@@ -302,6 +305,8 @@ cdef inline void transmit(Transmitter *tx) noexcept nogil:
         )
         error = errno
         if sent > 0:
+            # A short count hides the error that made it short (sendmmsg(2), BUGS).
+            tx.met_icmp_error |= <unsigned int>sent < tx.end - tx.first
             for i in range(sent):
                 count_sent(tx, tx.runs[tx.first].count, tx.vectors[tx.first].iov_len)
                 tx.first += 1
@@ -311,10 +316,9 @@ cdef inline void transmit(Transmitter *tx) noexcept nogil:
         elif is_not_now(error):
             tx.blocked = error
             return
-        elif may_be_icmp(error) and retries < TX_RETRIES and not (
-            run.count > 1 and error == EMSGSIZE  # the pieces will tell
-        ):
+        elif may_be_icmp(error) and retries < TX_RETRIES:
             retries += 1
+            tx.met_icmp_error = True
         elif run.count > 1:
             # EIO, EINVAL and EMSGSIZE, as said above, if pieces are taken: an address that takes nothing
             # (port 0, which a request may come from) must not use up the table.
