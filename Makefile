@@ -52,9 +52,11 @@ FUZZ_TARGETS := envelope split transmit
 fuzz: $(VENV)/.test
 	$(BIN)/python tests/fuzz/build_targets.py $(FUZZ_BUILD)
 	@for target in $(FUZZ_TARGETS); do \
-	  mkdir -p $(FUZZ_BUILD)/found-$$target && echo "fuzz_$$target $(FUZZ)" && \
-	  $(FUZZ_BUILD)/fuzz_$$target $(FUZZ) -verbosity=0 -print_final_stats=1 -artifact_prefix=$(FUZZ_BUILD)/ \
-	    $(FUZZ_BUILD)/found-$$target tests/fuzz/corpus/$$target || exit 1; \
+	  mkdir -p $(FUZZ_BUILD)/found-$$target; echo "fuzz_$$target $(FUZZ)"; \
+	  $(FUZZ_BUILD)/fuzz_$$target $(FUZZ) -print_final_stats=1 -artifact_prefix=$(FUZZ_BUILD)/ \
+	    $(FUZZ_BUILD)/found-$$target tests/fuzz/corpus/$$target >$(FUZZ_BUILD)/$$target.log 2>&1 \
+	    || { tail -n 60 $(FUZZ_BUILD)/$$target.log; exit 1; }; \
+	  grep '^stat::' $(FUZZ_BUILD)/$$target.log; \
 	done
 
 fuzz-quick:

@@ -41,13 +41,13 @@ from peerd.wire cimport MAX_DATAGRAM_BYTES
 cdef extern from *:
     """
     static const size_t SIZES[8] = {8, 9, 40, 64, 1200, 9000, 30000, 65507};
-    static const int ERRORS[12] = {
-        EAGAIN, ENOBUFS, ENOMEM, EINTR, ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, ECONNREFUSED,
-        EIO, EINVAL, EMSGSIZE, EPERM
+    static const int ERRORS[16] = {
+        EAGAIN, ENOBUFS, ENOMEM, EINTR, ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, EHOSTDOWN,
+        ENONET, ENOPROTOOPT, EOPNOTSUPP, EPROTO, EMSGSIZE, EIO, EINVAL, EPERM
     };
     """
     const size_t SIZES[8]
-    const int ERRORS[12]
+    const int ERRORS[16]
 
 cdef enum:
     MAX_REPLIES = 4096
@@ -66,7 +66,7 @@ cdef struct Kernel:
     uint64_t message_bytes
     uint64_t refused_for_good
     uint64_t refused_runs  # to clients that take single datagrams
-    int others_errors  # in a row
+    int others_errors  # since a datagram was last taken
 
 cdef Kernel kernel
 cdef Transmitter tx
@@ -104,20 +104,24 @@ cdef inline bint refuses_all(uint8_t client) noexcept nogil:
     return client >= 128 and kernel.gso_mode & REFUSE_ALL_TO_HIGH_CLIENTS
 
 
-cdef inline bint is_anothers(int error) noexcept nogil:
-    return error == errno.ECONNREFUSED or error == errno.EHOSTUNREACH or error == errno.ENETUNREACH
+cdef inline bint is_not_now(int error) noexcept nogil:
+    return error == errno.EAGAIN or error == errno.ENOBUFS or error == errno.ENOMEM or error == errno.EINTR
+
+
+cdef inline bint is_the_datagrams_own(int error) noexcept nogil:
+    """Not one that an ICMP message can cause."""
+    return error == errno.EIO or error == errno.EINVAL or error == errno.EPERM
 
 
 cdef int refuse(linux.mmsghdr *first, int error) noexcept nogil:
-    if is_anothers(error):
-        kernel.others_errors += 1
-        if kernel.others_errors > TX_RETRIES:
-            kernel.refused_for_good += 1
-    elif error != errno.EAGAIN and error != errno.ENOBUFS and error != errno.ENOMEM and error != errno.EINTR:
-        if first.msg_hdr.msg_controllen == 0:
-            kernel.refused_for_good += 1
-        elif not refuses_all(client_of(first)):
-            kernel.refused_runs += 1
+    if not is_not_now(error):
+        if not is_the_datagrams_own(error):
+            kernel.others_errors += 1
+        if is_the_datagrams_own(error) or kernel.others_errors > TX_RETRIES:
+            if first.msg_hdr.msg_controllen == 0:
+                kernel.refused_for_good += 1
+            elif not refuses_all(client_of(first)):
+                kernel.refused_runs += 1
     errno.errno = error
     return -1
 
@@ -173,7 +177,7 @@ cdef public int sendmmsg(int fd, linux.mmsghdr *messages, unsigned int count, in
     cdef uint8_t client
     check(fd == 7 and count > 0 and flags == linux.MSG_DONTWAIT)
     if answer & 3 == 3:
-        return refuse(messages, ERRORS[(answer >> 2) % 12])
+        return refuse(messages, ERRORS[(answer >> 2) & 15])
     if answer & 3 == 1:
         takes = min(count, 1 + (answer >> 2))
     for i in range(takes):

@@ -108,18 +108,29 @@ def _transmits() -> dict[str, bytes]:
     flush = b"\7"
     many_sizes = b"".join(reply(size, client) for client in range(3) for size in range(8))
     run = reply(3, 5, 3)
+
+    def fails(error: int) -> bytes:
+        """One call fails, with the error of this number in fuzz_transmit.pyx."""
+        return bytes([error << 2 | 3])
+
     answers = {
         "all": b"\0",
         "some": b"\1\5\1",
-        "none": b"\3\7\7\7",
-        "interrupted": b"\x0f\x0f\0",
-        "no-memory": b"\7\7\3\7\x0b",
-        "anothers-error": b"\x13\x17\x1b\0",
-        "too-many-of-anothers-errors": b"\x13" * 12,
-        "refused": b"\x2f\x2f\x2f",
-        "too-big": b"\x2b\x2b",
-        "eio": b"\x23\0",
-        "einval": b"\x27\x01\x01",
+        "not-now": fails(0) + fails(1) + fails(2),
+        "interrupted": fails(3) * 2 + b"\0",
+        "anothers-error": fails(4) + fails(5) + fails(6) + b"\0",
+        "more-of-anothers-errors": fails(7)
+        + b"\1"
+        + fails(8)
+        + b"\5"
+        + fails(9)
+        + fails(10)
+        + b"\1",
+        "too-many-of-anothers-errors": fails(11) * 12,
+        "too-big": fails(12) * 2,
+        "eio": fails(13) + b"\0",
+        "einval": fails(14) + b"\1\1",
+        "not-permitted": fails(15) * 3,
     }
     files = {
         f"seed-{name}": b"\0" + run + many_sizes + flush + answer + run + flush
@@ -140,8 +151,9 @@ def _transmits() -> dict[str, bytes]:
     files["seed-runs-full"] = b"\0" + (b"".join(reply(0, c) for c in range(2)) * 600)
     files["seed-dropped-at-the-end"] = b"\x80" + run + flush + b"\3"
     # Errors of others that one run had met were held against the reply behind it.
-    files["crash-retries-carried-over"] = bytes.fromhex(
-        "b7c8000000154f4f4f5f4f4fb64f15004f4f4f4f4f"
+    others = fails(4) * 2
+    files["crash-retries-carried-over"] = (
+        b"\0" + reply(3, 5, 1) + reply(1, 6) + flush + others + fails(13) + b"\0" + others
     )
     return files
 
