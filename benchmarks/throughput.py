@@ -204,16 +204,16 @@ def parse_options() -> Options:
     )
     parser.add_argument("--receivers", metavar="A,B", help="only these, as in the JSON file")
     parser.add_argument(
-        "--seconds", type=seconds, default=0.4, help="of each measurement's load (0.4)"
+        "--seconds", type=seconds, default=0.2, help="of each measurement's load (0.2)"
     )
     parser.add_argument("--rounds", type=count, default=5, help="measurements of each receiver (5)")
     parser.add_argument(
         "--patience",
         type=float,
-        default=60.0,
+        default=10.0,
         metavar="S",
         help="spend so many seconds in all on waiting, and measuring again, where others used more "
-        "than a tenth of the CPUs (60)",
+        "than a tenth of the CPUs (10)",
     )
     parser.add_argument(
         "--linger-us",

@@ -41,16 +41,21 @@ from peerd.wire cimport MAX_DATAGRAM_BYTES
 cdef extern from *:
     """
     static const size_t SIZES[8] = {8, 9, 40, 64, 1200, 9000, 30000, 65507};
+    static const int REPEATS[4] = {1, 2, 10, 65};
     static const int ERRORS[16] = {
         EAGAIN, ENOBUFS, ENOMEM, EINTR, ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, EHOSTDOWN,
         ENONET, ENOPROTOOPT, EOPNOTSUPP, EPROTO, EMSGSIZE, EIO, EINVAL, EPERM
     };
     """
     const size_t SIZES[8]
+    const int REPEATS[4]
     const int ERRORS[16]
 
 cdef enum:
-    MAX_REPLIES = 4096
+    # Longer ones only take longer.
+    MAX_INPUT_BYTES = 256
+    # More than there can be runs.
+    MAX_REPLIES = 1500
     # Bits of GSO_MODE.
     REFUSE_ALL_RUNS = 1
     REFUSE_RUNS_TO_ODD_CLIENTS = 2
@@ -233,8 +238,8 @@ cdef inline void check_counters() noexcept nogil:
 cdef public int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) noexcept nogil:
     global offered, opened
     cdef uint8_t step, client
-    cdef uint8_t repeat
-    if size == 0:
+    cdef int repeat
+    if size == 0 or size > MAX_INPUT_BYTES:
         return -1  # not for the corpus
     if not opened:
         check(transmitter_open(&tx, 7, True, counters))
@@ -255,7 +260,7 @@ cdef public int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) noexcep
             transmit(&tx)
         else:
             client = next_byte()
-            repeat = 1 + (step >> 6) * 25
+            repeat = REPEATS[step >> 6]
             while repeat > 0:
                 offer(client, SIZES[(step >> 3) & 7])
                 repeat -= 1

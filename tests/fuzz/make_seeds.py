@@ -102,7 +102,7 @@ def _splits() -> dict[str, bytes]:
 
 def _transmits() -> dict[str, bytes]:
     def reply(size_code: int, client: int, repeat: int = 0) -> bytes:
-        """``repeat`` 0 to 3 is 1, 26, 51 or 76 times; fuzz_transmit.pyx has the sizes."""
+        """fuzz_transmit.pyx has the sizes, and says how often ``repeat``, 0 to 3, is."""
         return bytes([repeat << 6 | size_code << 3, client])
 
     flush = b"\7"
@@ -141,20 +141,23 @@ def _transmits() -> dict[str, bytes]:
             bytes([mode]) + run + reply(2, 4, 1) + many_sizes + flush
         )
     files["seed-a-piece-has-to-wait"] = b"\1" + run + flush + b"\0\1\3" + flush + b"\1\5"
-    files["seed-more-addresses-than-are-remembered"] = b"\1" + b"".join(
-        reply(2, client, 1) + flush + b"\0\0" for client in range(70)
+    files["seed-more-addresses-than-are-remembered"] = (
+        b"\1" + b"".join(reply(2, client, 1) for client in range(70)) + flush
     )
-    files["crash-addresses-that-refuse-everything"] = b"\4" + b"".join(
-        reply(2, client, 1) + flush for client in range(128, 200)
-    )
-    files["seed-arena-full"] = b"\0" + reply(7, 1, 1) + flush + b"\3" + reply(7, 1, 1)
-    files["seed-runs-full"] = b"\0" + (b"".join(reply(0, c) for c in range(2)) * 600)
-    files["seed-dropped-at-the-end"] = b"\x80" + run + flush + b"\3"
-    # Errors of others that one run had met were held against the reply behind it.
+    files["seed-arena-full"] = b"\0" + reply(7, 1, 2) + flush + fails(0) + reply(7, 1, 2)
+    files["seed-runs-full"] = b"\1" + run + flush + b"\0\0\0\0" + run * 18 + fails(0) * 3
+    files["seed-dropped-at-the-end"] = b"\x80" + run + flush + fails(0)
     others = fails(4) * 2
+    # Errors of others that one run had met were held against the reply behind it.
     files["crash-retries-carried-over"] = (
         b"\0" + reply(3, 5, 1) + reply(1, 6) + flush + others + fails(13) + b"\0" + others
     )
+    # Any 64 of them turned runs off for all.
+    files["crash-addresses-that-refuse-everything"] = (
+        b"\4" + b"".join(reply(2, client, 1) for client in range(128, 200)) + flush
+    )
+    # Of all that ICMP messages can cause, three were known.
+    files["crash-errors-of-others"] = b"\0" + reply(1, 5) + flush + fails(7) + fails(8) + fails(10)
     return files
 
 
