@@ -134,6 +134,7 @@ cdef int refuse(linux.mmsghdr *first, int error) noexcept nogil:
 cdef void take_one(const uint8_t *data, size_t size, linux.msghdr *header) noexcept nogil:
     cdef uint32_t number, written_size
     cdef uint8_t address[TX_ADDRESS_BYTES]
+    cdef uint8_t difference = 0
     cdef size_t i
     memcpy(&number, data, 4)
     memcpy(&written_size, data + 4, 4)
@@ -143,7 +144,8 @@ cdef void take_one(const uint8_t *data, size_t size, linux.msghdr *header) noexc
     address_of(clients[number], address)
     check(header.msg_namelen == sizeof(linux.sockaddr_in))
     for i in range(sizeof(linux.sockaddr_in)):
-        check((<uint8_t *>header.msg_name)[i] == address[i])
+        difference |= (<uint8_t *>header.msg_name)[i] ^ address[i]
+    check(difference == 0)
     kernel.next_number = number + 1
     kernel.messages += 1
     kernel.message_bytes += size

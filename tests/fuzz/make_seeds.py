@@ -119,13 +119,7 @@ def _transmits() -> dict[str, bytes]:
         "not-now": fails(0) + fails(1) + fails(2),
         "interrupted": fails(3) * 2 + b"\0",
         "anothers-error": fails(4) + fails(5) + fails(6) + b"\0",
-        "more-of-anothers-errors": fails(7)
-        + b"\1"
-        + fails(8)
-        + b"\5"
-        + fails(9)
-        + fails(10)
-        + b"\1",
+        "more-of-anothers-errors": b"\1".join(map(fails, (7, 8, 9, 10))),
         "too-many-of-anothers-errors": fails(11) * 12,
         "too-big": fails(12) * 2,
         "eio": fails(13) + b"\0",
