@@ -677,8 +677,10 @@ cdef class DatagramLoop:
         coroutine = route.handler(message)
         status = PyIter_Send(coroutine, None, &out)
         if status == PYGEN_ERROR:
-            self._check_context()
-            raise_pending()
+            try:
+                raise_pending()
+            finally:  # where the error is kept aside: Python must not run with one set
+                self._check_context()
         result = <object>out
         Py_DECREF(result)
         if status == PYGEN_NEXT:
