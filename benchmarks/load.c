@@ -5,7 +5,8 @@
  * HEX is the datagram. With one port, each send() carries SEGMENTS copies of it, which UDP_SEGMENT
  * (udp(7)) makes into as many datagrams: on loopback the receive path runs inside the sender's system
  * call, so a sender of one datagram a call is slower than every receiver and would measure only itself.
- * With more ports, each sendmmsg() carries one plain datagram for each of them.
+ * With more ports, each sendmmsg() carries one plain datagram for each of them; at a RATE, as from
+ * senders that know nothing of each other, each datagram has a call of its own, evenly spaced.
  * It ends after SECONDS, or after COUNT datagrams.
  *
  * Prints one line of JSON. started_ns is CLOCK_MONOTONIC, which all processes share.
@@ -31,11 +32,11 @@ static void send_joined(int fd, const unsigned char *datagram, size_t size, int 
         sent += (uint64_t)taken / size;
 }
 
-static void send_to_each(int fd, struct mmsghdr *headers, int ports)
+static void send_plain(int fd, struct mmsghdr *headers, int count)
 {
     int done = 0;
-    while (done < ports) {
-        int taken = sendmmsg(fd, headers + done, ports - done, 0);
+    while (done < count) {
+        int taken = sendmmsg(fd, headers + done, count - done, 0);
         if (taken < 0) {
             errors++;
             done++;
@@ -97,16 +98,21 @@ int main(int argc, char **argv)
     int64_t started = monotonic_ns();
     int64_t now = started;
     int64_t end = started + (int64_t)(seconds * 1e9);
-    double step_ns = rate > 0 ? (ports == 1 ? segments : ports) / rate * 1e9 : 0;
+    double step_ns = rate > 0 ? segments / rate * 1e9 : 0;
     double due = (double)started;
+    int next = 0;
     for (; now < end && sent < count; now = monotonic_ns()) {
         if (now < due)
             continue;
         due += step_ns;
         if (ports == 1)
             send_joined(fd, joined, size, segments);
-        else
-            send_to_each(fd, headers, ports);
+        else if (rate == 0)
+            send_plain(fd, headers, ports);
+        else {
+            send_plain(fd, headers + next, 1);
+            next = (next + 1) % ports;
+        }
     }
     if (sent == 0)
         fail("no send worked; the last one");

@@ -71,15 +71,15 @@ def regimes(lingers_us: Sequence[int] = (0,)) -> dict[str, Regime]:
         ),
         "interleaved": Regime(
             f"{PEERS} peers on one core, {THIN_RATE:,}/s",
-            f"{PEERS} sockets served on one CPU, plain sends to each in turn: peerd with a process "
-            "for each, the others with one for all",
+            f"{PEERS} sockets served on one CPU, plain sends to each in turn, evenly spaced: peerd with "
+            "a process for each, the others with one for all",
             "cpu",
             with_lingers(ON_MANY_SOCKETS, lingers_us),
             _one(measure_thin),
         ),
         "interleaved-full": Regime(
             f"{PEERS} peers on one core, full speed",
-            "the same, as fast as the sender goes",
+            "the same, as fast as the sender goes, one datagram for each at a time",
             "cpu",
             with_lingers(ON_MANY_SOCKETS, lingers_us),
             _one(measure_interleaved),

@@ -152,10 +152,10 @@ def test_an_idle_loop_hears_of_it_too(family: socket.AddressFamily) -> None:
     """Woken by the error queue, with no datagram to follow."""
     with bound(family) as sock:
         peer = Peer(sock)
+        gone = ask_and_leave(family, sock)
         with peer.running():
-            gone = ask_and_leave(family, sock)
             eventually(lambda: peer["icmp_errors"])
-            assert peer.icmp == [(gone, errno.ECONNREFUSED)]
+        assert peer.icmp == [(gone, errno.ECONNREFUSED)]
 
 
 @pytest.mark.parametrize("family", [V4, V6], ids=["v4", "v6"])
