@@ -1,0 +1,203 @@
+"""etcd past the registry and past gRPC: its JSON gateway over plain HTTP.
+
+Tests write and read with it what the registry must see or must have written, and set up what only an
+administrator does: compaction, users, the move of the leader.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from peerd.address import Address
+
+ALL_KEYS = b"\0"
+
+
+class GatewayError(Exception):
+    """etcd refused."""
+
+
+class Item(NamedTuple):
+    value: bytes
+    lease_id: int
+    create_revision: int
+    """Of the last time that the key did not exist before: it changes when a key goes and comes back."""
+
+    mod_revision: int
+
+
+class Change(NamedTuple):
+    revision: int
+    key: bytes
+    value: bytes | None
+    """None: deleted."""
+
+
+class Status(NamedTuple):
+    member_id: int
+    leader_id: int
+    """0: none known."""
+
+    revision: int
+
+
+class Gateway:
+    """Each call is a connection of its own. Raises OSError where nobody answers within ``timeout_s``."""
+
+    def __init__(
+        self, address: Address, user: str = "", password: str = "", timeout_s: float = 5.0
+    ) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+        self._user = user
+        self._password = password
+
+    # Keys
+
+    def put(self, key: bytes, value: bytes) -> int:
+        """Returns the revision of the store after it."""
+        return _revision(self._post("kv/put", key=_base64(key), value=_base64(value)))
+
+    def delete(self, key: bytes) -> int:
+        return _revision(self._post("kv/deleterange", key=_base64(key)))
+
+    def items(self, prefix: bytes, *, serializable: bool = False) -> dict[bytes, Item]:
+        """``serializable``: what this member has, whether or not it still belongs to a majority."""
+        answer = self._post(
+            "kv/range",
+            key=_base64(prefix),
+            range_end=_base64(_end(prefix)),
+            serializable=serializable,
+        )
+        return {
+            base64.b64decode(item["key"]): Item(
+                base64.b64decode(item.get("value", "")),
+                int(item.get("lease", 0)),
+                int(item["create_revision"]),
+                int(item["mod_revision"]),
+            )
+            for item in answer.get("kvs", [])
+        }
+
+    def revision(self) -> int:
+        return _revision(self._post("kv/range", key=_base64(ALL_KEYS), count_only=True))
+
+    def history(self, prefix: bytes) -> list[Change]:
+        """All changes below ``prefix`` so far, for a store that was never compacted."""
+        # A mark at the end, as a watch does not say when it has come to the present.
+        mark = self.put(b"\xffhistory", b"")
+        changes: list[Change] = []
+        with self._stream("watch", create_request=_watch_all()) as lines:
+            for line in lines:
+                for event in line["result"].get("events", []):
+                    key, revision = base64.b64decode(event["kv"]["key"]), _mod_revision(event)
+                    if revision == mark:
+                        return changes
+                    if key.startswith(prefix):
+                        value = base64.b64decode(event["kv"].get("value", ""))
+                        deleted = event.get("type") == "DELETE"
+                        changes.append(Change(revision, key, None if deleted else value))
+        raise GatewayError("the watch ended before it came to the present")
+
+    def compact(self, revision: int) -> None:
+        """Forgets what was before ``revision``, and returns when it is forgotten on disk, too."""
+        self._post("kv/compaction", revision=revision, physical=True)
+
+    # The cluster
+
+    def status(self) -> Status:
+        """What this member knows by itself."""
+        answer = self._post("maintenance/status")
+        header = answer["header"]
+        return Status(
+            int(header["member_id"]), int(answer.get("leader", 0)), int(header.get("revision", 0))
+        )
+
+    def move_leader(self, member_id: int) -> None:
+        """Only the leader can do that."""
+        self._post("maintenance/transfer-leadership", targetID=str(member_id))
+
+    # Authentication
+
+    def enable_auth(self, root_password: str) -> None:
+        """From now on, only users get in; this gateway becomes ``root``."""
+        self.add_user("root", root_password)
+        self._post("auth/role/add", name="root")
+        self._post("auth/user/grant", user="root", role="root")
+        self._post("auth/enable")
+        self._user, self._password = "root", root_password
+
+    def add_user(self, name: str, password: str) -> None:
+        self._post("auth/user/add", name=name, password=password)
+
+    def allow(self, user: str, prefix: bytes) -> None:
+        """Lets ``user`` read and write below ``prefix``."""
+        role = f"role-of-{user}"
+        self._post("auth/role/add", name=role)
+        permission = {
+            "permType": "READWRITE",
+            "key": _base64(prefix),
+            "range_end": _base64(_end(prefix)),
+        }
+        self._post("auth/role/grant", name=role, perm=permission)
+        self._post("auth/user/grant", user=user, role=role)
+
+    # HTTP
+
+    def _post(self, path: str, **body: object) -> Any:
+        with self._answer(path, body, self._token()) as answer:
+            return json.loads(answer.read())
+
+    @contextmanager
+    def _stream(self, path: str, **body: object) -> Iterator[Iterator[Any]]:
+        with self._answer(path, body, self._token()) as answer:
+            yield (json.loads(line) for line in answer)
+
+    def _token(self) -> str:
+        """A new one for each call: it may be short-lived."""
+        if not self._user:
+            return ""
+        credentials = {"name": self._user, "password": self._password}
+        with self._answer("auth/authenticate", credentials, "") as answer:
+            token: str = json.loads(answer.read())["token"]
+            return token
+
+    @contextmanager
+    def _answer(self, path: str, body: object, token: str) -> Iterator[http.client.HTTPResponse]:
+        # Not urllib, which would ask a proxy of the environment.
+        connection = http.client.HTTPConnection(*self.address, timeout=self.timeout_s)
+        try:
+            headers = {"Authorization": token} if token else {}
+            connection.request("POST", f"/v3/{path}", json.dumps(body), headers)
+            with connection.getresponse() as answer:
+                if answer.status != http.HTTPStatus.OK:
+                    raise GatewayError(f"{path}: {answer.status} {answer.read().decode()}")
+                yield answer
+        finally:
+            connection.close()
+
+
+def _watch_all() -> dict[str, object]:
+    return {"key": _base64(ALL_KEYS), "range_end": _base64(ALL_KEYS), "start_revision": 1}
+
+
+def _end(prefix: bytes) -> bytes:
+    """The first key behind all that start with ``prefix``, which ends in no 0xff."""
+    return prefix[:-1] + bytes([prefix[-1] + 1])
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _revision(answer: Any) -> int:
+    return int(answer["header"]["revision"])
+
+
+def _mod_revision(event: Any) -> int:
+    return int(event["kv"]["mod_revision"])
