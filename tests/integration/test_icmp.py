@@ -17,7 +17,9 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
+import forged_icmp
 from eventually import eventually
+from forged_icmp import FRAGMENTATION_NEEDED, LOOPBACK, PACKET_TOO_BIG, raw_socket
 from peerd import App, Message, decode, encode
 from peerd._core import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
@@ -25,7 +27,6 @@ from peerd._scoreboard import Scoreboard, Slot
 # asm-generic/socket.h and linux/in.h; the socket module has neither.
 SO_MEMINFO = 55
 IP_MTU_DISCOVER, IP_PMTUDISC_INTERFACE = 10, 4
-LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
 V4, V6 = socket.AF_INET, socket.AF_INET6
 
 # Destination unreachable with all its codes, time exceeded, parameter problem: RFC 792, RFC 1122
@@ -33,7 +34,6 @@ V4, V6 = socket.AF_INET, socket.AF_INET6
 V4_ERRORS = [(3, code) for code in range(16)] + [(11, 0), (12, 0), (12, 1)]
 # Destination unreachable, packet too big, time exceeded, parameter problem: RFC 4443.
 V6_ERRORS = [(1, code) for code in range(7)] + [(2, 0), (3, 0), (3, 1), (4, 0), (4, 1), (4, 2)]
-FRAGMENTATION_NEEDED, PACKET_TOO_BIG = (3, 4), (2, 0)
 ERRORS = [(V4, *error) for error in V4_ERRORS] + [(V6, *error) for error in V6_ERRORS]
 ERROR_IDS = [f"v{4 if family == V4 else 6}-{kind}-{code}" for family, kind, code in ERRORS]
 
@@ -196,45 +196,14 @@ def test_icmp_errors_take_no_room_from_datagrams_in_a_loop_that_is_never_idle() 
         assert peer["icmp_errors"] > 300
 
 
-def raw_socket(family: socket.AddressFamily) -> socket.socket:
-    protocol = socket.IPPROTO_ICMP if family == V4 else socket.IPPROTO_ICMPV6
-    try:
-        return socket.socket(family, socket.SOCK_RAW, protocol)
-    except PermissionError:
-        pytest.skip("a raw socket needs CAP_NET_RAW")
-
-
 def forge_icmp_error(
     raw: socket.socket, kind: int, code: int, peer: socket.socket, client: socket.socket
 ) -> None:
-    """Tell the peer that a datagram from it did not reach the client. Both are on loopback."""
-    udp = struct.pack(">HHHH", peer.getsockname()[1], client.getsockname()[1], 20, 0)
-    host = LOOPBACK[peer.family]
-    address = socket.inet_pton(peer.family, host)
-    head = struct.pack(">BB", kind, code)
-    if peer.family == V4:
-        mtu = 0
-        if (kind, code) == FRAGMENTATION_NEEDED:
-            mtu = 1400
-            # Else the kernel would believe it, of this address, for ten minutes and for every process.
-            peer.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_INTERFACE)
-        ip = struct.pack(">BBHHHBBH", 0x45, 0, 40, 1, 0, 64, socket.IPPROTO_UDP, 0) + address * 2
-        rest = struct.pack(">HH", 0, mtu) + ip + udp + bytes(12)
-        raw.sendto(head + internet_checksum(head + rest) + rest, (host, 0))
-        return
-    # That of the loopback device, so that nothing changes by it, for this or any other process.
-    mtu = 65536 if (kind, code) == PACKET_TOO_BIG else 0
-    ip = struct.pack(">IHBB", 6 << 28, 20, socket.IPPROTO_UDP, 64) + address * 2
-    # The kernel fills in the checksum of an ICMPv6 socket (RFC 3542 section 3.1).
-    raw.sendto(head + bytes(2) + struct.pack(">I", mtu) + ip + udp + bytes(12), (host, 0))
-
-
-def internet_checksum(data: bytes) -> bytes:
-    """RFC 1071."""
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return struct.pack(">H", ~total & 0xFFFF)
+    """Tell the peer that a datagram from it did not reach the client."""
+    if peer.family == V4 and (kind, code) == FRAGMENTATION_NEEDED:
+        # Else the kernel would believe it, of this address, for ten minutes and for every process.
+        peer.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_INTERFACE)
+    forged_icmp.forge_icmp_error(raw, kind, code, peer.getsockname()[1], client.getsockname()[1])
 
 
 @pytest.mark.parametrize(("family", "kind", "code"), ERRORS, ids=ERROR_IDS)
