@@ -178,6 +178,8 @@ class Gateway:
                 if answer.status != http.HTTPStatus.OK:
                     raise GatewayError(f"{path}: {answer.status} {answer.read().decode()}")
                 yield answer
+        except http.client.HTTPException as error:
+            raise ConnectionError(f"{path}: {error!r}") from None
         finally:
             connection.close()
 
