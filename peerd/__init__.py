@@ -6,6 +6,7 @@ that only want to find peers.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from peerd._core import Message, decode, encode
@@ -28,6 +29,8 @@ from peerd.errors import (
 )
 
 if TYPE_CHECKING:
+    from peerd.async_client import AsyncPeerClient
+    from peerd.client import PeerClient
     from peerd.peer import Peer
 
 __version__ = "0.1.0"
@@ -35,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "App",
     "AppLoadError",
+    "AsyncPeerClient",
     "BindError",
     "ControlError",
     "DecodeError",
@@ -43,6 +47,7 @@ __all__ = [
     "NoAnswerError",
     "NotRunningError",
     "Peer",
+    "PeerClient",
     "PeerConflictError",
     "PeerdError",
     "PortInUseError",
@@ -55,13 +60,17 @@ __all__ = [
     "encode",
 ]
 
+# Loaded at their first use: Peer brings psutil and the rest of a running peer along, AsyncPeerClient
+# brings asyncio, and an App has no use for either.
+_LAZY = {
+    "AsyncPeerClient": "peerd.async_client",
+    "Peer": "peerd.peer",
+    "PeerClient": "peerd.client",
+}
 
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
-        # Peer brings psutil and the rest of a running peer along, which an App has no use for.
-        if name == "Peer":
-            from peerd.peer import Peer
-
-            return Peer
+        if name in _LAZY:
+            return getattr(importlib.import_module(_LAZY[name]), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

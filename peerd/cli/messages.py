@@ -12,9 +12,8 @@ import click
 import orjson
 
 from peerd._core import Message
-from peerd.address import Address
 from peerd.cli.options import SECONDS, etcd_option, json_option, prefix_option
-from peerd.client import DEFAULT_VERSION, PeerClient, resolve
+from peerd.client import DEFAULT_VERSION, PeerClient, address_of, failures_named, resolve
 from peerd.errors import NoAnswerError
 
 if TYPE_CHECKING:
@@ -54,16 +53,18 @@ def ping(
 
     Exit code 0 when every ping was answered, 1 otherwise.
     """
-    address = _resolve(target, etcd, prefix)
     times_ms: list[float] = []
-    with PeerClient(address) as client:
+    with _client(target, etcd, prefix) as client:
+        address = client.locate(target)
+        with failures_named(target, address):
+            numeric = resolve(address).address  # once: looking up a name is no part of a round trip
         for sequence in range(1, count + 1):
             if sequence > 1:
                 time.sleep(interval)
             body = b"%d %d" % (sequence, time.monotonic_ns())
             started_ns = time.perf_counter_ns()
             try:
-                client.request("PING", body, timeout_s=timeout, is_answer=_pong_of(body))
+                client.request(numeric, "PING", body, timeout, is_answer=_pong_of(body))
             except NoAnswerError as error:
                 if not as_json:
                     click.echo(f"{error} (seq={sequence})")
@@ -120,11 +121,12 @@ def send(
     for name, text in (("MAGIC", magic), ("--version", version)):
         if not text.isascii():
             raise click.BadParameter(f"{text!r} is not ASCII", param_hint=name)
-    with PeerClient(_resolve(target, etcd, prefix)) as client:
+    with _client(target, etcd, prefix) as client:
+        address = client.locate(target)
         if timeout == 0:
-            client.send(magic, payload, version)
+            client.send(address, magic, payload, version=version)
             return
-        reply = client.request(magic, payload, version, timeout_s=timeout)
+        reply = client.request(address, magic, payload, timeout, version=version)
     if as_json:
         click.echo(
             orjson.dumps(
@@ -132,7 +134,7 @@ def send(
                     "magic": reply.magic,
                     "version": reply.version,
                     "body": reply.body.decode("utf-8", "backslashreplace"),
-                    "sender": str(client.address),
+                    "sender": str(address),
                 }
             )
         )
@@ -140,13 +142,26 @@ def send(
         click.echo(reply.body)
 
 
-def _resolve(target: str, etcd: str, prefix: str) -> Address:
-    def nodes() -> list[PeerRecord]:
+class _Listing:
+    """The peers that etcd knows when it is asked."""
+
+    def __init__(self, etcd: str, prefix: str) -> None:
+        self._etcd = etcd
+        self._prefix = prefix
+
+    def get(self, peer_id: str) -> PeerRecord | None:
+        return next((record for record in self.nodes() if record.peer_id == peer_id), None)
+
+    def nodes(self, *, partition_key: str | None = None) -> list[PeerRecord]:
         from peerd.registry import nodes
 
-        return nodes(etcd, prefix)
+        records = nodes(self._etcd, self._prefix)
+        return [record for record in records if partition_key in (None, record.partition_key)]
 
-    return resolve(target, nodes)
+
+def _client(target: str, etcd: str, prefix: str) -> PeerClient:
+    # What reads as an address is taken for one, so that pinging it needs no etcd.
+    return PeerClient(None if address_of(target) else _Listing(etcd, prefix))
 
 
 def _pong_of(body: bytes) -> Callable[[Message], bool]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+from peerd.registry import PeerRecord, Registry
 from peerd.registry.etcd import Etcd
 from supervised import Supervised, free_ports
 
@@ -86,15 +87,28 @@ def test_a_peer_id_is_looked_up(supervised: Supervised) -> None:
     running = supervised.start("--advertise=127.0.0.1", peers=1)
     running.wait_registered()
     where = [f"--etcd={running.etcd}", f"--prefix={running.prefix}"]
+    record = PeerRecord(url="localhost", port=running.ports[0], peer_id="seedId")
+    with Registry(running.etcd, running.prefix) as registry, registry.register(record):
+        pinged = orjson.loads(peerd("ping", "seedId", "-c", "1", "--json", *where).stdout)
+        assert (pinged["target"], pinged["address"]) == ("seedId", f"localhost:{record.port}")
+        assert pinged["answered"] == 1
+        assert peerd("send", "seedId", "ECHO", "hello", *where).stdout == b"hello\n"
     unknown = peerd("ping", "nobody", *where)
     assert unknown.returncode == 1
     assert b"no peer has the id 'nobody'" in unknown.stderr
 
 
 def test_ping_where_nobody_listens() -> None:
-    shown = peerd("ping", f"localhost:{free_ports(1)}", "-c", "1")
+    no_etcd = "--etcd=http://127.0.0.1:9"  # which an address does not need
+    shown = peerd("ping", f"localhost:{free_ports(1)}", "-c", "1", no_etcd)
     assert shown.returncode == 1
     assert b"Connection refused" in shown.stdout
+
+
+def test_ping_of_what_is_no_host() -> None:
+    shown = peerd("ping", "no..host:5001")
+    assert shown.returncode == 1
+    assert b"no answer from no..host:5001" in shown.stderr
 
 
 @pytest.mark.parametrize("target", ["localhost:0", "localhost:99999"])

@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"peerd._scoreboard", "peerd.supervisor.restart"},
     {"peerd._core"},
     {"peerd.app", "peerd.async_server", "peerd.registry", "peerd.embedded_etcd"},
-    {"peerd.client", "peerd.worker", "peerd.registrar", "peerd.supervisor"},
+    {"peerd.client", "peerd.async_client", "peerd.worker", "peerd.registrar", "peerd.supervisor"},
     {"peerd.peer"},
     {"peerd"},
     {"peerd.cli", "peerd.__main__"},
