@@ -16,28 +16,58 @@ class Address(NamedTuple):
 
     @classmethod
     def of_etcd(cls, url: str) -> Address:
-        """Of ``http://host:port``. Raises SettingsError for anything else, saying what to write."""
-        if "," in url:
-            raise _wrong(url, "peerd talks to one endpoint for now: name a single http://host:port")
-        try:
-            parts = urlsplit(url)
-            scheme, host, port = parts.scheme, parts.hostname, parts.port
-        except ValueError as error:
-            raise _wrong(url, f"{error}: write http://host:port") from None
-        if scheme == "https":
-            raise _wrong(url, "peerd does not speak TLS to etcd yet: use http://host:port")
-        if scheme != "http":
-            raise _wrong(url, "write http://host:port, such as http://localhost:23790")
-        if parts.username is not None:
-            raise _wrong(url.replace(parts.netloc, "..."), "no user or password goes into the URL")
-        if parts.path not in ("", "/") or parts.query or parts.fragment:
-            raise _wrong(url, "nothing may follow the port: write http://host:port")
-        if not host or not port:
-            raise _wrong(url, "name the host and the port: http://host:port")
-        return cls(host, port)
+        """Of one ``http://host:port``. Raises SettingsError for anything else, saying what to write."""
+        endpoints = EtcdEndpoints.of(url)
+        if endpoints.tls or len(endpoints.members) > 1:
+            raise _wrong(url, "write one http://host:port")
+        return endpoints.members[0]
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class EtcdEndpoints(NamedTuple):
+    """The members of one etcd cluster."""
+
+    members: tuple[Address, ...]
+    tls: bool
+
+    @classmethod
+    def of(cls, urls: str) -> EtcdEndpoints:
+        """Of ``http://host:port``, or several with commas between; ``https`` for TLS.
+
+        Raises SettingsError for anything else, saying what to write.
+        """
+        schemes, members = zip(*map(_scheme_and_address, urls.split(",")), strict=True)
+        if len(set(schemes)) > 1:
+            raise _wrong(urls, "all members speak TLS (https) or none of them does (http)")
+        if len(set(members)) < len(members):
+            raise _wrong(urls, "name each member once")
+        return cls(members, tls=schemes[0] == "https")
+
+    def url(self, member: Address) -> str:
+        return f"{'https' if self.tls else 'http'}://{member}"
+
+
+def _scheme_and_address(url: str) -> tuple[str, Address]:
+    url = url.strip()
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise _wrong(url, f"{error}: write http://host:port") from None
+    if parts.scheme not in ("http", "https"):
+        raise _wrong(url, "write http://host:port, such as http://localhost:23790")
+    if parts.username is not None:
+        raise _wrong(
+            url.replace(parts.netloc, "..."),
+            "no user or password goes into the URL: use --etcd-user",
+        )
+    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise _wrong(url, "nothing may follow the port: write http://host:port")
+    if not host or not port:
+        raise _wrong(url, "name the host and the port: http://host:port")
+    return parts.scheme, Address(host, port)
 
 
 def _wrong(url: str, why: str) -> SettingsError:

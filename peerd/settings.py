@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from peerd.address import Address
+from peerd.address import Address, EtcdEndpoints
 from peerd.errors import SettingsError
 
 DEFAULT_ENDPOINT = "http://localhost:23790"
@@ -34,9 +34,46 @@ WILDCARDS = ("0.0.0.0", "::")
 
 
 @dataclass(frozen=True, kw_only=True)
+class EtcdAccess:
+    """What etcd asks of its clients. Raises SettingsError for half of a pair and a missing file."""
+
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+
+    ca_file: Path | None = None
+    """PEM, who signed etcd's certificate. None: whom this machine trusts."""
+
+    cert_file: Path | None = None
+    """PEM, the certificate that etcd wants to see (``--client-cert-auth``), and its key."""
+
+    key_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.user is None) != (self.password is None):
+            raise SettingsError(
+                "a user of etcd and a password go together: --etcd-user, and --etcd-password-file or "
+                "PEERD_ETCD_PASSWORD"
+            )
+        if (self.cert_file is None) != (self.key_file is None):
+            raise SettingsError("a certificate and its key go together: --etcd-cert, --etcd-key")
+        for file in (self.ca_file, self.cert_file, self.key_file):
+            if file is not None:
+                try:
+                    file.read_bytes()
+                except OSError as error:
+                    raise SettingsError(f"{file}: {error.strerror}") from None
+
+
+ANONYMOUS = EtcdAccess()
+
+
+@dataclass(frozen=True, kw_only=True)
 class RegistrySettings:
     endpoint: str = DEFAULT_ENDPOINT
-    """The etcd to register in, ``http://host:port``."""
+    """The etcd to register in: ``http://host:port``, or the members of a cluster with commas between;
+    ``https`` for TLS."""
+
+    access: EtcdAccess = ANONYMOUS
 
     prefix: str = DEFAULT_PREFIX
     """Keys are ``{prefix}/{peer_id}``."""
@@ -45,7 +82,12 @@ class RegistrySettings:
     """How long a record outlives a host that died without a word. Longer means fewer keep-alives."""
 
     def __post_init__(self) -> None:
-        Address.of_etcd(self.endpoint)
+        if not EtcdEndpoints.of(self.endpoint).tls and (
+            self.access.ca_file or self.access.cert_file
+        ):
+            raise SettingsError(
+                f"certificates are for https, and etcd's endpoint is {self.endpoint}"
+            )
         if (
             not self.prefix.isprintable()
             or not 1 <= len(self.prefix.encode()) <= MAX_PREFIX_BYTES

@@ -27,11 +27,18 @@ from peerd.errors import (
 from peerd.registry.records import PeerRecord
 
 if TYPE_CHECKING:
+    from peerd.registry.cache import Cache
     from peerd.registry.registry import Listing, Registry, nodes
     from peerd.registry.session import Registration, SessionState
+    from peerd.registry.watch import Joined, Left, Updated, Watch
+    from peerd.settings import EtcdAccess
 
 __all__ = [
+    "Cache",
+    "EtcdAccess",
     "InvalidRecordError",
+    "Joined",
+    "Left",
     "Listing",
     "PeerConflictError",
     "PeerRecord",
@@ -41,6 +48,8 @@ __all__ = [
     "RegistryError",
     "RegistryUnavailableError",
     "SessionState",
+    "Updated",
+    "Watch",
     "nodes",
 ]
 

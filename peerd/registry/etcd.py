@@ -1,9 +1,8 @@
-"""The one door to etcd: its operations in our own types, its failures as our own errors.
+"""etcd's operations in our own types.
 
-Nobody else sees gRPC or etcd3. The calls go through etcd3's client and its stubs, not through its
-methods: those have no deadline for streams, hide the lease of a key, and lose the cause of an error.
+The calls go through etcd3's client and its stubs, not through its methods: those have no deadline for
+streams, hide the lease of a key, and lose the cause of an error.
 
-Every call has a deadline, and none waits for a connection: with nobody listening it fails at once.
 An Etcd is to be used in the process that made it; gRPC's threads do not survive a fork, and a call
 on an inherited channel hangs (``Session`` refuses it before it comes here).
 """
@@ -11,38 +10,34 @@ on an inherited channel hangs (``Session`` refuses it before it comes here).
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import grpc
-
-from peerd.address import Address
 from peerd.errors import RegistryAuthError, RegistryError, RegistryUnavailableError
-from peerd.registry.etcd3_import import import_etcd3
+from peerd.registry.connection import (
+    CompactedError,
+    Connection,
+    LeaseNotFoundError,
+    Members,
+    etcd3,
+    rpc,
+)
+from peerd.settings import ANONYMOUS, EtcdAccess
 
-etcd3 = import_etcd3()
-rpc = etcd3.etcdrpc
+__all__ = [
+    "Change",
+    "CompactedError",
+    "Etcd",
+    "KeyValue",
+    "Lease",
+    "LeaseNotFoundError",
+    "Range",
+    "WatchStream",
+]
 
 _PAGE_KEYS = 1000
-
-_CHANNEL_OPTIONS = (
-    # An etcd that is back is noticed within half a second; by default, gRPC waits up to 120 s.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 400),
-    # In spite of its name, the time that one attempt to connect may take (20 s by default).
-    ("grpc.min_reconnect_backoff_ms", 2000),
-    # Pings, and with them TCP_USER_TIMEOUT, cut a connection whose other end has gone without a word.
-    # etcd hangs up on clients that ping more often than every 5 s, or without a call under way.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 3_000),
-    # A page of our longest records. The default is 4 MiB.
-    ("grpc.max_receive_message_length", 128 * 1024 * 1024),
-    # gRPC would go even to localhost through the http_proxy of the environment.
-    ("grpc.enable_http_proxy", 0),
-    # A connection of its own, or a new object would inherit the backoff of an older one.
-    ("grpc.use_local_subchannel_pool", 1),
-)
 
 
 class KeyValue(NamedTuple):
@@ -68,62 +63,83 @@ class Range(NamedTuple):
     """Of the store, the same for all items."""
 
 
-class LeaseNotFoundError(RegistryError):
-    """The lease to put a key under has run out or was revoked."""
+class Change(NamedTuple):
+    item: KeyValue
+    """Without value and lease where it is deleted. Its mod revision is when that happened."""
 
-
-class CompactedError(RegistryError):
-    """The revision asked for is no longer in the store."""
+    deleted: bool
+    """By whoever, or since its lease ran out."""
 
 
 class Etcd:
-    """One etcd at ``http://host:port``. Making one neither connects nor blocks.
+    """An etcd of one member or several. Making one neither connects nor blocks.
 
-    Each method raises RegistryUnavailableError when etcd does not answer within ``timeout_s``, and
-    another RegistryError when it refuses.
+    Each method raises RegistryUnavailableError when no member answers within ``timeout_s``, and
+    another RegistryError when etcd refuses.
     """
 
-    def __init__(self, endpoint_url: str, timeout_s: float) -> None:
-        endpoint = Address.of_etcd(endpoint_url)
-        host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
-        self.url = endpoint_url
-        self.timeout_s = timeout_s
-        self._closed = False
-        self._client = etcd3.client(host=host, port=endpoint.port, grpc_options=_CHANNEL_OPTIONS)
-        self._kv = self._client.kvstub
-        self._leases = self._client.leasestub
+    def __init__(self, urls: str, timeout_s: float = 5.0, access: EtcdAccess = ANONYMOUS) -> None:
+        self._members = Members(urls, access, timeout_s)
+
+    @property
+    def urls(self) -> str:
+        return self._members.urls
+
+    @property
+    def member_url(self) -> str:
+        """Of the member that is asked first."""
+        return self._members.url
+
+    @property
+    def timeout_s(self) -> float:
+        return self._members.timeout_s
+
+    @property
+    def heard_s(self) -> float:
+        """When etcd last answered, on the monotonic clock. Once a second while there is a watch."""
+        return self._members.heard_s
 
     def close(self) -> None:
         """Ends the connection. Calls under way in other threads raise RegistryUnavailableError."""
-        self._closed = True
-        self._client.close()
+        self._members.close()
 
     # Keys
 
-    def list(self, prefix: bytes) -> Range:
-        """All keys that start with ``prefix``, at one revision, however many pages that takes."""
+    def list(self, prefix: bytes, *, serializable: bool = False) -> Range:
+        """All keys that start with ``prefix``, at one revision, however many pages that takes.
+
+        ``serializable``: any member answers from what it has, without asking the others.
+        """
         for _ in range(2):
             # Only when the store is compacted between two pages, and then not soon again.
             with contextlib.suppress(CompactedError):
-                return self._read_pages(prefix)
-        return self._read_pages(prefix)
+                return self._read_pages(prefix, serializable)
+        return self._read_pages(prefix, serializable)
 
-    def _read_pages(self, prefix: bytes) -> Range:
+    def _read_pages(self, prefix: bytes, serializable: bool) -> Range:
         request = rpc.RangeRequest(
-            key=prefix, range_end=etcd3.utils.increment_last_byte(prefix), limit=_PAGE_KEYS
+            key=prefix,
+            range_end=etcd3.utils.increment_last_byte(prefix),
+            limit=_PAGE_KEYS,
+            serializable=serializable,
         )
         items: list[KeyValue] = []
         while True:
-            page = self._call(self._kv.Range, request)
+            page = self._members.call(_range, request)
             request.revision = request.revision or page.header.revision
             items += map(_key_value, page.kvs)
             if not page.more:
                 return Range(items, request.revision)
             request.key = items[-1].key + b"\0"  # the next possible key
 
+    def get(self, key: bytes, revision: int = 0) -> KeyValue | None:
+        """What the key holds, or held at a revision. Raises CompactedError for one out of reach."""
+        answer = self._members.call(_range, rpc.RangeRequest(key=key, revision=revision))
+        return _key_value(answer.kvs[0]) if answer.kvs else None
+
     def put(self, key: bytes, value: bytes, lease_id: int = 0) -> None:
         """Raises LeaseNotFoundError, as ``create`` and ``replace`` do, when there is no such lease."""
-        self._call(self._kv.Put, rpc.PutRequest(key=key, value=value, lease=lease_id))
+        self._members.call(_put, rpc.PutRequest(key=key, value=value, lease=lease_id))
 
     def create(self, key: bytes, value: bytes, lease_id: int) -> KeyValue | None:
         """Puts the key if it does not exist. Otherwise returns what is there."""
@@ -134,7 +150,10 @@ class Etcd:
         return None if answer.succeeded else _key_value(answer.responses[0].response_range.kvs[0])
 
     def replace(self, key: bytes, value: bytes, lease_id: int, expected_mod_revision: int) -> bool:
-        """Puts the key if nobody has changed it since that revision. Returns whether it did."""
+        """Puts the key if nobody has changed it since that revision. Returns whether it did.
+
+        False as well when etcd did it and the answer was lost on the way.
+        """
         unchanged = rpc.Compare(
             key=key,
             target=rpc.Compare.MOD,
@@ -150,12 +169,12 @@ class Etcd:
             success=[rpc.RequestOp(request_put=put)],
             failure=[rpc.RequestOp(request_range=rpc.RangeRequest(key=key))],
         )
-        return self._call(self._kv.Txn, request)
+        return self._members.call(_txn, request)
 
     # Leases
 
     def grant(self, ttl_s: int) -> Lease:
-        lease = self._call(self._leases.LeaseGrant, rpc.LeaseGrantRequest(TTL=ttl_s))
+        lease = self._members.call(_grant, rpc.LeaseGrantRequest(TTL=ttl_s))
         return Lease(lease.ID, lease.TTL)
 
     def keep_alive(
@@ -165,28 +184,37 @@ class Etcd:
 
         A generator, so that the answers that came before a failure are not lost with it.
         """
-        timeout_s = timeout_s or self.timeout_s
+        members, timeout_s = self._members, timeout_s or self.timeout_s
         requests = [rpc.LeaseKeepAliveRequest(ID=lease_id) for lease_id in lease_ids]
-        with self._translated_errors(timeout_s):
+        connection = members.connection()
+        with members.failures(connection, timeout_s):
             # etcd answers in order and ends the stream after the last.
-            for answer in self._leases.LeaseKeepAlive(iter(requests), timeout=timeout_s):
+            for answer in connection.leases.LeaseKeepAlive(
+                iter(requests),
+                timeout=timeout_s,
+                metadata=members.metadata(connection, timeout_s),
+            ):
                 yield Lease(answer.ID, answer.TTL)
 
     def revoke(self, lease_ids: Iterable[int], timeout_s: float | None = None) -> None:
         """Ends all leases at once, and with them their keys. One that is gone already is fine."""
-        timeout_s = timeout_s or self.timeout_s
+        members, timeout_s = self._members, timeout_s or self.timeout_s
         deadline_s = time.monotonic() + timeout_s
         failure: RegistryError | None = None
-        with self._translated_errors(timeout_s):
+        connection = members.connection()
+        with members.failures(connection, timeout_s):
+            metadata = members.metadata(connection, timeout_s)
             answers = [
-                self._leases.LeaseRevoke.future(
-                    rpc.LeaseRevokeRequest(ID=lease_id), timeout=deadline_s - time.monotonic()
+                connection.leases.LeaseRevoke.future(
+                    rpc.LeaseRevokeRequest(ID=lease_id),
+                    timeout=deadline_s - time.monotonic(),
+                    metadata=metadata,
                 )
                 for lease_id in lease_ids
             ]
         for answer in answers:
             try:
-                with self._translated_errors(timeout_s):
+                with members.failures(connection, timeout_s):
                     answer.result()
             except LeaseNotFoundError:
                 pass
@@ -195,52 +223,117 @@ class Etcd:
         if failure is not None:
             raise failure
 
-    # Calls and their failures
+    # Changes
 
-    def _call(self, method: Any, request: Any) -> Any:
-        with self._translated_errors(self.timeout_s):
-            return method(request, timeout=self.timeout_s)
+    def watch(self, prefix: bytes, from_revision: int) -> WatchStream:
+        """All changes of keys that start with ``prefix``, from a revision on."""
+        return WatchStream(self._members, prefix, from_revision)
 
-    @contextlib.contextmanager
-    def _translated_errors(self, timeout_s: float) -> Iterator[None]:
-        try:
-            yield
-        except grpc.RpcError as error:
-            # Not "from error": no gRPC object, with its call and channel, hangs on our errors.
-            raise self._translated(error, timeout_s) from None
-        except (ValueError, grpc.FutureCancelledError):  # "Cannot invoke RPC on closed channel!"
-            if not self._closed:
-                raise
-            raise RegistryUnavailableError(
-                f"the connection to etcd at {self.url} was closed meanwhile"
-            ) from None
 
-    def _translated(self, error: Any, timeout_s: float) -> RegistryError:
-        code, details = error.code(), error.details() or ""
-        status = grpc.StatusCode
-        if code is status.NOT_FOUND:
-            return LeaseNotFoundError(f"etcd at {self.url}: {details}")
-        if code is status.OUT_OF_RANGE:
-            return CompactedError(f"etcd at {self.url}: {details}")
-        # With authentication on, etcd calls a request without a token an invalid argument.
-        if code in (status.UNAUTHENTICATED, status.PERMISSION_DENIED) or "user name is" in details:
-            return RegistryAuthError(
-                f"etcd at {self.url} refuses access ({details}): peerd cannot log in to etcd yet, "
-                "use one without authentication"
+class WatchStream:
+    """An iterator over what happens, in the order in which it did; it ends by raising.
+
+    The first item is empty and says that etcd has begun to watch. Each other one has whole revisions.
+
+    Raises CompactedError when some of the changes asked for are no longer known,
+    RegistryUnavailableError when the connection is lost or etcd has no leader, and after ``cancel()``.
+    """
+
+    def __init__(self, members: Members, prefix: bytes, from_revision: int) -> None:
+        self._members = members
+        self._request = rpc.WatchRequest(
+            create_request=rpc.WatchCreateRequest(
+                key=prefix,
+                range_end=etcd3.utils.increment_last_byte(prefix),
+                start_revision=from_revision,
             )
-        if code in (status.INVALID_ARGUMENT, status.FAILED_PRECONDITION, status.RESOURCE_EXHAUSTED):
-            return RegistryError(f"etcd at {self.url} refuses the request: {details}")
-        if code is status.DEADLINE_EXCEEDED:
-            cause = f"no answer within {timeout_s:g} s"
-        else:
-            # gRPC tells the whole way down to the cause: "...: last error: UNKNOWN: ...: Connection
-            # refused (111)".
-            cause = details.rpartition(": ")[2].lower() or code.name.lower()
-        return RegistryUnavailableError(
-            f"etcd at {self.url} does not answer ({cause}): "
-            "start it with 'peerd etcd', or name another with --etcd"
         )
+        self._alive = rpc.RangeRequest(key=prefix, limit=1, keys_only=True)
+        self._ended = threading.Event()
+        self._call: Any = None
+        self._batches = self._read()
+
+    def __iter__(self) -> Iterator[list[Change]]:
+        return self._batches
+
+    def __next__(self) -> list[Change]:
+        return next(self._batches)
+
+    def cancel(self) -> None:
+        """From any thread: the iteration ends."""
+        self._ended.set()
+        call = self._call
+        if call is not None:
+            call.cancel()
+
+    def _read(self) -> Iterator[list[Change]]:
+        members = self._members
+        try:
+            with members.stream(self._alive) as connection, members.failures(connection, 0.0):
+                self._call = connection.watches.Watch(
+                    _one_and_no_end(self._request, self._ended),
+                    # Or a member without a leader would keep the stream open, and silent.
+                    metadata=(
+                        ("hasleader", "true"),
+                        *members.metadata(connection, members.timeout_s),
+                    ),
+                )
+                if self._ended.is_set():
+                    self._call.cancel()
+                for answer in self._call:
+                    if answer.canceled:
+                        raise self._refusal(answer, connection)
+                    if answer.created or answer.events:
+                        yield [_change(event) for event in answer.events]
+            raise RegistryUnavailableError(f"etcd at {members.urls} ended the watch")
+        finally:
+            self.cancel()
+
+    def _refusal(self, answer: Any, connection: Connection) -> RegistryError:
+        where = f"etcd at {self._members.urls}"
+        if answer.compact_revision:
+            return CompactedError(
+                f"{where} has forgotten what was before {answer.compact_revision}"
+            )
+        reason = answer.cancel_reason
+        if "permission denied" in reason.lower() or (answer.created and not reason):
+            return RegistryAuthError(
+                f"{where} refuses the watch ({reason or 'permission denied'}): the role needs read "
+                "permission for the prefix"
+            )
+        if "auth token" in reason:
+            self._members.forget_login()
+        else:
+            self._members.leave(connection)
+        return RegistryUnavailableError(f"{where} ended the watch: {reason}")
+
+
+def _one_and_no_end(request: Any, ended: threading.Event) -> Iterator[Any]:
+    """A watch lives as long as its client has more to say. Knows nothing of the stream, or it would
+    live for ever."""
+    yield request
+    ended.wait()
+
+
+def _range(connection: Connection) -> Any:
+    return connection.kv.Range
+
+
+def _put(connection: Connection) -> Any:
+    return connection.kv.Put
+
+
+def _txn(connection: Connection) -> Any:
+    return connection.kv.Txn
+
+
+def _grant(connection: Connection) -> Any:
+    return connection.leases.LeaseGrant
 
 
 def _key_value(item: Any) -> KeyValue:
     return KeyValue(item.key, item.value, item.lease, item.mod_revision)
+
+
+def _change(event: Any) -> Change:
+    return Change(_key_value(event.kv), deleted=bool(event.type))

@@ -13,7 +13,7 @@ checked, and text that a terminal would act on (control characters, direction ov
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,8 +80,12 @@ class PeerRecord:
         object.__setattr__(self, "metadata", _json_copy(self.metadata))
 
     @classmethod
-    def from_json(cls, value: bytes) -> PeerRecord:
-        """The record in a stored value. Raises InvalidRecordError for a value that is none."""
+    def from_json(cls, value: bytes, stored_as: bytes | None = None) -> PeerRecord:
+        """The record in a stored value. Raises InvalidRecordError for a value that is none.
+
+        ``stored_as``: its key, below the prefix. A record that names a peer id is stored under that,
+        or it is somebody else's. FaasNet's names none, and is stored under its host.
+        """
         if len(value) > MAX_VALUE_BYTES:
             raise InvalidRecordError(
                 f"the value has {len(value)} bytes: a record has at most {MAX_VALUE_BYTES}"
@@ -100,6 +104,9 @@ class PeerRecord:
             } | members
         if "Url" not in members or "Port" not in members:
             raise InvalidRecordError(f"the value {_short(value)} lacks Url or Port")
+        peer_id = members.get("PeerId")
+        if stored_as is not None and peer_id and str(peer_id).encode() != stored_as:
+            raise InvalidRecordError(f"the value {_short(value)} is that of another peer id")
         # Null means the default for all but the two that have none.
         return cls(
             url=members["Url"],
@@ -126,6 +133,27 @@ class PeerRecord:
             "partition_key": self.partition_key,
             "metadata": self.metadata,
         }
+
+
+def select(
+    records: Iterable[PeerRecord],
+    partition_key: str | None = None,
+    protocol: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> list[PeerRecord]:
+    """Those that have what is given: each item of ``metadata``, if any, with an equal value."""
+    if partition_key is None and protocol is None and not metadata:
+        return list(records)
+    wanted = (metadata or {}).items()
+    return [
+        record
+        for record in records
+        if partition_key in (None, record.partition_key)
+        and protocol in (None, record.protocol)
+        and all(
+            name in record.metadata and record.metadata[name] == value for name, value in wanted
+        )
+    ]
 
 
 def _check_text(name: str, text: object, longest: int, shortest: int = 1) -> None:

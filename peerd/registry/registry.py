@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
 
-from peerd.errors import InvalidRecordError
+from peerd.registry.cache import Cache, Snapshot
 from peerd.registry.etcd import Etcd
-from peerd.registry.records import PeerRecord
+from peerd.registry.records import PeerRecord, select
 from peerd.registry.session import Registration, Session, SessionState
-from peerd.settings import DEFAULT_ENDPOINT, DEFAULT_PREFIX, RegistrySettings
+from peerd.registry.watch import Joined, Left, Updated, Watch, record_of
+from peerd.settings import (
+    ANONYMOUS,
+    DEFAULT_ENDPOINT,
+    DEFAULT_PREFIX,
+    EtcdAccess,
+    RegistrySettings,
+)
 
-log = logging.getLogger(__name__)
+__all__ = [
+    "Cache",
+    "EtcdAccess",
+    "Joined",
+    "Left",
+    "Listing",
+    "Registration",
+    "Registry",
+    "SessionState",
+    "Updated",
+    "Watch",
+    "nodes",
+]
 
 
 @dataclass(frozen=True)
@@ -22,22 +43,27 @@ class Listing:
     """Sorted by peer id."""
 
     skipped: int
-    """Values below the prefix that are no record."""
+    """Values below the prefix that are no record, or that of another peer id than their key's."""
 
 
-def nodes(endpoint: str | None = None, prefix: str | None = None) -> list[PeerRecord]:
+def nodes(
+    endpoint: str | None = None, prefix: str | None = None, *, access: EtcdAccess = ANONYMOUS
+) -> list[PeerRecord]:
     """All peers, sorted by peer id, over a connection of this one call.
 
     What is not given comes from ``PEERD_ETCD`` and ``PEERD_PREFIX``, then from the defaults.
     """
     endpoint = endpoint or os.environ.get("PEERD_ETCD") or DEFAULT_ENDPOINT
     prefix = prefix or os.environ.get("PEERD_PREFIX") or DEFAULT_PREFIX
-    with Registry(endpoint, prefix) as registry:
+    with Registry(endpoint, prefix, access=access) as registry:
         return registry.nodes()
 
 
 class Registry:
     """The peers below one prefix of one etcd. A context manager; usable from any thread.
+
+    ``endpoint`` names one member or several (``http://a:2379,http://b:2379``): whichever answers is
+    asked, and one that stops answering is left within 3 s.
 
     Making one does not connect. Each method but ``close`` raises RegistryUnavailableError when etcd
     does not answer within ``timeout_s``, another RegistryError when it refuses, and RuntimeError in a
@@ -52,36 +78,87 @@ class Registry:
         endpoint: str = DEFAULT_ENDPOINT,
         prefix: str = DEFAULT_PREFIX,
         *,
+        access: EtcdAccess = ANONYMOUS,
         lease_ttl_s: int = 10,
         timeout_s: float = 5.0,
         on_state: Callable[[SessionState], None] | None = None,
+        owner_pid: int | None = None,
     ) -> None:
-        """Raises SettingsError for an endpoint, a prefix or a TTL that cannot work."""
-        RegistrySettings(endpoint=endpoint, prefix=prefix, lease_ttl_s=lease_ttl_s)
+        """Raises SettingsError for an endpoint, a prefix or a TTL that cannot work.
+
+        ``owner_pid``: on whose behalf this process registers; None: its own. When that one has died
+        without a word, a successor for the same address takes its records over at once.
+        """
+        RegistrySettings(endpoint=endpoint, access=access, prefix=prefix, lease_ttl_s=lease_ttl_s)
         self._folder = f"{prefix}/".encode()
-        self._etcd = Etcd(endpoint, timeout_s)
-        self._session = Session(self._etcd, lease_ttl_s, on_state)
+        self._etcd = Etcd(endpoint, timeout_s, access)
+        self._session = Session(self._etcd, lease_ttl_s, on_state, owner_pid or os.getpid())
+        self._watches: WeakSet[Watch] = WeakSet()
+        self._snapshot: Snapshot | None = None
+        self._caches = 0
+        self._cache_lock = threading.Lock()
+
+    @property
+    def endpoint(self) -> str:
+        """The member that is asked now."""
+        return self._etcd.member_url
 
     @property
     def state(self) -> SessionState:
         return self._session.state
 
-    def nodes(self) -> list[PeerRecord]:
-        """All peers, sorted by peer id."""
-        return list(self.scan().records)
+    def nodes(
+        self,
+        *,
+        partition_key: str | None = None,
+        protocol: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        serializable: bool = False,
+    ) -> list[PeerRecord]:
+        """All peers, sorted by peer id, or those that have what is given (metadata: each item of it).
 
-    def scan(self) -> Listing:
+        ``serializable``: let any member answer from what it knows, which may be old. It works while a
+        cluster has no majority.
+        """
+        records = self.scan(serializable=serializable).records
+        return select(records, partition_key, protocol, metadata)
+
+    def scan(self, *, serializable: bool = False) -> Listing:
         """All peers at one revision of etcd, and how many values were no record."""
         self._session.check_usable()
-        records = []
-        items = self._etcd.list(self._folder).items
-        for item in items:
-            try:
-                records.append(PeerRecord.from_json(item.value))
-            except InvalidRecordError as error:
-                log.debug("key=%r skipped: %s", item.key, error)
-        records.sort(key=lambda record: record.peer_id)
+        items = self._etcd.list(self._folder, serializable=serializable).items
+        found = (record_of(self._folder, item.key, item.value) for item in items)
+        records = sorted(
+            (record for record in found if record is not None), key=lambda record: record.peer_id
+        )
         return Listing(tuple(records), skipped=len(items) - len(records))
+
+    def watch(self) -> Watch:
+        """What happens to the peers from now on, after those that are there; see :class:`Watch`."""
+        self._session.check_usable()
+        watch = Watch(self._etcd, self._folder, self._session.check_process)
+        self._watches.add(watch)
+        return watch
+
+    def cache(self) -> Cache:
+        """All peers, kept up to date; see :class:`Cache`. Does not wait for the first list."""
+        self._session.check_usable()
+        with self._cache_lock:
+            if self._snapshot is None:
+                self._snapshot = Snapshot(self.watch())
+            self._caches += 1
+            return Cache(self._snapshot, self._session.check_process, self._release_cache)
+
+    def _release_cache(self) -> None:
+        if not self._session.is_of_this_process:
+            return
+        with self._cache_lock:
+            self._caches -= 1
+            snapshot = None
+            if self._caches == 0:
+                snapshot, self._snapshot = self._snapshot, None
+        if snapshot is not None:
+            snapshot.close()
 
     def register(
         self,
@@ -113,6 +190,9 @@ class Registry:
         Never raises and takes no longer than about ``timeout_s``: when etcd is away, the TTL removes
         them. In a forked child it does nothing.
         """
+        if self._session.is_of_this_process:
+            for watch in [*self._watches]:
+                watch.close()
         self._session.close()
 
     def __enter__(self) -> Registry:

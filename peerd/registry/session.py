@@ -15,8 +15,9 @@ later and is never early, so ``registered`` ends before the record does.
 
 Claiming a key is a transaction that creates it. Where it exists already, its lease tells who put it.
 One of our own: an earlier attempt whose answer was lost, or the predecessor whose lease was adopted.
-None: a leftover, such as FaasNet leaves. Both are replaced, by compare-and-swap on the revision that
-was seen. Any other: somebody lives there, PeerConflictError.
+None: a leftover, such as FaasNet leaves. One whose owner, a process of this machine, has died
+(owner.py) and that has our address: the predecessor that nobody told us of. All these are replaced, by
+compare-and-swap on the revision that was seen. Any other: somebody lives there, PeerConflictError.
 
 etcd is never called under ``_lock``, which guards the books. ``_claiming`` is held for each claim of
 the thread, so that a withdrawn record does not come back from a claim that was under way.
@@ -31,9 +32,10 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 from peerd.errors import (
     InvalidRecordError,
@@ -42,6 +44,7 @@ from peerd.errors import (
     RegistryUnavailableError,
 )
 from peerd.registry.etcd import Etcd, KeyValue, Lease, LeaseNotFoundError
+from peerd.registry.owner import Owner
 from peerd.registry.records import PeerRecord
 
 log = logging.getLogger(__name__)
@@ -73,7 +76,7 @@ class Registration:
         self._session = session
         self._record = record
         self._key = key
-        self._value = record.to_json()
+        self._value = session.owner.put_into(record.to_json())
         self._on_lease = on_lease
         self._lease: _HeldLease | None = None
         self._own_lease_ids: deque[int] = deque(maxlen=8)  # the former ones, too
@@ -85,6 +88,26 @@ class Registration:
     @property
     def record(self) -> PeerRecord:
         return self._record
+
+    def update(
+        self,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        partition_key: str | None = None,
+    ) -> PeerRecord:
+        """Changes what is given, under the same lease, if the record in etcd is still ours.
+
+        Returns the new record. Raises InvalidRecordError for what cannot be stored, PeerConflictError
+        when somebody else has put the key meanwhile, RegistryUnavailableError when etcd does not
+        answer (then either may stand there; ask again) or the record is lost just now, RuntimeError
+        after ``close()`` and in a forked child.
+        """
+        changes: dict[str, Any] = {}
+        if metadata is not None:
+            changes["metadata"] = metadata
+        if partition_key is not None:
+            changes["partition_key"] = partition_key
+        return self._session.update(self, replace(self._record, **changes))
 
     @property
     def registered(self) -> bool:
@@ -133,8 +156,13 @@ class Session:
     """All registrations of one Registry, and the thread that keeps them. Owns the Etcd."""
 
     def __init__(
-        self, etcd: Etcd, lease_ttl_s: int, on_state: Callable[[SessionState], None] | None
+        self,
+        etcd: Etcd,
+        lease_ttl_s: int,
+        on_state: Callable[[SessionState], None] | None,
+        owner_pid: int,
     ) -> None:
+        self.owner = Owner.of_process(owner_pid)
         self._etcd = etcd
         self._lease_ttl_s = lease_ttl_s
         self._on_state = on_state
@@ -159,9 +187,14 @@ class Session:
         """SUSPENDED until etcd first answers. Without registrations nobody asks, and it stays."""
         return self._state
 
+    @property
+    def is_of_this_process(self) -> bool:
+        """False in a forked child, where the thread is missing and gRPC would hang."""
+        return os.getpid() == self._pid
+
     def check_process(self) -> None:
-        """Raises RuntimeError in a forked child, where the thread is missing and gRPC would hang."""
-        if os.getpid() != self._pid:
+        """Raises RuntimeError in a forked child."""
+        if not self.is_of_this_process:
             raise RuntimeError(
                 f"this Registry belongs to process {self._pid} and does not work in its forked "
                 f"child {os.getpid()}: open another one there"
@@ -214,11 +247,43 @@ class Session:
         self._heard(answered=True)
         return registration
 
+    def update(self, registration: Registration, record: PeerRecord) -> PeerRecord:
+        """See ``Registration.update``."""
+        self.check_usable()
+        value = self.owner.put_into(record.to_json())
+        with self._claiming:
+            if registration._closed:
+                raise RuntimeError(f"the registration of {record.peer_id!r} is closed")
+            self._replace(registration, value)
+            registration._record, registration._value = record, value
+        return record
+
+    def _replace(self, registration: Registration, value: bytes) -> None:
+        """With ``_claiming`` held. Again where only the answer of an attempt before was lost."""
+        key, lease = registration._key, registration._lease
+        for _ in range(_CLAIM_ATTEMPTS):
+            found = self._etcd.get(key)
+            if lease is None or found is None:
+                raise RegistryUnavailableError(
+                    f"{key.decode()} is not in etcd at {self._etcd.urls} now: it is put again soon, "
+                    "and can be updated then"
+                )
+            if found.lease_id != lease.lease_id:
+                raise PeerConflictError(_who_holds(registration.record, found))
+            if found.value == value or self._etcd.replace(
+                key, value, lease.lease_id, found.mod_revision
+            ):
+                return
+        raise RegistryUnavailableError(
+            f"{key.decode()} in etcd at {self._etcd.urls} changed under each of {_CLAIM_ATTEMPTS} "
+            "attempts to update it: see who else writes it"
+        )
+
     def withdraw(
         self, registrations: Iterable[Registration], timeout_s: float | None = None
     ) -> None:
         """Revokes their leases, all at once. Never raises. In a forked child it does nothing."""
-        if os.getpid() != self._pid:
+        if not self.is_of_this_process:
             return  # they are the parent's
         deadline_s = time.monotonic() + (timeout_s or self._etcd.timeout_s)
         with self._lock:
@@ -245,7 +310,7 @@ class Session:
 
         Never raises. In a forked child it does nothing.
         """
-        if self._closing or os.getpid() != self._pid:
+        if self._closing or not self.is_of_this_process:
             return
         deadline_s = time.monotonic() + self._etcd.timeout_s
         with self._lock:
@@ -284,9 +349,9 @@ class Session:
             try:
                 found = self._etcd.create(key, value, lease.lease_id)
                 if found is not None:
-                    if found.lease_id and found.lease_id not in registration._own_lease_ids:
+                    if not _is_free(registration, found):
                         raise PeerConflictError(_who_holds(registration.record, found))
-                    if (found.lease_id, found.value) != (lease.lease_id, value) and not (
+                    if not self._is_it(registration, lease, found) and not (
                         self._etcd.replace(key, value, lease.lease_id, found.mod_revision)
                     ):
                         continue
@@ -296,8 +361,18 @@ class Session:
                 registration._put = True
                 return
         raise RegistryUnavailableError(
-            f"{key.decode()} in etcd at {self._etcd.url} changed under each of {_CLAIM_ATTEMPTS} "
+            f"{key.decode()} in etcd at {self._etcd.urls} changed under each of {_CLAIM_ATTEMPTS} "
             "attempts to put it: see who else writes it"
+        )
+
+    def _is_it(self, registration: Registration, lease: _HeldLease, found: KeyValue) -> bool:
+        """Whether that is our record already. An adopted one keeps the time since when it is there."""
+        owner = Owner.in_value(found.value)
+        return (
+            found.lease_id == lease.lease_id
+            and owner is not None
+            and owner.is_same_process(self.owner)
+            and owner.put_into(registration.record.to_json()) == found.value
         )
 
     def _hold(self, registration: Registration, lease: Lease, asked_at_s: float) -> _HeldLease:
@@ -436,7 +511,7 @@ class Session:
             if state is self._state:
                 return
             self._state = state
-            log.info("etcd at %s: %s", self._etcd.url, state.value)
+            log.info("etcd at %s: %s", self._etcd.urls, state.value)
             if self._on_state is not None:
                 try:
                     self._on_state(state)
@@ -461,12 +536,32 @@ def _jitter() -> float:
     return random.uniform(0.8, 1.0)
 
 
+def _is_free(registration: Registration, found: KeyValue) -> bool:
+    """Whether the key may be taken from whoever put what was found there."""
+    if not found.lease_id or found.lease_id in registration._own_lease_ids:
+        return True
+    owner = Owner.in_value(found.value)
+    try:
+        theirs = PeerRecord.from_json(found.value)
+    except InvalidRecordError:
+        return False
+    ours = registration.record
+    return (
+        owner is not None
+        and owner.has_died()
+        and (ours.url, ours.port, ours.protocol) == (theirs.url, theirs.port, theirs.protocol)
+    )
+
+
 def _who_holds(record: PeerRecord, found: KeyValue) -> str:
     try:
         holder = PeerRecord.from_json(found.value)
         who = f"{holder.url}:{holder.port}"
     except InvalidRecordError:
         who = "a value that is no record"
+    owner = Owner.in_value(found.value)
+    if owner is not None:
+        who += f" (process {owner.pid} on {owner.host}, since {owner.since})"
     return (
         f"peer id {record.peer_id!r} belongs to {who} under the live lease {found.lease_id:x}: "
         "choose another one, or wait until that peer is gone"

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from eventually import eventually
-from peerd.address import Address
+from peerd.address import Address, EtcdEndpoints
 from peerd.embedded_etcd import EmbeddedEtcd
 from peerd.errors import (
     InvalidRecordError,
@@ -83,7 +83,7 @@ def test_a_record_is_there_from_register_to_close(registry: Registry, store: Sto
         assert registry.nodes() == [SEED]
         item = store.get("seedId")
         assert item is not None
-        assert (item.value, item.lease_id) == (SEED.to_json(), registration.lease_id)
+        assert (PeerRecord.from_json(item.value), item.lease_id) == (SEED, registration.lease_id)
     assert registry.nodes() == []
     assert (registration.registered, registration.lease_id) == (False, 0)
     registration.close()
@@ -170,6 +170,31 @@ def test_a_key_under_anothers_live_lease_is_refused(
     registry.register(intruder)
 
 
+def test_a_dead_owners_record_is_taken_over_at_once_by_who_has_its_address(
+    etcd: str, prefix: str, registry: Registry, store: Store
+) -> None:
+    lease_id = lease_of_killed_predecessor(etcd, prefix, owner_pid=0)
+    with pytest.raises(PeerConflictError, match=f"since .* live lease {lease_id:x}"):
+        registry.register(PeerRecord("localhost", 5002, peer_id="seedId"))
+    assert registry.register(SEED).lease_id != lease_id
+    assert registry.nodes() == [SEED]
+
+
+def test_a_living_owners_record_is_not_taken_over(
+    etcd: str, prefix: str, registry: Registry, store: Store
+) -> None:
+    """Of which only the registrar has died: it is replaced, and adopts the lease."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as supervisor:
+        lease_of_killed_predecessor(etcd, prefix, owner_pid=supervisor.pid)
+        held = store.get("seedId")
+        with pytest.raises(PeerConflictError, match=f"process {supervisor.pid} on "):
+            registry.register(SEED)
+        assert store.get("seedId") == held
+        supervisor.kill()
+        supervisor.wait()
+        registry.register(SEED)
+
+
 def test_a_leftover_without_a_lease_is_taken_over(registry: Registry, store: Store) -> None:
     store.put("seedId", FAASNETS)
     with registry.register(SEED):
@@ -180,16 +205,23 @@ def test_a_leftover_without_a_lease_is_taken_over(registry: Registry, store: Sto
 PREDECESSOR = """
 import sys, threading
 from peerd.registry import PeerRecord, Registry
-registry = Registry(sys.argv[1], sys.argv[2], lease_ttl_s=int(sys.argv[3]))
+registry = Registry(
+    sys.argv[1], sys.argv[2], lease_ttl_s=int(sys.argv[3]), owner_pid=int(sys.argv[4]) or None
+)
 registration = registry.register(PeerRecord("localhost", 5001, peer_id="seedId"))
 print(registration.lease_id, flush=True)
 threading.Event().wait()
 """
 
 
-def lease_of_killed_predecessor(etcd: str, prefix: str, ttl_s: int = 10) -> int:
+def lease_of_killed_predecessor(
+    etcd: str, prefix: str, ttl_s: int = 10, owner_pid: int | None = None
+) -> int:
+    """That of a process that registered on behalf of this one, or of another, or its own (0)."""
+    owner = os.getpid() if owner_pid is None else owner_pid
     with subprocess.Popen(
-        [sys.executable, "-c", PREDECESSOR, etcd, prefix, str(ttl_s)], stdout=subprocess.PIPE
+        [sys.executable, "-c", PREDECESSOR, etcd, prefix, str(ttl_s), str(owner)],
+        stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
         lease_id = int(process.stdout.readline())
@@ -327,7 +359,7 @@ def test_an_etcd_away_for_longer_than_the_ttl(prefix: str) -> None:
             leases = {registration.lease_id for registration in registrations}
             etcd.kill()
             eventually(lambda: states[-1] is LOST)
-            assert not any(registration.registered for registration in registrations)
+            eventually(lambda: not any(r.registered for r in registrations))
             etcd.restart()
             eventually(lambda: all(r.registered for r in registrations), within_s=2.0)
             assert [record.port for record in registry.nodes()] == list(range(1, 9))
@@ -520,7 +552,10 @@ def test_a_forked_child_gets_a_clear_error(etcd: str, prefix: str) -> None:
 def test_a_program_that_forgets_to_close_ends_all_the_same(etcd: str, prefix: str) -> None:
     code = PREDECESSOR.replace("threading.Event().wait()", "")
     done = subprocess.run(
-        [sys.executable, "-c", code, etcd, prefix, "2"], capture_output=True, text=True, timeout=20
+        [sys.executable, "-c", code, etcd, prefix, "2", "0"],
+        capture_output=True,
+        text=True,
+        timeout=20,
     )
     assert (done.returncode, done.stderr) == (0, "")
     eventually(lambda: nodes(etcd, prefix) == [])
@@ -541,10 +576,11 @@ def test_a_program_that_forgets_to_close_ends_all_the_same(etcd: str, prefix: st
         ("http://localhost:x", "write http://host:port"),
         ("http://[::1:2379", "write http://host:port"),
         ("http://localhost:2379/v3", "nothing may follow"),
-        ("https://localhost:2379", "TLS"),
         ("http://user:secret@localhost:2379", "no user or password"),
-        ("http://a:2379,http://b:2379", "one endpoint"),
-        ("a:2379,b:2379", "one endpoint"),
+        ("a:2379,b:2379", "write http://host:port"),
+        ("http://a:2379,", "write http://host:port"),
+        ("http://a:2379,https://b:2379", "or none of them"),
+        ("http://a:2379,http://a:2379/", "each member once"),
     ],
 )
 def test_an_endpoint_that_cannot_work(url: str, why: str) -> None:
@@ -557,6 +593,12 @@ def test_endpoints() -> None:
     assert Address.of_etcd("http://etcd.example:2379/") == ("etcd.example", 2379)
     assert Address.of_etcd("http://[::1]:2379") == ("::1", 2379)
     assert str(Address("::1", 2379)) == "[::1]:2379"
+    members = (Address("a", 1), Address("b", 2))
+    assert EtcdEndpoints.of("http://a:1, http://b:2") == (members, False)
+    assert EtcdEndpoints.of("https://a:1,https://b:2/") == (members, True)
+    for urls in ("https://a:1", "http://a:1,http://b:2"):
+        with pytest.raises(SettingsError, match="write one http"):
+            Address.of_etcd(urls)
 
 
 @pytest.mark.parametrize("prefix", ["", "/", "peerd/", "a\nb", "x" * 256, "\ud800"])
