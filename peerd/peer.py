@@ -12,7 +12,7 @@ from peerd._core import DatagramLoop
 from peerd._scoreboard import Scoreboard
 from peerd.app import App, builtin_app
 from peerd.errors import SettingsError
-from peerd.settings import DEFAULT_PREFIX, SupervisorSettings
+from peerd.settings import ANONYMOUS, DEFAULT_PREFIX, EtcdAccess, SupervisorSettings
 from peerd.supervisor.sockets import bind_all
 from peerd.worker import make_loop
 
@@ -50,6 +50,7 @@ class Peer:
         partition_key: str | None = None,
         metadata: Mapping[str, object] | None = None,
         etcd: str | None = None,
+        access: EtcdAccess = ANONYMOUS,
         prefix: str = DEFAULT_PREFIX,
         lease_ttl_s: int = 10,
         recv_buffer_bytes: int = SupervisorSettings.recv_buffer_bytes,
@@ -57,9 +58,10 @@ class Peer:
         """Opens nothing yet.
 
         ``app``: None for the built-in one (PING, ECHO). ``etcd``: the endpoint of the registry; None
-        to register nowhere. ``advertise``: the host in the record; None for ``host``, or this
-        machine's name when that is a wildcard. Raises SettingsError for a port out of range, and for
-        an app with coroutine handlers, which need a worker of their own.
+        to register nowhere. ``access``: its login and certificates. ``advertise``: the host in the
+        record; None for ``host``, or this machine's name when that is a wildcard. Raises SettingsError
+        for a port out of range, and for an app with coroutine handlers, which need a worker of their
+        own.
         """
         if app is not None and app.coroutine_handlers:
             raise SettingsError(
@@ -76,6 +78,7 @@ class Peer:
         self._partition_key = partition_key
         self._metadata = metadata or {}
         self._etcd = etcd
+        self._access = access
         self._prefix = prefix
         self._lease_ttl_s = lease_ttl_s
         self._slot = Scoreboard(1).slots[0]
@@ -159,7 +162,7 @@ class Peer:
         from peerd.registry import Registry
 
         registry = self._open.enter_context(
-            Registry(self._etcd, self._prefix, lease_ttl_s=self._lease_ttl_s)
+            Registry(self._etcd, self._prefix, access=self._access, lease_ttl_s=self._lease_ttl_s)
         )
         registry.register(self._record())
 

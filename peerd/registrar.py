@@ -63,9 +63,11 @@ def run(settings: SupervisorSettings, board: Scoreboard, lifeline_fd: int, repor
     with Registry(
         settings.registry.endpoint,
         settings.registry.prefix,
+        access=settings.registry.access,
         lease_ttl_s=settings.registry.lease_ttl_s,
         timeout_s=CALL_TIMEOUT_S,
         on_state=on_state,
+        owner_pid=os.getppid(),
     ) as registry:
         reconciler = _Reconciler(settings, board, registry, lifeline, report_fd)
         while not lifeline.ended:
@@ -197,6 +199,7 @@ class _Reconciler:
             url=self._settings.url,
             port=self._settings.base_port + slot.index,
             peer_id=self._settings.peer_id(slot.index),
+            partition_key=self._settings.partition_key,
         )
 
 

@@ -156,6 +156,9 @@ class SupervisorSettings:
     app: str | None = None
     """``module:attr`` of the App; None: the built-in one."""
 
+    partition_key: str | None = None
+    """What the records carry as PartitionKey."""
+
     registry: RegistrySettings = RegistrySettings()
 
     datagrams: DatagramSettings = DatagramSettings()

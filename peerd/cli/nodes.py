@@ -2,39 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING
+
 import click
 import orjson
 
-from peerd.cli.options import etcd_option, json_option, prefix_option
+from peerd.address import Address
+from peerd.cli import logs
+from peerd.cli.options import access_options, etcd_option, json_option, prefix_option
 from peerd.cli.table import print_table
+from peerd.settings import EtcdAccess
+
+if TYPE_CHECKING:
+    from peerd.registry import PeerRecord, Registry
 
 
 @click.command()
 @etcd_option()
+@access_options
 @prefix_option
+@click.option("--partition-key", metavar="KEY", help="Only the peers that have it.")
+@click.option("--protocol", help="Only the peers that speak it.")
+@click.option(
+    "--watch", is_flag=True, help="Go on with what happens: a line for each, until Ctrl-C."
+)
 @json_option
-def nodes(etcd: str, prefix: str, as_json: bool) -> None:
+def nodes(
+    etcd: str,
+    access: EtcdAccess,
+    prefix: str,
+    partition_key: str | None,
+    protocol: str | None,
+    watch: bool,
+    as_json: bool,
+) -> None:
     """List the peers that are registered in etcd, FaasNet's included.
 
     Values under the prefix that are no peer record are left out and counted (on standard error).
-    Exit code 69 when etcd does not answer.
+    Exit code 69 when etcd does not answer; with --watch it is waited for, and nothing is missed.
     """
     from peerd.registry import Registry
 
-    with Registry(etcd, prefix) as registry:
-        listing = registry.scan()
+    def wanted(record: PeerRecord) -> bool:
+        return partition_key in (None, record.partition_key) and protocol in (None, record.protocol)
+
+    with Registry(etcd, prefix, access=access) as registry:
+        if watch:
+            _print_events(registry, wanted, as_json)
+        else:
+            _print_listing(registry, wanted, as_json, f"{prefix}/ in {etcd}")
+
+
+def _print_listing(
+    registry: Registry, wanted: Callable[[PeerRecord], bool], as_json: bool, where: str
+) -> None:
+    listing = registry.scan()
+    records = [record for record in listing.records if wanted(record)]
     if as_json:
-        rows = [record.as_dict() for record in listing.records]
+        rows = [record.as_dict() for record in records]
         click.echo(orjson.dumps(rows, option=orjson.OPT_INDENT_2))
-    elif listing.records:
+    elif records:
         print_table(
             ("PEER", "URL", "PORT", "PROTOCOL", "PARTITION"),
             [
                 (record.peer_id, record.url, record.port, record.protocol, record.partition_key)
-                for record in listing.records
+                for record in records
             ],
         )
     else:
-        click.echo(f"no peers under {prefix}/ in {etcd}")
+        click.echo(f"no such peers under {where}" if listing.records else f"no peers under {where}")
     if listing.skipped:
-        click.echo(f"skipped under {prefix}/, no peer records: {listing.skipped}", err=True)
+        click.echo(f"skipped under {where}, no peer records: {listing.skipped}", err=True)
+
+
+def _print_events(registry: Registry, wanted: Callable[[PeerRecord], bool], as_json: bool) -> None:
+    logs.configure("info")  # when etcd is away, and when it is back
+    logs.name_process("nodes")
+    for event in registry.watch():
+        if not wanted(event.record):
+            continue
+        kind = type(event).__name__.lower()
+        if as_json:
+            row = {"event": kind, "revision": event.revision, **event.record.as_dict()}
+            click.echo(orjson.dumps(row))
+        else:
+            record = event.record
+            time = datetime.now().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+            address = Address(record.url, record.port)
+            partition = "" if record.partition_key is None else f"  {record.partition_key}"
+            click.echo(
+                f"{time}  {kind:7}  {record.peer_id}  {address}  {record.protocol}{partition}"
+            )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
-from peerd.settings import DEFAULT_ENDPOINT, DEFAULT_PREFIX
+from peerd.settings import DEFAULT_ENDPOINT, DEFAULT_PREFIX, EtcdAccess
+
+PASSWORD_VARIABLE = "PEERD_ETCD_PASSWORD"
 
 
 class _Seconds(click.FloatRange):
@@ -35,12 +40,89 @@ def etcd_option(
 ) -> Decorator:
     return click.option(
         "--etcd",
-        metavar="URL",
+        metavar="URL[,URL...]",
         envvar="PEERD_ETCD",
         default=default,
         show_default=default is not None,
         help=help,
     )
+
+
+_FILE = click.Path(path_type=Path)
+
+
+def access_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Everything that etcd may ask of us, as one ``access``."""
+
+    @functools.wraps(command)
+    def with_access(
+        *args: Any,
+        etcd_user: str | None,
+        etcd_password_file: Path | None,
+        etcd_ca: Path | None,
+        etcd_cert: Path | None,
+        etcd_key: Path | None,
+        **others: Any,
+    ) -> Any:
+        access = EtcdAccess(
+            user=etcd_user,
+            password=_password(etcd_user, etcd_password_file),
+            ca_file=etcd_ca,
+            cert_file=etcd_cert,
+            key_file=etcd_key,
+        )
+        return command(*args, access=access, **others)
+
+    for option in reversed(
+        (
+            click.option("--etcd-user", envvar="PEERD_ETCD_USER", help="Log in to etcd as this."),
+            click.option(
+                "--etcd-password-file",
+                type=_FILE,
+                metavar="FILE",
+                envvar="PEERD_ETCD_PASSWORD_FILE",
+                help=f"Its password is the first line here, or in the environment's {PASSWORD_VARIABLE}.",
+            ),
+            click.option(
+                "--etcd-ca",
+                type=_FILE,
+                metavar="FILE",
+                envvar="PEERD_ETCD_CA",
+                help="Who signed the certificate of an https etcd (PEM), if not one that this machine "
+                "trusts.",
+            ),
+            click.option(
+                "--etcd-cert",
+                type=_FILE,
+                metavar="FILE",
+                envvar="PEERD_ETCD_CERT",
+                help="Our own certificate, where etcd asks for one (PEM).",
+            ),
+            click.option(
+                "--etcd-key",
+                type=_FILE,
+                metavar="FILE",
+                envvar="PEERD_ETCD_KEY",
+                help="The key of --etcd-cert (PEM).",
+            ),
+        )
+    ):
+        with_access = option(with_access)
+    return with_access
+
+
+def _password(user: str | None, file: Path | None) -> str | None:
+    """Never from the command line, which everybody on the machine can read."""
+    if file is not None:
+        try:
+            return file.read_text().partition("\n")[0].removesuffix("\r")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise click.BadParameter(
+                f"{file}: {reason}", param_hint="--etcd-password-file"
+            ) from None
+    # Without a user it may be there for another program.
+    return None if user is None else os.environ.get(PASSWORD_VARIABLE)
 
 
 prefix_option: Decorator = click.option(

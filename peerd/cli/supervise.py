@@ -18,12 +18,13 @@ import click
 from peerd import __version__, embedded_etcd, registrar, worker
 from peerd._scoreboard import Scoreboard, Slot
 from peerd.cli import logs
-from peerd.cli.options import SECONDS, etcd_option, prefix_option
+from peerd.cli.options import SECONDS, access_options, etcd_option, prefix_option
 from peerd.errors import SettingsError
 from peerd.settings import (
     DEFAULT_ENDPOINT,
     DatagramSettings,
     EmbeddedEtcdSettings,
+    EtcdAccess,
     RegistrySettings,
     SupervisorSettings,
     default_linger_us,
@@ -83,7 +84,9 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
     help=f"The etcd to register in. Without it: {DEFAULT_ENDPOINT}, and one is started there, with "
     "throw-away data, if nobody listens.",
 )
+@access_options
 @prefix_option
+@click.option("--partition-key", metavar="KEY", help="What the records carry as PartitionKey.")
 @click.option(
     "--ttl", type=int, default=10, show_default=True, help="Lease of the records, in seconds."
 )
@@ -143,7 +146,9 @@ def supervise(
     advertise: str | None,
     app: str | None,
     etcd: str | None,
+    access: EtcdAccess,
     prefix: str,
+    partition_key: str | None,
     ttl: int,
     control_path: Path | None,
     offload: bool,
@@ -168,8 +173,9 @@ def supervise(
         host=host,
         advertise=advertise,
         app=app,
+        partition_key=partition_key,
         registry=RegistrySettings(
-            endpoint=etcd or DEFAULT_ENDPOINT, prefix=prefix, lease_ttl_s=ttl
+            endpoint=etcd or DEFAULT_ENDPOINT, access=access, prefix=prefix, lease_ttl_s=ttl
         ),
         datagrams=DatagramSettings(
             offload=offload,
