@@ -130,7 +130,7 @@ class AsyncPeerClient(ClientBase):
         try:
             await self._send(record, datagram)
         except NoAnswerError as error:
-            log.warning("broadcast: %s", error)
+            log.debug("broadcast: %s", error)
             return False
         return True
 

@@ -131,6 +131,7 @@ class PeerClient(ClientBase):
     """Sends messages to peers and waits for their replies. A context manager; usable from any thread.
 
         with Registry(...) as registry, registry.cache() as cache, PeerClient(cache) as client:
+            cache.wait_current(5.0)
             reply = client.request("orders-3", "ASK", b"...", timeout=0.5, retries=2)
 
     Targets are what :meth:`locate` reads, an ``(address, port)`` or a PeerRecord. Every method raises
@@ -185,7 +186,7 @@ class PeerClient(ClientBase):
     ) -> int:
         """Send to every peer, or to those with the partition key; returns to how many.
 
-        One that cannot be sent to is logged, and does not keep the others from getting theirs.
+        One that cannot be sent to is logged (debug), and does not keep the others from getting theirs.
         """
         datagram = self._datagram(magic, version, body)
         return sum(self._sent(record, datagram) for record in self._everyone(partition_key))
@@ -234,7 +235,7 @@ class PeerClient(ClientBase):
         try:
             self._send(record, datagram)
         except NoAnswerError as error:
-            log.warning("broadcast: %s", error)
+            log.debug("broadcast: %s", error)
             return False
         return True
 

@@ -31,7 +31,7 @@ from peerd import (
 )
 from peerd.address import Address
 from peerd.client import Peers, preferred
-from peerd.registry import PeerRecord
+from peerd.registry import PeerRecord, Registry
 from supervised import free_ports
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
@@ -457,6 +457,7 @@ def test_a_send_to_nobody_is_nobodys_failure(client_of: MakeClient) -> None:
 
 
 def test_broadcast(client_of: MakeClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "peerd")
     with contextlib.ExitStack() as stack:
         port = free_ports(3)
         peers = [stack.enter_context(Peer(echo_app(), port=port + slot)) for slot in range(3)]
@@ -478,6 +479,22 @@ def test_broadcast(client_of: MakeClient, caplog: pytest.LogCaptureFixture) -> N
         assert client.broadcast("ECHO", b"to none", partition_key="green") == 0
         assert handled() == [2, 2, 1]
     assert caplog.text.count(f"broadcast: no answer from 0 lost at {NO_HOST}:1") == 2
+
+
+def test_with_the_registrys_cache(client_of: MakeClient, etcd: str) -> None:
+    port = free_ports(1)
+    with (
+        Registry(etcd, "client-cache") as registry,
+        registry.cache() as cache,
+        Peer(port=port, peer_id="seedId", etcd=etcd, prefix="client-cache", partition_key="red"),
+    ):
+        client = client_of(cache)
+        eventually(lambda: client.locate("seedId"))
+        assert client.request("seedId", "PING", b"x").magic == "PONG"
+        assert client.broadcast("PING", partition_key="red") == 1
+        assert client.broadcast("PING", partition_key="blue") == 0
+        with pytest.raises(NoAnswerError, match="no peer has the id 'nobody'"):
+            client.request("nobody", "PING")
 
 
 def test_a_closed_client_says_so(client_of: MakeClient) -> None:
