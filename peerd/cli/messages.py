@@ -12,9 +12,10 @@ import click
 import orjson
 
 from peerd._core import Message
-from peerd.cli.options import SECONDS, etcd_option, json_option, prefix_option
+from peerd.cli.options import SECONDS, access_options, etcd_option, json_option, prefix_option
 from peerd.client import DEFAULT_VERSION, PeerClient, address_of, failures_named, resolve
 from peerd.errors import NoAnswerError
+from peerd.settings import EtcdAccess
 
 if TYPE_CHECKING:
     from peerd.registry import PeerRecord
@@ -44,17 +45,25 @@ TARGET_HELP = "TARGET is host:port or a peer id, which is looked up in etcd."
     help="Seconds to wait for each answer.",
 )
 @etcd_option(help="The etcd that knows the peer id.")
+@access_options
 @prefix_option
 @json_option
 def ping(
-    target: str, count: int, interval: float, timeout: float, etcd: str, prefix: str, as_json: bool
+    target: str,
+    count: int,
+    interval: float,
+    timeout: float,
+    etcd: str,
+    access: EtcdAccess,
+    prefix: str,
+    as_json: bool,
 ) -> None:
     """See whether a peer answers PING with PONG, and how fast.
 
     Exit code 0 when every ping was answered, 1 otherwise.
     """
     times_ms: list[float] = []
-    with _client(target, etcd, prefix) as client:
+    with _client(target, etcd, prefix, access) as client:
         address = client.locate(target)
         with failures_named(target, address):
             numeric = resolve(address).address  # once: looking up a name is no part of a round trip
@@ -101,6 +110,7 @@ def ping(
     help="Seconds to wait for a reply; 0 sends and leaves.",
 )
 @etcd_option(help="The etcd that knows the peer id.")
+@access_options
 @prefix_option
 @json_option
 def send(
@@ -110,6 +120,7 @@ def send(
     version: str,
     timeout: float,
     etcd: str,
+    access: EtcdAccess,
     prefix: str,
     as_json: bool,
 ) -> None:
@@ -121,7 +132,7 @@ def send(
     for name, text in (("MAGIC", magic), ("--version", version)):
         if not text.isascii():
             raise click.BadParameter(f"{text!r} is not ASCII", param_hint=name)
-    with _client(target, etcd, prefix) as client:
+    with _client(target, etcd, prefix, access) as client:
         address = client.locate(target)
         if timeout == 0:
             client.send(address, magic, payload, version=version)
@@ -145,9 +156,10 @@ def send(
 class _Listing:
     """The peers that etcd knows when it is asked."""
 
-    def __init__(self, etcd: str, prefix: str) -> None:
+    def __init__(self, etcd: str, prefix: str, access: EtcdAccess) -> None:
         self._etcd = etcd
         self._prefix = prefix
+        self._access = access
 
     def get(self, peer_id: str) -> PeerRecord | None:
         return next((record for record in self.nodes() if record.peer_id == peer_id), None)
@@ -155,13 +167,13 @@ class _Listing:
     def nodes(self, *, partition_key: str | None = None) -> list[PeerRecord]:
         from peerd.registry import nodes
 
-        records = nodes(self._etcd, self._prefix)
+        records = nodes(self._etcd, self._prefix, access=self._access)
         return [record for record in records if partition_key in (None, record.partition_key)]
 
 
-def _client(target: str, etcd: str, prefix: str) -> PeerClient:
+def _client(target: str, etcd: str, prefix: str, access: EtcdAccess) -> PeerClient:
     # What reads as an address is taken for one, so that pinging it needs no etcd.
-    return PeerClient(None if address_of(target) else _Listing(etcd, prefix))
+    return PeerClient(None if address_of(target) else _Listing(etcd, prefix, access))
 
 
 def _pong_of(body: bytes) -> Callable[[Message], bool]:
