@@ -57,7 +57,8 @@ class _Worker:
     """A method for each command. An answer with ``error`` says what the client raised."""
 
     def __init__(self, name: str, endpoints: list[str]) -> None:
-        self._make: Callable[[], Client] = lambda: _spec(name).make(endpoints)
+        spec = (CLIENTS | FOR_LISTINGS)[name]
+        self._make: Callable[[], Client] = lambda: spec.make(endpoints)
         self._client = self._make()
         self._watcher: _Watcher | None = None
 
@@ -169,10 +170,6 @@ class _Watcher:
             self.told = _told(error)
         finally:
             self.begun.set()
-
-
-def _spec(name: str) -> Any:
-    return (CLIENTS | FOR_LISTINGS)[name]
 
 
 def _told(error: BaseException) -> str:
