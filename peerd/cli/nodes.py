@@ -52,11 +52,15 @@ def nodes(
         if watch:
             _print_events(registry, wanted, as_json)
         else:
-            _print_listing(registry, wanted, as_json, f"{prefix}/ in {etcd}")
+            _print_listing(registry, wanted, as_json, f"{prefix}/", etcd)
 
 
 def _print_listing(
-    registry: Registry, wanted: Callable[[PeerRecord], bool], as_json: bool, where: str
+    registry: Registry,
+    wanted: Callable[[PeerRecord], bool],
+    as_json: bool,
+    folder: str,
+    etcd: str,
 ) -> None:
     listing = registry.scan()
     records = [record for record in listing.records if wanted(record)]
@@ -72,9 +76,10 @@ def _print_listing(
             ],
         )
     else:
-        click.echo(f"no such peers under {where}" if listing.records else f"no peers under {where}")
+        such = "such " if listing.records else ""
+        click.echo(f"no {such}peers under {folder} in {etcd}")
     if listing.skipped:
-        click.echo(f"skipped under {where}, no peer records: {listing.skipped}", err=True)
+        click.echo(f"skipped under {folder}, no peer records: {listing.skipped}", err=True)
 
 
 def _print_events(registry: Registry, wanted: Callable[[PeerRecord], bool], as_json: bool) -> None:

@@ -155,6 +155,26 @@ class Members:
             if attempts % len(self._order) == 0:
                 time.sleep(min(ROUND_PAUSE_S, max(deadline_s - time.monotonic(), 0.0)))
 
+    def begin(self, method: Callable[[Connection], Any], request: Any) -> Callable[[], Any]:
+        """``call``, begun now; what is returned waits for the answer."""
+        try:
+            connection = self.connection()
+            timeout_s = self._attempt_s(0, time.monotonic() + self.timeout_s)
+            with self.failures(connection, timeout_s):
+                metadata = self.metadata(connection, timeout_s)
+                future = method(connection).future(request, timeout=timeout_s, metadata=metadata)
+        except RegistryUnavailableError:
+            return lambda: self.call(method, request)
+
+        def answer() -> Any:
+            try:
+                with self.failures(connection, timeout_s):
+                    return future.result()
+            except RegistryUnavailableError:
+                return self.call(method, request)
+
+        return answer
+
     @contextlib.contextmanager
     def stream(self, alive: Any) -> Iterator[Connection]:
         """A connection that is left when it does not answer ``alive``, a RangeRequest, in time."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from peerd.errors import RegistryAuthError, RegistryError, RegistryUnavailableError
@@ -38,6 +39,12 @@ __all__ = [
 ]
 
 _PAGE_KEYS = 1000
+"""Of the first page. Later ones are larger, as one costs etcd and gRPC a millisecond anyway."""
+
+_PAGE_GROWTH = 4
+_PAGE_BYTES = 8 * 1024 * 1024
+
+_KEY, _VALUE = attrgetter("key"), attrgetter("value")
 
 
 class KeyValue(NamedTuple):
@@ -110,27 +117,59 @@ class Etcd:
 
         ``serializable``: any member answers from what it has, without asking the others.
         """
+        items: list[KeyValue] = []
+
+        def take(page: Any) -> None:
+            items.extend(map(_key_value, page))
+
+        revision = self._read(prefix, serializable, items.clear, take)
+        return Range(items, revision)
+
+    def values(self, prefix: bytes, *, serializable: bool = False) -> dict[bytes, bytes]:
+        """As ``list``, but keys and values only. Of ten thousand it is done in half the time."""
+        values: dict[bytes, bytes] = {}
+
+        def take(page: Any) -> None:
+            # No tuple of two, which the garbage collector would look at again and again.
+            values.update(zip(map(_KEY, page), map(_VALUE, page), strict=True))
+
+        self._read(prefix, serializable, values.clear, take)
+        return values
+
+    def _read(
+        self,
+        prefix: bytes,
+        serializable: bool,
+        begin: Callable[[], None],
+        take: Callable[[Any], None],
+    ) -> int:
+        """The revision at which all pages were read."""
         for _ in range(2):
             # Only when the store is compacted between two pages, and then not soon again.
             with contextlib.suppress(CompactedError):
-                return self._read_pages(prefix, serializable)
-        return self._read_pages(prefix, serializable)
+                begin()
+                return self._read_pages(prefix, serializable, take)
+        begin()
+        return self._read_pages(prefix, serializable, take)
 
-    def _read_pages(self, prefix: bytes, serializable: bool) -> Range:
+    def _read_pages(self, prefix: bytes, serializable: bool, take: Callable[[Any], None]) -> int:
         request = rpc.RangeRequest(
             key=prefix,
             range_end=etcd3.utils.increment_last_byte(prefix),
             limit=_PAGE_KEYS,
             serializable=serializable,
         )
-        items: list[KeyValue] = []
-        while True:
-            page = self._members.call(_range, request)
-            request.revision = request.revision or page.header.revision
-            items += map(_key_value, page.kvs)
-            if not page.more:
-                return Range(items, request.revision)
-            request.key = items[-1].key + b"\0"  # the next possible key
+        page = self._members.call(_range, request)
+        request.revision = page.header.revision
+        while page.more:
+            request.key = page.kvs[-1].key + b"\0"  # the next possible key
+            request.limit = _next_limit([len(item.value) for item in page.kvs])
+            # etcd looks for the next page while this one is read here.
+            following = self._members.begin(_range, request)
+            take(page.kvs)
+            page = following()
+        take(page.kvs)
+        return int(request.revision)
 
     def get(self, key: bytes, revision: int = 0) -> KeyValue | None:
         """What the key holds, or held at a revision. Raises CompactedError for one out of reach."""
@@ -313,6 +352,11 @@ def _one_and_no_end(request: Any, ended: threading.Event) -> Iterator[Any]:
     live for ever."""
     yield request
     ended.wait()
+
+
+def _next_limit(sizes_bytes: list[int]) -> int:
+    fit = _PAGE_BYTES * len(sizes_bytes) // max(sum(sizes_bytes), 1)
+    return max(_PAGE_KEYS, min(_PAGE_GROWTH * len(sizes_bytes), fit))
 
 
 def _range(connection: Connection) -> Any:

@@ -42,6 +42,9 @@ _FIELDS = {
     "PeerId": "peer_id",
     "Metadata": "metadata",
 }
+_PLAIN_FIELDS = frozenset(_FIELDS)
+_LONGEST_PLAIN_VALUE = MAX_METADATA_BYTES
+_set = object.__setattr__
 _FIELDS_IN_LOWER_CASE = {name.lower(): name for name in _FIELDS}
 
 
@@ -96,6 +99,10 @@ class PeerRecord:
             raise InvalidRecordError(f"the value {_short(value)} is no JSON: {error}") from None
         if not isinstance(members, dict):
             raise InvalidRecordError(f"the value {_short(value)} is no JSON object")
+        if members.keys() >= _PLAIN_FIELDS and len(value) <= _LONGEST_PLAIN_VALUE:
+            record = cls._of_plain(value, members)
+            if record is not None and (stored_as is None or record.peer_id.encode() == stored_as):
+                return record
         if not members.keys() <= _FIELDS.keys():
             # The exact name wins over the same in another case: FaasNet reads only that one.
             members = {
@@ -117,6 +124,46 @@ class PeerRecord:
                 if name not in ("Url", "Port") and members.get(name) is not None
             },
         )
+
+    @classmethod
+    def _of_plain(cls, value: bytes, members: dict[str, Any]) -> PeerRecord | None:
+        """The same for what peerd itself writes, in half the time; None where a closer look is needed.
+
+        A listing of ten thousand spends most of its time here. Without escapes, text in JSON that is
+        all ASCII holds no control character but DEL.
+        """
+        if not value.isascii() or b"\\" in value or b"\x7f" in value:
+            return None
+        url, port = members["Url"], members["Port"]
+        peer_id, protocol = members["PeerId"], members["Protocol"]
+        partition_key, metadata = members["PartitionKey"], members["Metadata"]
+        if (
+            type(url) is type(peer_id) is type(protocol) is str
+            and type(port) is int
+            and (partition_key is None or type(partition_key) is str)
+            and type(metadata) is dict
+            and 0 < len(url) <= MAX_URL_BYTES
+            and 0 < port <= 65535
+            and 0 < len(peer_id) <= MAX_PEER_ID_BYTES
+            and peer_id[0] != "/" != peer_id[-1]
+            and 0 < len(protocol) <= MAX_PROTOCOL_BYTES
+            and (partition_key is None or len(partition_key) <= MAX_PARTITION_KEY_BYTES)
+        ):
+            record = object.__new__(cls)
+            _set(
+                record,
+                "__dict__",
+                {
+                    "url": url,
+                    "port": port,
+                    "peer_id": peer_id,
+                    "protocol": protocol,
+                    "partition_key": partition_key,
+                    "metadata": metadata,
+                },
+            )
+            return record
+        return None
 
     def to_json(self) -> bytes:
         return orjson.dumps(

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 from weakref import WeakSet
 
@@ -93,6 +94,8 @@ class Registry:
         self._folder = f"{prefix}/".encode()
         self._etcd = Etcd(endpoint, timeout_s, access)
         self._session = Session(self._etcd, lease_ttl_s, on_state, owner_pid or os.getpid())
+        # What the last listing found. Who lists again and again finds most of it unchanged.
+        self._last_listing: tuple[dict[bytes, bytes], dict[bytes, PeerRecord]] = ({}, {})
         self._watches: WeakSet[Watch] = WeakSet()
         self._snapshot: Snapshot | None = None
         self._caches = 0
@@ -126,12 +129,17 @@ class Registry:
     def scan(self, *, serializable: bool = False) -> Listing:
         """All peers at one revision of etcd, and how many values were no record."""
         self._session.check_usable()
-        items = self._etcd.list(self._folder, serializable=serializable).items
-        found = (record_of(self._folder, item.key, item.value) for item in items)
-        records = sorted(
-            (record for record in found if record is not None), key=lambda record: record.peer_id
-        )
-        return Listing(tuple(records), skipped=len(items) - len(records))
+        values = self._etcd.values(self._folder, serializable=serializable)
+        known_values, known_records = self._last_listing
+        records: dict[bytes, PeerRecord] = {}
+        for key, value in values.items():
+            record = known_records.get(key) if known_values.get(key) == value else None
+            record = record or record_of(self._folder, key, value)
+            if record is not None:
+                records[key] = record
+        self._last_listing = values, records
+        in_order = sorted(records.values(), key=attrgetter("peer_id"))
+        return Listing(tuple(in_order), skipped=len(values) - len(records))
 
     def watch(self) -> Watch:
         """What happens to the peers from now on, after those that are there; see :class:`Watch`."""

@@ -655,7 +655,7 @@ def test_etcd3_imports_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_etcd3_has_every_message_that_it_uses() -> None:
-    from peerd.registry.etcd import etcd3
+    from peerd.registry.connection import etcd3
 
     folder = Path(etcd3.__path__[0])
     used = {
