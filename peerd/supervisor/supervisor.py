@@ -62,6 +62,9 @@ WITHDRAW_TIMEOUT_S = 2.0
 LAST_TIMEOUT_S = 1.0
 """What a stop at its end leaves the registrar to revoke the records."""
 
+MOST_NAMES = 8
+"""In one log line."""
+
 MAX_REPORT_BYTES = 32 * 1024
 
 WorkerEntry = Callable[[int, socket.socket, Slot, "BootReport"], int]
@@ -516,7 +519,11 @@ class Supervisor:
             self._kill_s = now_s + LAST_TIMEOUT_S
         elif now_s >= self._next_notice_s:
             self._next_notice_s = now_s + 1.0
-            log.info("waiting for: %s", ", ".join(managed.name for managed in children))
+            names = [managed.name for managed in children]
+            more = len(names) - MOST_NAMES
+            if more > 0:
+                names[MOST_NAMES:] = [f"and {more} more"]
+            log.info("waiting for: %s", ", ".join(names))
 
     def _close(self) -> None:
         self._phase = _Phase.CLOSE
