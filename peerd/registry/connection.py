@@ -38,6 +38,7 @@ from peerd.errors import (
     SettingsError,
 )
 from peerd.registry.etcd3_import import import_etcd3
+from peerd.registry.tls import why_http_fails, why_https_fails
 from peerd.settings import EtcdAccess
 
 etcd3 = import_etcd3()
@@ -80,8 +81,8 @@ class _LoginEndedError(RegistryUnavailableError):
 class Connection:
     """A channel to one member."""
 
-    def __init__(self, url: str, client: Any) -> None:
-        self.url = url
+    def __init__(self, member: Address, client: Any) -> None:
+        self.member = member
         self.kv = client.kvstub
         self.leases = client.leasestub
         self.watches = rpc.WatchStub(client.channel)
@@ -199,9 +200,7 @@ class Members:
     def connection(self) -> Connection:
         with self._lock:
             if self._closed:
-                raise RegistryUnavailableError(
-                    f"the connection to etcd at {self.urls} was closed meanwhile"
-                )
+                raise self._closed_meanwhile()
             if self._connection is None:
                 self._connection = self._connect(self._order[0])
             return self._connection
@@ -236,15 +235,14 @@ class Members:
         try:
             yield
         except grpc.RpcError as error:
-            failure = self._translated(error, timeout_s)
+            failure = self._translated(error, connection.member, timeout_s)
             # Cancelled here: the stream by its user, or the channel by who has left it already.
             works = error.code() is grpc.StatusCode.CANCELLED
         except (ValueError, grpc.FutureCancelledError) as error:
-            if isinstance(error, ValueError) and "closed channel" not in str(error):
+            # gRPC has several texts for a call on a channel that another thread closes.
+            if isinstance(error, ValueError) and self._connection is connection:
                 raise
-            failure = RegistryUnavailableError(
-                f"the connection to etcd at {connection.url} was closed meanwhile"
-            )
+            failure = self._closed_meanwhile()
             works = True
         else:
             return
@@ -284,7 +282,7 @@ class Members:
             )
         except OSError as error:
             raise SettingsError(f"{error.filename}: {error.strerror}") from None
-        return Connection(self._endpoints.url(member), client)
+        return Connection(member, client)
 
     def _authenticate(self, connection: Connection, request: Any, timeout_s: float) -> str:
         try:
@@ -305,7 +303,25 @@ class Members:
                     connection.kv.Range(alive, timeout=timeout_s, metadata=metadata)
                     self._hear(connection)
 
-    def _translated(self, error: Any, timeout_s: float) -> RegistryError:
+    def _closed_meanwhile(self) -> RegistryUnavailableError:
+        return RegistryUnavailableError(
+            f"the connection to etcd at {self.urls} was closed meanwhile"
+        )
+
+    def _trouble_with_tls(self, member: Address) -> str:
+        if self.heard_s:
+            return ""
+        if not self._endpoints.tls:
+            return why_http_fails(member)
+        access = self._access
+        return why_https_fails(
+            member,
+            access.ca_file or _trusted_authorities(),
+            access.cert_file,
+            access.key_file,
+        )
+
+    def _translated(self, error: Any, member: Address, timeout_s: float) -> RegistryError:
         code, details = error.code(), error.details() or ""
         status = grpc.StatusCode
         if code is status.NOT_FOUND:
@@ -337,6 +353,8 @@ class Members:
             return RegistryError(f"etcd at {self.urls} refuses the request: {details}")
         if code is status.DEADLINE_EXCEEDED:
             cause = f"no answer within {timeout_s:.2g} s"
+        elif trouble := self._trouble_with_tls(member):
+            return RegistryUnavailableError(f"etcd at {self.urls} cannot be asked: {trouble}")
         else:
             # gRPC tells the whole way down to the cause: "...: last error: UNKNOWN: ...: Connection
             # refused (111)".

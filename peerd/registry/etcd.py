@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from peerd.errors import RegistryAuthError, RegistryError, RegistryUnavailableError
+from peerd.errors import RegistryError, RegistryUnavailableError
 from peerd.registry.connection import (
     CompactedError,
     Connection,
@@ -336,14 +336,11 @@ class WatchStream:
             )
         reason = answer.cancel_reason
         if "permission denied" in reason.lower() or (answer.created and not reason):
-            return RegistryAuthError(
-                f"{where} refuses the watch ({reason or 'permission denied'}): the role needs read "
-                "permission for the prefix"
-            )
-        if "auth token" in reason:
+            # So etcd calls a token that has ended, too. A read tells which it is.
             self._members.forget_login()
-        else:
-            self._members.leave(connection)
+            self._members.call(_range, self._alive)
+            return RegistryUnavailableError(f"{where} ended the watch: the login had ended")
+        self._members.leave(connection)
         return RegistryUnavailableError(f"{where} ended the watch: {reason}")
 
 

@@ -65,7 +65,8 @@ class PeerRecord:
     partition_key: str | None = None
 
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Anything that JSON has. Copied, so a later change of the argument does not come through."""
+    """Anything that JSON has. Copied, so a later change of the argument does not come through. Not to be
+    changed in a record that a Registry has given: others have been given the same."""
 
     def __post_init__(self) -> None:
         _check_text("url", self.url, MAX_URL_BYTES)

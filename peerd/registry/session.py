@@ -178,6 +178,7 @@ class Session:
         # found under one of them later is no conflict.
         self._unanswered: dict[bytes, Collection[int]] = {}
         self._refresh_at_s = math.inf
+        self._round_jitter = _jitter()
         self._answered = False
         self._state = SessionState.SUSPENDED
         self._warn_at_s = 0.0
@@ -429,6 +430,8 @@ class Session:
             self._answered = True
         with self._lock:
             self._refresh_at_s = math.inf
+            # One for all: the earliest of a thousand drawn ones would be the same each time.
+            self._round_jitter = _jitter()
             for lease in self._live_leases():
                 self._expect_refresh(lease)
 
@@ -472,7 +475,7 @@ class Session:
 
     def _expect_refresh(self, lease: _HeldLease) -> None:
         """With ``_lock`` held: the next round is not later than this lease needs it."""
-        at_s = time.monotonic() + lease.ttl_s / 3 * _jitter()
+        at_s = time.monotonic() + lease.ttl_s / 3 * self._round_jitter
         self._refresh_at_s = min(self._refresh_at_s, at_s)
 
     def _due_s(self) -> float:

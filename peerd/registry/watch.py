@@ -8,9 +8,11 @@ nothing is lost and nothing comes twice. Two things can make that impossible:
     compacted       etcd has forgotten some of what happened since.
     another store   etcd was wiped, or restored from a backup: what has the same revisions there is
                     something else. Revisions that went back are not enough to see it, since the new
-                    store may have grown past the old one. So before a new stream the newest key that
-                    this watch knows of is read at the revision at which it was seen: it must have been
-                    written then. (A member that lags is no danger: the read is linearizable.)
+                    store may have grown past the old one. So when a new stream is open, and before
+                    what it brings is told, the newest key that this watch knows of is read: it, with
+                    its lease, must be what it was, now or at the revision of then. (A member that
+                    lags is no danger: the read is linearizable.) The stream was opened before, so an
+                    etcd that is wiped afterwards breaks it.
 
 Then it lists again, and tells exactly the difference to what it has told before.
 
@@ -90,7 +92,7 @@ class Watch:
         self._told: dict[bytes, PeerRecord] = {}
         self._revision = 0  # all up to it is told
         self._newest: KeyValue | None = None  # as it was when it was written
-        self._store_is_known = False
+        self._is_listed = False
         self._stream: WatchStream | None = None
         self._pending: deque[Event] = deque()
         self._known_s = -float("inf")
@@ -178,7 +180,7 @@ class Watch:
         try:
             if self._stream is not None:
                 events = self._tell(next(self._stream))
-            elif self._store_is_known or self._is_same_store():
+            elif self._is_listed:
                 events = self._open()
             else:
                 events = self._list()
@@ -206,7 +208,6 @@ class Watch:
     def _broken(self) -> None:
         self._known_s = self.known_s
         stream, self._stream = self._stream, None
-        self._store_is_known = False
         if stream is not None:
             stream.cancel()
 
@@ -221,30 +222,36 @@ class Watch:
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         return []
 
-    def _is_same_store(self) -> bool:
-        """Whether etcd still holds what this watch has seen. Raises CompactedError if it cannot tell.
-
-        The lease tells two stores apart in which the same peers registered in the same order.
-        """
-        newest = self._newest
-        if newest is None:
-            return False  # nothing was ever seen, so a list is no loss
-        # The second only where it was written again: it may be compacted.
-        self._store_is_known = newest == self._etcd.get(newest.key) or (
-            newest == self._etcd.get(newest.key, newest.mod_revision)
-        )
-        return self._store_is_known
-
     def _open(self) -> list[Event]:
-        self._stream = self._etcd.watch(self._folder, self._revision + 1)
+        stream = self._stream = self._etcd.watch(self._folder, self._revision + 1)
         if self._closed.is_set():
-            self._stream.cancel()
-        events = self._tell(next(self._stream))
+            stream.cancel()
+        first = next(stream)
+        if not self._is_same_store():
+            log.info("etcd has another store than before: the peers are listed again")
+            self._broken()
+            return self._list()
         self._pause_s = FIRST_PAUSE_S
         if self._warned:
             self._warned = False
             log.info("the watch goes on, from revision %d", self._revision + 1)
-        return events
+        return self._tell(first)
+
+    def _is_same_store(self) -> bool:
+        """Whether etcd holds what this watch has seen. Raises CompactedError if it cannot tell.
+
+        The lease tells two stores apart in which the same peers registered in the same order.
+        """
+        newest = self._newest
+        if newest is None:  # nothing was seen, so nothing that was before may be there
+            items, revision = self._etcd.list(self._folder)
+            return revision >= self._revision and all(
+                item.mod_revision > self._revision for item in items
+            )
+        # The second only where it was written again: it may be compacted.
+        return newest == self._etcd.get(newest.key) or (
+            newest == self._etcd.get(newest.key, newest.mod_revision)
+        )
 
     def _tell(self, changes: Iterable[Change]) -> list[Event]:
         events: list[Event] = []
@@ -266,7 +273,7 @@ class Watch:
                 events += self._event(Change(item, deleted=False))
         self._revision = revision
         self._newest = max(items, key=lambda item: item.mod_revision, default=None)
-        self._store_is_known = True
+        self._is_listed = True
         return events
 
     def _event(self, change: Change) -> Iterator[Event]:
