@@ -33,6 +33,8 @@ class EtcdCluster:
         everybody = ",".join(f"{member.name}=http://{member.peer}" for member in self.members)
         for member in self.members:
             member.flags.append(f"--initial-cluster={everybody}")
+            # etcd's defaults: how long a cluster is without a leader is part of the tests.
+            member.flags += ["--heartbeat-interval=100", "--election-timeout=1000"]
         self._network = network
         self._ids: dict[int, EtcdProcess] = {}
 

@@ -199,6 +199,9 @@ class EtcdProcess:
             f"--listen-peer-urls=http://{self.peer}",
             f"--initial-advertise-peer-urls=http://{self.peer}",
             f"--initial-cluster={self.name}=http://{self.peer}",
+            # Alone, it need not wait a second for others before it leads.
+            "--heartbeat-interval=20",
+            "--election-timeout=200",
             "--unsafe-no-fsync",  # data survive a kill of etcd, and nobody here kills the machine
             "--logger=zap",
             "--log-level=warn",

@@ -145,23 +145,26 @@ class FaultyProxy:
         pair = _Pair(writer)
         self._pairs.add(pair)
         try:
-            if self._fault in (Fault.HALF_OPEN, Fault.GARBAGE):
-                pair.spoilt = True
-                if self._fault is Fault.GARBAGE:
-                    writer.write(self._garbage())
-                await self._pump(pair, reader, None)
-                return
-            upstream, pair.to_etcd = await asyncio.open_connection(
-                *self._target, limit=_CHUNK_BYTES
-            )
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._pump(pair, reader, pair.to_etcd))
-                group.create_task(self._pump(pair, upstream, writer, self._count))
-        except* OSError:  # no etcd there, or one of both ends reset
+            await self._serve(pair, reader)
+        except* (OSError, asyncio.CancelledError):
+            # No etcd there, or one of both ends reset, or _close(): asyncio would take a handler that
+            # ends as cancelled for a broken one.
             pass
         finally:
             self._pairs.discard(pair)
             pair.reset()
+
+    async def _serve(self, pair: _Pair, reader: asyncio.StreamReader) -> None:
+        if self._fault in (Fault.HALF_OPEN, Fault.GARBAGE):
+            pair.spoilt = True
+            if self._fault is Fault.GARBAGE:
+                pair.to_client.write(self._garbage())
+            await self._pump(pair, reader, None)
+            return
+        upstream, pair.to_etcd = await asyncio.open_connection(*self._target, limit=_CHUNK_BYTES)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._pump(pair, reader, pair.to_etcd))
+            group.create_task(self._pump(pair, upstream, pair.to_client, self._count))
 
     async def _pump(
         self,
