@@ -16,7 +16,7 @@ from registry_etcd import Gateway, loopback, port_of
 from registry_trials import Bench, Child, started, title
 
 SIZES = (1_000, 10_000)
-ROUNDS = 9
+ROUNDS = 15
 TITLE = f"listing: ms to list all records, the first time and in the median of {ROUNDS} (range)"
 
 _LIMIT_S = 20.0
