@@ -104,7 +104,8 @@ class Members:
         self._access = access
         # So that of many clients not all are with the same member.
         self._order = random.sample(self._endpoints.members, len(self._endpoints.members))
-        self._lock = threading.Lock()
+        # Reentrant, since the garbage collector may end an abandoned stream in a thread that holds it.
+        self._lock = threading.RLock()
         self._connection: Connection | None = None
         self._token: str | None = None
         self._streams = 0

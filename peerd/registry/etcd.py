@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -305,7 +305,12 @@ class WatchStream:
         if call is not None:
             call.cancel()
 
-    def _read(self) -> Iterator[list[Change]]:
+    def close(self) -> None:
+        """From the thread that reads, which has no more use for it."""
+        self.cancel()
+        self._batches.close()
+
+    def _read(self) -> Generator[list[Change], None, None]:
         members = self._members
         try:
             with members.stream(self._alive) as connection, members.failures(connection, 0.0):

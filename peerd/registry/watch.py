@@ -139,15 +139,22 @@ class Watch:
         if not self._asking.acquire(blocking=False):
             raise RuntimeError("two threads ask one Watch: give each its own")
         try:
-            return None if self._closed.is_set() else self._advance()
+            events = None if self._closed.is_set() else self._advance()
+            if events is None:
+                self._broken()
+            return events
         finally:
             self._asking.release()
 
     def close(self) -> None:
         """Ends the iteration, one that waits included. Twice is fine; in a forked child too."""
         self._closed.set()
-        stream = self._stream
-        if stream is not None and os.getpid() == self._pid:
+        if os.getpid() != self._pid:
+            return
+        if self._asking.acquire(blocking=False):
+            self._broken()
+            self._asking.release()
+        elif (stream := self._stream) is not None:
             stream.cancel()
 
     def last_told(self, peer_id: str) -> PeerRecord | None:
@@ -209,7 +216,7 @@ class Watch:
         self._known_s = self.known_s
         stream, self._stream = self._stream, None
         if stream is not None:
-            stream.cancel()
+            stream.close()
 
     def _pause(self, error: RegistryError) -> list[Event] | None:
         if self._closed.is_set():

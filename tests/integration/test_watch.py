@@ -15,8 +15,9 @@ import pytest
 from eventually import eventually
 from peerd.embedded_etcd import EmbeddedEtcd
 from peerd.errors import InvalidRecordError, PeerConflictError, RegistryUnavailableError
-from peerd.registry import Joined, Left, PeerRecord, Registry, Updated, Watch
-from peerd.registry.etcd import Etcd
+from peerd.registry import EtcdAccess, Joined, Left, PeerRecord, Registry, Updated, Watch
+from peerd.registry.connection import Members
+from peerd.registry.etcd import Etcd, WatchStream
 
 FAASNETS = b'{"Url":"localhost","Port":5009,"PartitionKey":"eu","Id":"..."}'
 SEED = PeerRecord(url="localhost", port=5001, peer_id="seedId")
@@ -103,6 +104,27 @@ def test_a_watch_that_is_dropped_half_way_closes_itself(registry: Registry) -> N
         break
     gc.collect()
     eventually(lambda: not any("pulse" in thread.name for thread in threading.enumerate()))
+
+
+def test_a_stream_that_is_collected_under_the_lock_of_its_connection(
+    etcd: str, prefix: str
+) -> None:
+    """The collector runs in whatever thread allocates, which once waited for itself from then on."""
+    members = Members(etcd, EtcdAccess(), 5.0)
+    stream = WatchStream(members, prefix.encode(), 0)
+    assert next(stream) == []
+
+    def collect() -> None:
+        nonlocal stream
+        with members._lock:
+            del stream  # a cycle: it and its generator
+            gc.collect()
+
+    collector = threading.Thread(target=collect, daemon=True)
+    collector.start()
+    collector.join(5.0)
+    assert not collector.is_alive()
+    members.close()
 
 
 def test_two_threads_cannot_ask_one_watch(registry: Registry) -> None:
