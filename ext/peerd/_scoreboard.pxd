@@ -4,7 +4,7 @@ cimport cython
 from libc.stdint cimport int64_t, uint64_t
 
 cdef enum:
-    HOLDER_BYTES = 192
+    HOLDER_BYTES = 512
 
 # One name in _scoreboard.COUNTER_NAMES for each, in this order.
 cdef enum:

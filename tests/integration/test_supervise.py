@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -21,7 +22,7 @@ import pytest
 import raw_client
 from eventually import eventually
 from peerd.embedded_etcd import EmbeddedEtcd
-from peerd.registry import PeerRecord, Registry
+from peerd.registry import Joined, Left, PeerRecord, Registry
 from supervised import Running, Supervised, alive, free_ports, is_gone, send_signal
 
 
@@ -319,6 +320,70 @@ def test_a_killed_workers_record_goes_and_comes_back(
     send_signal(running.peer(1)["pid"], signal.SIGKILL)
     eventually(lambda: len(records(running)) == 1, within_s=0.5)
     eventually(lambda: len(records(running)) == 2)
+
+
+def test_others_hear_at_once_of_a_worker_that_dies(supervised: Supervised) -> None:
+    running = supervised.start(peers=2)
+    running.wait_registered()
+    with Registry(running.etcd, running.prefix) as registry, registry.watch() as watch:
+        assert [type(next(watch)) for _ in range(2)] == [Joined, Joined]
+        for slot in (0, 1, 0):
+            peer = running.peer(slot)
+            send_signal(peer["pid"], signal.SIGKILL)
+            left, joined = next(watch), next(watch)
+            assert (type(left), type(joined)) == (Left, Joined)
+            assert left.record == joined.record
+            assert left.record.peer_id == peer["peer_id"]
+            running.wait_registered()
+
+
+def test_two_supervisors_that_advertise_the_same_address(supervised: Supervised) -> None:
+    """Each holds its ports, at addresses of their own; the peer ids are the first one's."""
+    first = supervised.start("--advertise=game.example", peers=2)
+    first.wait_registered()
+    with Registry(first.etcd, first.prefix) as registry, registry.watch() as watch:
+        before = [next(watch) for _ in range(2)]
+        second = supervised.start(
+            "--advertise=game.example",
+            "--host=127.0.0.2",
+            peers=2,
+            base_port=first.base_port,
+            prefix=first.prefix,
+        )
+        eventually(lambda: all(peer["conflict"] for peer in second.status()["peers"]), within_s=15)
+        for slot, peer in enumerate(second.status()["peers"]):
+            assert not peer["registered"]
+            assert f"'game.example:{first.base_port + slot}' belongs to" in peer["conflict"]
+            assert f"process {first.pid} on " in peer["conflict"]
+        first.registrar().kill()  # its successor comes before anyone else does
+        eventually(lambda: "the registrar, pid" in first.err)
+        first.wait_registered()
+        first.signal(signal.SIGTERM)
+        first.wait()
+        second.wait_registered()
+        happened = [type(next(watch)) for _ in range(4)]
+        assert sorted(kind.__name__ for kind in happened) == ["Joined"] * 2 + ["Left"] * 2
+        assert [type(event) for event in before] == [Joined, Joined]
+    assert not any(peer["conflict"] for peer in second.status()["peers"])
+
+
+def test_a_supervisor_that_comes_back_takes_over_what_a_dead_one_left(
+    supervised: Supervised,
+) -> None:
+    """Killed with its registrar, so that the leases, of ten minutes here, go on."""
+    running = supervised.start("--ttl=600", peers=2)
+    running.wait_registered()
+    tree = running.tree()
+    for process in [running.registrar(), *tree]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # the workers die with the supervisor
+            process.kill()
+    eventually(lambda: not alive([process.pid for process in tree]))
+    assert len(records(running)) == 2
+    successor = supervised.start(peers=2, base_port=running.base_port, prefix=running.prefix)
+    successor.wait_registered()
+    successor.signal(signal.SIGTERM)
+    assert successor.wait() == 0
+    assert no_records(running)
 
 
 def test_a_hung_worker_loses_its_record_until_it_gets_on(supervised: Supervised) -> None:
