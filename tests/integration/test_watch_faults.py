@@ -6,6 +6,7 @@ As long as etcd knows what has happened, the watch tells every event, once, in o
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -244,7 +245,19 @@ def test_a_reader_that_takes_its_time(
 # The network
 
 
+@pytest.fixture
+def collector_at_any_moment() -> Iterator[None]:
+    """Python's garbage collector runs all the time, in whatever thread, so that what it finalizes meets
+    every lock that might be held.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(20, 5, 5)
+    yield
+    gc.set_threshold(*before)
+
+
 @pytest.mark.timeout(180)
+@pytest.mark.usefixtures("collector_at_any_moment")
 def test_200_random_faults_of_the_network(
     etcd: EtcdProcess, proxy: FaultyProxy, writer: RecordWriter
 ) -> None:
