@@ -186,8 +186,10 @@ class DatagramLoop:
     def queued_replies(self) -> int:
         """How many replies the kernel has not taken yet."""
 
-    def stop(self, drain_s: float = 0.0) -> None:
+    def stop(self, drain_s: float = 0.0, *, hand_over: bool = False) -> None:
         """End :meth:`run` after the turn it is in; from any thread, or from a signal handler.
 
-        ``drain_s``: for at most so many seconds, first serve what the socket's queue still holds.
+        ``drain_s``: for at most so many seconds, first serve what the socket's queue still holds, and
+        send the replies that the kernel has not taken yet. ``hand_over``: only the latter, since a
+        successor reads on from the same socket.
         """

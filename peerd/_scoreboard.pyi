@@ -40,7 +40,7 @@ class Slot:
     def index(self) -> int:
         """The number of the slot, from 0."""
     pid: int
-    """The worker's process, 0 when there is none. Written by the supervisor, as are the next four."""
+    """The worker's process, 0 when there is none. Written by the supervisor, as are the next five."""
     generation: int
     """How many workers this slot has had."""
     state: PeerState
@@ -48,12 +48,14 @@ class Slot:
     """How many workers were started because another had died."""
     since_ns: int
     """CLOCK_MONOTONIC of the last change of state."""
+    lost_in_flight: int
+    """Datagrams that workers had read and not answered when they died."""
     lease_id: int
     """The etcd lease of the peer's record, 0 for none. Written by the registrar, as are the next two."""
     registered_until_ns: int
     """CLOCK_MONOTONIC when the record's lease runs out, as far as the registrar knows; 0 for no record."""
     holder: str
-    """Who holds the peer id instead of this peer; at most 191 bytes of UTF-8."""
+    """Who holds the peer id instead of this peer; at most 511 bytes of UTF-8."""
     @property
     def registered(self) -> bool:
         """Whether the record is in etcd now: true of no record that nobody keeps alive."""

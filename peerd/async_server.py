@@ -24,6 +24,7 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any
 
 from peerd._core import DatagramLoop, Message, Reply
+from peerd.signals import HAND_OVER
 
 if TYPE_CHECKING:
     from peerd._core import _Spare
@@ -39,6 +40,8 @@ BLOCKED_RETRY_S = 0.001
 
 def run(core: DatagramLoop, on_serving: Callable[[], None], drain_timeout_s: float) -> None:
     """Serve in an event loop of this thread until SIGTERM; then drain, for ``drain_timeout_s``.
+
+    HAND_OVER ends it as well, and leaves the queue to a successor.
 
     uvloop's event loop when it is installed, else asyncio's. Raises what ends the core: OSError, or
     what a handler raises beside Exception.
@@ -59,6 +62,7 @@ class AsyncServer:
         self._continued: set[asyncio.Task[None]] = set()
         self._reading = False
         self._flushing = False
+        self._leaves_queue = False
 
     async def serve(self, on_serving: Callable[[], None], drain_timeout_s: float) -> None:
         """See :func:`run`. ``on_serving`` is called when the loop has turned once."""
@@ -66,6 +70,7 @@ class AsyncServer:
         self._end = self._events.create_future()
         self._core.attach(self._take_spare, self._continue)
         self._events.add_signal_handler(signal.SIGTERM, self._stop)
+        self._events.add_signal_handler(HAND_OVER, self._hand_over)
         self._heartbeat = self._events.call_later(HEARTBEAT_S, self._keep_heartbeat)
         try:
             await self._turn_in_callback()
@@ -88,9 +93,19 @@ class AsyncServer:
         if not self._end.done():
             self._end.set_result(None)
 
+    def _hand_over(self) -> None:
+        self._leaves_queue = True
+        self._do_not_read()
+        self._stop()
+
     async def _drain(self, until_s: float) -> None:
-        """Serve what the queue holds, then wait for the handlers under way and their replies."""
-        while time.monotonic() < until_s and await self._turn_in_callback():
+        """Serve what the queue holds, then wait for the handlers under way and their replies.
+
+        Where a successor reads on, the queue is left to it.
+        """
+        while (
+            not self._leaves_queue and time.monotonic() < until_s and await self._turn_in_callback()
+        ):
             pass
         self._do_not_read()
         if self._continued:
@@ -119,6 +134,8 @@ class AsyncServer:
         return taken
 
     def _turn(self) -> None:
+        if self._leaves_queue:
+            return
         if self._core.suspended >= MAX_SUSPENDED:
             self._do_not_read()
             return

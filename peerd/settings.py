@@ -176,6 +176,12 @@ class SupervisorSettings:
     liveness_timeout_s: float = 5.0
     """A worker whose loop has not turned for so long loses its record until it turns again."""
 
+    stuck_timeout_s: float = 30.0
+    """A worker that could have turned for so long, and has not, is killed and replaced."""
+
+    boot_timeout_s: float = 60.0
+    """For how long a worker may load its app."""
+
     def __post_init__(self) -> None:
         if not 1 <= self.peers <= MAX_PEERS:
             raise SettingsError(f"--peers {self.peers}: give a number from 1 to {MAX_PEERS}")
@@ -195,7 +201,13 @@ class SupervisorSettings:
             raise SettingsError(
                 f"--recv-buffer {self.recv_buffer_bytes}: give 1 to {MAX_RECV_BUFFER_BYTES} bytes"
             )
-        for name in ("drain_timeout_s", "stop_timeout_s", "liveness_timeout_s"):
+        for name in (
+            "drain_timeout_s",
+            "stop_timeout_s",
+            "liveness_timeout_s",
+            "stuck_timeout_s",
+            "boot_timeout_s",
+        ):
             if not 0 < getattr(self, name) < math.inf:
                 flag = f"--{name.removesuffix('_s').replace('_', '-')}"
                 raise SettingsError(f"{flag} {getattr(self, name)}: give seconds above 0")

@@ -6,6 +6,7 @@ that happens here from the slot, from one report at boot and from the exit code.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ from peerd.app import App, load_app
 from peerd.errors import AppLoadError
 from peerd.kernel import is_kernel_with_broken_gso, is_kernel_without_gro
 from peerd.settings import DatagramSettings
+from peerd.signals import DUMP_STACK, HAND_OVER
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +42,21 @@ class WorkerSettings:
 
 
 class BootReport(Protocol):
-    """How a worker tells, once, how its start went."""
+    """How a worker tells how its start goes."""
+
+    def prepared(self) -> None:
+        """The app is loaded. Returns when this worker may read the socket: a predecessor may still."""
 
     def ready(self) -> None: ...
+
     def failed(self, text: str) -> None: ...
 
 
 def run(settings: WorkerSettings, sock: socket.socket, slot: Slot, report: BootReport) -> int:
-    """Serve until SIGTERM, then drain. EX_CONFIG when the app cannot be loaded."""
+    """Serve until SIGTERM, then drain, or until HAND_OVER, and leave the queue to a successor.
+
+    EX_CONFIG when the app cannot be loaded.
+    """
     setproctitle(f"peerd: peer {settings.peer_id}")
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
@@ -57,6 +66,9 @@ def run(settings: WorkerSettings, sock: socket.socket, slot: Slot, report: BootR
     except AppLoadError as error:
         report.failed(_explain(error))
         return EX_CONFIG
+    faulthandler.register(DUMP_STACK)
+    report.prepared()
+    # Not earlier: the loop counts in the slot from its beginning, as a predecessor does to its end.
     loop = make_loop(app, sock.fileno(), slot, settings.peer_id, settings.datagrams)
     try:
         _serve(loop, bool(app.coroutine_handlers), report, settings.drain_timeout_s)
@@ -75,7 +87,8 @@ def _serve(
 
         async_server.run(loop, report.ready, drain_timeout_s)
         return
-    signal.signal(signal.SIGTERM, lambda *_: loop.stop(drain_s=drain_timeout_s))
+    signal.signal(signal.SIGTERM, lambda *_: loop.stop(drain_timeout_s))
+    signal.signal(HAND_OVER, lambda *_: loop.stop(drain_timeout_s, hand_over=True))
     signal.set_wakeup_fd(loop.wakeup_fd, warn_on_full_buffer=False)
     loop.turn()
     report.ready()

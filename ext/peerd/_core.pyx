@@ -248,6 +248,7 @@ cdef class DatagramLoop:
     cdef bint _running
     cdef volatile bint _stopping
     cdef volatile int64_t _drain_ns
+    cdef volatile bint _hand_over
     cdef Slot _slot
     cdef SlotData *_stats
     cdef object _on_handler_error
@@ -356,7 +357,9 @@ cdef class DatagramLoop:
                 PyErr_CheckSignals()
             deadline = monotonic_ns() + self._drain_ns
             while monotonic_ns() < deadline:
-                if self._turn() < 0 and self._rx.used == 0:
+                if self._hand_over:
+                    self._flush()
+                if self._hand_over or (self._turn() < 0 and self._rx.used == 0):
                     if self._tx.queued == 0:
                         break
                     self._wait()
@@ -418,9 +421,10 @@ cdef class DatagramLoop:
         self._suspended -= 1
         self._count_handled()
 
-    def stop(self, double drain_s=0.0):
+    def stop(self, double drain_s=0.0, *, bint hand_over=False):
         cdef char byte = 0
         self._drain_ns = <int64_t>(drain_s * 1e9)
+        self._hand_over = hand_over
         self._stopping = True
         # A full pipe wakes the loop as well, so the result does not matter.
         linux.write(self.wakeup_fd, &byte, 1)
@@ -452,7 +456,7 @@ cdef class DatagramLoop:
         cdef int ready, error
         cdef int timeout_ms = IDLE_TICK_MS
         waits[0].fd = self._fd
-        waits[0].events = linux.POLLIN
+        waits[0].events = 0 if self._stopping and self._hand_over else linux.POLLIN
         if self._tx.blocked == EAGAIN:
             waits[0].events |= linux.POLLOUT
         elif self._tx.blocked:

@@ -45,7 +45,8 @@ cdef struct SlotData:
     int64_t state
     int64_t restarts
     int64_t since_ns
-    int64_t supervisor_pad[3]
+    int64_t lost_in_flight
+    int64_t supervisor_pad[2]
     # The registrar writes.
     int64_t lease_id
     int64_t registered_until_ns

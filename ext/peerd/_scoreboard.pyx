@@ -114,6 +114,14 @@ cdef class Slot:
         self.data.since_ns = value
 
     @property
+    def lost_in_flight(self):
+        return self.data.lost_in_flight
+
+    @lost_in_flight.setter
+    def lost_in_flight(self, int64_t value):
+        self.data.lost_in_flight = value
+
+    @property
     def lease_id(self):
         return self.data.lease_id
 

@@ -133,6 +133,14 @@ prefix_option: Decorator = click.option(
     help="Keys are PREFIX/peer-id; 'eventmesh' is FaasNet's.",
 )
 
+control_option: Decorator = click.option(
+    "--control",
+    "path",
+    type=click.Path(path_type=Path),
+    envvar="PEERD_CONTROL",
+    help="The supervisor's control socket, if there are several or it is not in the usual place.",
+)
+
 json_option: Decorator = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON, for scripts."
 )

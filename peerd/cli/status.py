@@ -9,7 +9,7 @@ from typing import Any
 import click
 import orjson
 
-from peerd.cli.options import json_option
+from peerd.cli.options import control_option, json_option
 from peerd.cli.table import print_table
 from peerd.supervisor import control
 
@@ -18,13 +18,7 @@ STUCK_S = 1.0
 
 
 @click.command()
-@click.option(
-    "--control",
-    "path",
-    type=click.Path(path_type=Path),
-    envvar="PEERD_CONTROL",
-    help="The supervisor's control socket, if there are several or it is not in the usual place.",
-)
+@control_option
 @json_option
 def status(path: Path | None, as_json: bool) -> None:
     """Show what a running supervisor and its peers do.
@@ -48,7 +42,22 @@ def _print(report: dict[str, Any]) -> None:
     )
     click.echo(f"registry {registry['state']}, etcd at {registry['endpoint']}\n")
     print_table(
-        ("#", "PEER", "STATE", "UP", "RST", "REG", "RX", "TX", "DROP", "ERR", "PID", "MiB", "CPU%"),
+        (
+            "#",
+            "PEER",
+            "STATE",
+            "UP",
+            "RST",
+            "REG",
+            "RX",
+            "TX",
+            "DROP",
+            "LOST",
+            "ERR",
+            "PID",
+            "MiB",
+            "CPU%",
+        ),
         [
             (
                 peer["slot"],
@@ -60,6 +69,7 @@ def _print(report: dict[str, Any]) -> None:
                 peer["rx_messages"],
                 peer["tx_messages"],
                 peer["rx_dropped"] + peer["tx_dropped"],
+                peer["lost_in_flight"],
                 peer["decode_errors"] + peer["handler_errors"],
                 peer["pid"],
                 round(peer["rss_bytes"] / 2**20, 1),

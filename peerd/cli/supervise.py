@@ -31,7 +31,8 @@ from peerd.settings import (
 )
 from peerd.supervisor import control
 from peerd.supervisor.sockets import bind_all
-from peerd.supervisor.supervisor import BootReport, Supervisor
+from peerd.supervisor.supervisor import Supervisor
+from peerd.supervisor.workers import BootReport
 
 # Its socket, the pidfd and, while it starts, the pipe of its report.
 DESCRIPTORS_PER_PEER = 3
@@ -118,6 +119,13 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
     help="Kernel receive buffer of each peer, in bytes.",
 )
 @click.option(
+    "--stuck-timeout",
+    type=SECONDS,
+    default=SupervisorSettings.stuck_timeout_s,
+    show_default=True,
+    help="Seconds after which a worker whose handler does not return is killed and replaced.",
+)
+@click.option(
     "--stop-timeout",
     type=SECONDS,
     default=SupervisorSettings.stop_timeout_s,
@@ -154,6 +162,7 @@ def supervise(
     offload: bool,
     linger: int | None,
     recv_buffer: int,
+    stuck_timeout: float,
     stop_timeout: float,
     log_level: str,
     config: Path | None,
@@ -161,7 +170,7 @@ def supervise(
     """Run peers: one worker process for each UDP port, restarted when it dies, registered in etcd.
 
     SIGTERM or Ctrl-C stops in order: the records are revoked, the queues served, then it exits. A
-    second one stops at once. Exit code 0 after SIGTERM, 130 after Ctrl-C.
+    second one stops at once. Exit code 0 after SIGTERM, 130 after Ctrl-C. SIGHUP is peerd reload.
 
     \b
     Example: an app of your own on four ports, in an etcd of your own
@@ -184,6 +193,7 @@ def supervise(
             else linger,
         ),
         recv_buffer_bytes=recv_buffer,
+        stuck_timeout_s=stuck_timeout,
         stop_timeout_s=stop_timeout,
     )
     logs.configure(log_level)
@@ -255,7 +265,7 @@ def _print_first_screen(
         f"  app       {settings.app or 'built in: answers PING and ECHO'}\n"
         f"  registry  etcd at {registry.endpoint}{started}, keys {registry.prefix}/{settings.peer_id(0)}\n"
         f"  control   {control_path} (peerd status)\n"
-        f"  stop      Ctrl-C, or kill {pid}"
+        f"  stop      Ctrl-C, peerd stop, or kill {pid}; peerd reload loads the app anew"
     )
 
 

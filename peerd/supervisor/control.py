@@ -1,7 +1,8 @@
 """The control socket: how a command line talks to a running supervisor.
 
 Unix stream, mode 0600, and the peer's uid must be ours or root's (unix(7), SO_PEERCRED). A request is
-one line of JSON, ``{"v": 1, "command": "status"}``; the answer is one line,
+one line of JSON, ``{"v": 1, "command": "status"}``, with ``"arguments"`` where there are some; the answer,
+when it is done, is one line,
 ``{"v": 1, "ok": true, "result": ...}`` or ``{"v": 1, "ok": false, "error": "..."}``. A client that
 sends garbage, too much, or nothing at all costs one bounded entry in a table: the server never
 blocks on it, and the oldest goes when the table is full.
@@ -30,7 +31,21 @@ VERSION = 1
 MAX_REQUEST_BYTES = 64 * 1024
 MAX_CLIENTS = 64
 
-Command = Callable[[], object]
+Command = Callable[[Mapping[str, Any]], object]
+"""Takes the arguments, and returns the result or a Pending. Raises ControlError to refuse."""
+
+
+class Pending:
+    """The answer to a command that takes its time. Nobody may want it any more when it comes."""
+
+    def __init__(self) -> None:
+        self._deliver: Callable[[dict[str, object]], None] = lambda _: None
+
+    def finish(self, result: object) -> None:
+        self._deliver({"v": VERSION, "ok": True, "result": result})
+
+    def fail(self, error: str) -> None:
+        self._deliver({"v": VERSION, "ok": False, "error": error})
 
 
 def directory() -> Path:
@@ -47,13 +62,16 @@ def default_path(base_port: int) -> Path:
     return directory() / f"{base_port}.sock"
 
 
-def request(path: Path, command: str, timeout_s: float = 5.0) -> Any:
+def request(
+    path: Path, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float = 5.0
+) -> Any:
     """What a supervisor answers. Raises NotRunningError or ControlError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         _limit_waits(client, timeout_s)
         try:
             client.connect(str(path))
-            client.sendall(orjson.dumps({"v": VERSION, "command": command}) + b"\n")
+            asked = {"v": VERSION, "command": command, "arguments": arguments or {}}
+            client.sendall(orjson.dumps(asked) + b"\n")
             answer = b""
             while not answer.endswith(b"\n") and (chunk := client.recv(1 << 16)):
                 answer += chunk
@@ -175,11 +193,22 @@ class ControlServer:
     def _answer_next(self, client: _Client) -> None:
         """One request at a time, when the answer before is gone: so answers cannot pile up."""
         line, newline, rest = client.received.partition(b"\n")
-        if newline and not client.unsent:
+        if newline and not client.unsent and not client.waits:
             client.received = rest
-            client.unsent = self._answer(line)
+            answer = self._answer(line)
+            if isinstance(answer, Pending):
+                client.waits = True
+                answer._deliver = lambda answer: self._deliver(client, answer)
+            else:
+                client.unsent = orjson.dumps(answer) + b"\n"
 
-    def _answer(self, line: bytes) -> bytes:
+    def _deliver(self, client: _Client, answer: dict[str, object]) -> None:
+        if client.connection in self._clients:
+            client.waits = False
+            client.unsent = orjson.dumps(answer) + b"\n"
+            self._serve(client, 0)
+
+    def _answer(self, line: bytes) -> dict[str, object] | Pending:
         try:
             asked = orjson.loads(line)
             if asked["v"] != VERSION:
@@ -187,12 +216,21 @@ class ControlServer:
             if asked["command"] not in self._commands:
                 known = ", ".join(sorted(self._commands))
                 raise ControlError(f"unknown command {asked['command']!r}; known: {known}")
-            answer = {"v": VERSION, "ok": True, "result": self._commands[asked["command"]]()}
+            arguments = asked.get("arguments", {})
+            if not isinstance(arguments, dict):
+                raise TypeError(arguments)
+            command = self._commands[asked["command"]]
         except ControlError as error:
-            answer = {"v": VERSION, "ok": False, "error": str(error)}
-        except (ValueError, KeyError, TypeError):
-            answer = {"v": VERSION, "ok": False, "error": 'a request is {"v": 1, "command": "..."}'}
-        return orjson.dumps(answer) + b"\n"
+            return {"v": VERSION, "ok": False, "error": str(error)}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return {"v": VERSION, "ok": False, "error": 'a request is {"v": 1, "command": "..."}'}
+        try:
+            result = command(arguments)
+        except ControlError as error:
+            return {"v": VERSION, "ok": False, "error": str(error)}
+        return (
+            result if isinstance(result, Pending) else {"v": VERSION, "ok": True, "result": result}
+        )
 
     def _drop(self, client: _Client) -> None:
         del self._clients[client.connection]
@@ -205,6 +243,7 @@ class _Client:
         self.connection = connection
         self.received = b""
         self.unsent = b""
+        self.waits = False  # for the answer to a command that takes its time
 
 
 def _listen(path: Path) -> socket.socket:

@@ -57,7 +57,7 @@ class Child:
     pid: int
     pidfd: int
 
-    def send(self, number: signal.Signals) -> None:
+    def send(self, number: int) -> None:
         """A child that is gone already is no error."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)

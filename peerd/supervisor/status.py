@@ -71,6 +71,7 @@ class StatusReport:
             "pid": slot.pid or None,
             "state": slot.state.name.lower(),
             "restarts": slot.restarts,
+            "lost_in_flight": slot.lost_in_flight,
             "uptime_s": _seconds_since(slot.since_ns) if slot.state is PeerState.READY else 0.0,
             "heartbeat_age_s": _seconds_since(slot.heartbeat_ns) if slot.heartbeat_ns else None,
             "registered": slot.registered,

@@ -12,6 +12,14 @@ Stopping has phases, each with an end of its own, all within ``stop_timeout_s``:
     DRAIN     the workers get SIGTERM, serve what their queues hold, and exit
     CLOSE     the registrar's lifeline is closed, then etcd is ended
 
+Replacing a worker (``reload``, ``restart``) loses nothing: its successor loads the app beside it and
+waits; then the worker answers what it has read and exits, and the successor reads on from the same
+socket, where the kernel has kept what came meanwhile. One peer at a time, in the order asked for. A
+successor that cannot start leaves the worker as it was.
+
+A worker whose loop could turn and does not is stuck (liveness.py): its Python stack goes to the log,
+and it is killed and replaced.
+
 A second signal skips to SIGKILL for the workers and the end of the lifeline: the registrar revokes
 what is left by itself, as it does when the supervisor is killed.
 """
@@ -21,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
+import math
 import os
 import random
 import selectors
@@ -39,10 +48,13 @@ from peerd._scoreboard import PeerState, RegistryState, Scoreboard, Slot
 from peerd.embedded_etcd import is_listening
 from peerd.errors import ControlError
 from peerd.settings import EmbeddedEtcdSettings, SupervisorSettings
-from peerd.supervisor.control import ControlServer
+from peerd.signals import DUMP_STACK, HAND_OVER
+from peerd.supervisor.control import Command, ControlServer, Pending
+from peerd.supervisor.liveness import Liveness, Verdict
 from peerd.supervisor.processes import Child, Exit, redirect_output, spawn
 from peerd.supervisor.restart import Failure, RestartPolicy, next_restart
 from peerd.supervisor.status import StatusReport
+from peerd.supervisor.workers import Worker, WorkerEntry, start_worker
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +64,8 @@ EX_CONFIG = 78
 STOP_SIGNALS: Mapping[signal.Signals, int] = {
     signal.SIGTERM: EX_OK,
     signal.SIGINT: 128 + signal.SIGINT,
-    signal.SIGHUP: 128 + signal.SIGHUP,
 }
-"""What asks the supervisor to stop, and the exit code it then ends with."""
+"""What asks the supervisor to stop, and the exit code it then ends with. SIGHUP reloads."""
 
 WITHDRAW_TIMEOUT_S = 2.0
 """For how long a stop waits for the registrar; longer than etcd's answer, shorter than the stop."""
@@ -62,13 +73,20 @@ WITHDRAW_TIMEOUT_S = 2.0
 LAST_TIMEOUT_S = 1.0
 """What a stop at its end leaves the registrar to revoke the records."""
 
+HAND_OVER_GRACE_S = 1.0
+"""What a worker has beyond its drain timeout to leave the socket to its successor."""
+
+LOOK_S = 0.5
+"""How often old heartbeats are looked at."""
+
+OLD_HEARTBEAT_NS = 1_000_000_000
+"""Four times as old as an idle loop lets it become."""
+
+STACK_S = 0.5
+"""How long a stuck worker has to write its stack."""
+
 MOST_NAMES = 8
 """In one log line."""
-
-MAX_REPORT_BYTES = 32 * 1024
-
-WorkerEntry = Callable[[int, socket.socket, Slot, "BootReport"], int]
-"""(slot number, socket, slot, report) -> exit code; runs in the worker."""
 
 RegistrarEntry = Callable[[Scoreboard, int, int], int]
 """(scoreboard, lifeline, report) -> exit code; runs in the registrar.
@@ -76,23 +94,6 @@ RegistrarEntry = Callable[[Scoreboard, int, int], int]
 The lifeline can be read: a byte means that a slot has changed, its end that the supervisor is gone.
 A byte written to the report means that a registration has changed.
 """
-
-
-class BootReport:
-    """The worker's end of a pipe: how its start went. Said once, then closed."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def ready(self) -> None:
-        self._say(b"R")
-
-    def failed(self, text: str) -> None:
-        self._say(b"F" + text.encode("utf-8", "replace")[:MAX_REPORT_BYTES])
-
-    def _say(self, report: bytes) -> None:
-        os.write(self._fd, report)
-        os.close(self._fd)
 
 
 class _Phase(enum.Enum):
@@ -122,8 +123,24 @@ class _Peer(_Managed):
     slot: Slot = field(kw_only=True)
     sock: socket.socket = field(kw_only=True)
     peer_id: str = field(kw_only=True)
-    report_fd: int | None = None
-    report: bytes = b""
+    worker: Worker | None = None
+    successor: Worker | None = None
+    stack_asked_s: float | None = None
+    """When the worker was found stuck and told to write its stack."""
+
+
+@dataclass
+class _Replacement:
+    """A worker that is to be replaced by a new one."""
+
+    peer: _Peer
+    told: Callable[[dict[str, object] | str], None]
+    """Gets what happened, or why nothing did. Called once."""
+
+    old_pid: int = 0
+    deadline_s: float = math.inf
+    handed_over_s: float | None = None
+    """When the worker was told to leave the socket, or was found to have left it."""
 
 
 class Supervisor:
@@ -154,6 +171,10 @@ class Supervisor:
         unparked = RestartPolicy(max_failures=sys.maxsize, max_delay_s=ttl_s / 4)
         self._registrar = _Managed("registrar", self._start_registrar, policy=unparked)
         self._etcd = _Managed("etcd", self._start_etcd, policy=unparked)
+        self._replacements: deque[_Replacement] = deque()
+        self._replacing: _Replacement | None = None
+        self._liveness = Liveness(settings.stuck_timeout_s)
+        self._next_look_s = 0.0
         self._lifeline_fd: int | None = None
         self._registrar_report_fd: int | None = None
         self._control: ControlServer | None = None
@@ -190,6 +211,13 @@ class Supervisor:
             return self._status.build("stopping")
         return self._status.build("ready" if self._status.all_get_on() else "degraded")
 
+    def stop(self, _arguments: Mapping[str, object]) -> dict[str, object]:
+        """Begin to stop, as SIGTERM does."""
+        if self._is_serving:
+            log.info("asked to stop")
+            self._begin_stop(EX_OK)
+        return {"pid": os.getpid(), "stop_timeout_s": self._settings.stop_timeout_s}
+
     # The loop
 
     def _turn(self) -> None:
@@ -203,18 +231,28 @@ class Supervisor:
         for managed in (*self._peers, self._etcd, self._registrar):
             if managed.next_start_s is not None and managed.next_start_s <= now_s:
                 self._start(managed)
+        if self._replacing is not None and now_s >= self._replacing.deadline_s:
+            self._replacement_is_late(self._replacing)
         if self._phase is not _Phase.SERVING:
             self._advance_stop(now_s)
+        elif now_s >= self._next_look_s:
+            self._next_look_s = now_s + LOOK_S
+            self._look_for_stuck_workers(now_s)
 
-    def _timeout_s(self) -> float | None:
+    def _timeout_s(self) -> float:
         due = [
             managed.next_start_s
             for managed in (*self._peers, self._etcd, self._registrar)
             if managed.next_start_s is not None
         ]
-        if self._phase is not _Phase.SERVING:
-            due.append(self._next_deadline_s())
-        return max(0.0, min(due) - time.monotonic()) if due else None
+        if self._replacing is not None:
+            due.append(self._replacing.deadline_s)
+        due.append(self._next_look_s if self._is_serving else self._next_deadline_s())
+        return max(0.0, min(due) - time.monotonic())
+
+    @property
+    def _is_serving(self) -> bool:
+        return self._phase is _Phase.SERVING
 
     # Children
 
@@ -279,62 +317,69 @@ class Supervisor:
         return peer
 
     def _start_worker(self, peer: _Peer) -> None:
-        read_fd, write_fd = os.pipe()
-        try:
-            peer.slot.generation += 1
-            peer.report = b""
-            peer.child = spawn(
-                lambda: self._worker_entry(
-                    peer.slot.index, peer.sock, peer.slot, BootReport(write_fd)
-                ),
-                (peer.sock.fileno(), write_fd),
-                die_with_parent=True,
-            )
-        except OSError:
-            os.close(read_fd)
-            raise
-        finally:
-            os.close(write_fd)
-        peer.report_fd = read_fd
-        peer.slot.pid = peer.child.pid
+        worker = start_worker(self._worker_entry, peer.slot, peer.sock)
+        self._follow(peer, worker)
         self._set_state(peer, PeerState.STARTING)
-        self._selector.register(read_fd, selectors.EVENT_READ, lambda _: self._read_report(peer))
+        worker.go()
 
-    def _read_report(self, peer: _Peer) -> None:
-        """Once the pipe can be read: its end means that the worker has said all it will."""
-        assert peer.report_fd is not None
-        chunk = os.read(peer.report_fd, MAX_REPORT_BYTES)
-        peer.report += chunk
-        if chunk == b"R":
-            peer.ready_s = time.monotonic()
-            if self._phase is _Phase.SERVING:
-                self._set_state(peer, PeerState.READY)
-                self._tell_all_ready()
-        if not chunk:
-            self._close_report(peer)
+    def _follow(self, peer: _Peer, worker: Worker) -> None:
+        """From now on it is the one that serves."""
+        peer.worker, peer.child = worker, worker.child
+        peer.slot.pid = worker.child.pid
+        peer.slot.generation += 1
+        if worker.report_fd is not None:
+            self._selector.register(
+                worker.report_fd, selectors.EVENT_READ, lambda _: self._read_report(peer, worker)
+            )
 
-    def _close_report(self, peer: _Peer) -> None:
-        if peer.report_fd is not None:
-            self._selector.unregister(peer.report_fd)
-            os.close(peer.report_fd)
-            peer.report_fd = None
+    def _read_report(self, peer: _Peer, worker: Worker) -> None:
+        if not worker.read_report():
+            self._close_report(worker)
+        elif worker.is_ready:
+            self._became_ready(peer)
+
+    def _became_ready(self, peer: _Peer) -> None:
+        peer.ready_s = time.monotonic()
+        if self._is_serving and peer.slot.state is not PeerState.READY:
+            self._set_state(peer, PeerState.READY)
+            self._tell_all_ready()
+        if self._replacing is not None and self._replacing.peer is peer:
+            self._replaced(self._replacing)
+
+    def _close_report(self, worker: Worker) -> None:
+        if worker.report_fd is not None:
+            self._selector.unregister(worker.report_fd)
+        worker.close()
 
     def _worker_exited(self, peer: _Peer, pid: int, end: Exit) -> None:
-        while peer.report_fd is not None:
-            self._read_report(peer)
+        worker = peer.worker
+        assert worker is not None
+        while worker.report_fd is not None:
+            self._read_report(peer, worker)
+        peer.worker = peer.stack_asked_s = None
         peer.slot.pid = 0
         counters = peer.slot.counters()
-        in_hand = counters["rx_datagrams"] - counters["handled"]
-        if self._phase is not _Phase.SERVING:
-            self._set_state(peer, PeerState.STOPPED)
+        lost = counters["rx_datagrams"] - counters["handled"]
+        peer.slot.lost_in_flight += lost
+        replacement = self._replacing
+        if replacement is not None and replacement.peer is peer and peer.successor is not None:
+            if replacement.handed_over_s is None or end.code != EX_OK:
+                log.error(
+                    "peer=%s: worker pid %d: %s while its successor started", peer.peer_id, pid, end
+                )
+            self._predecessor_is_gone(replacement)
             return
-        if peer.report.startswith(b"F"):
-            self._boot_failed(peer, peer.report[1:].decode("utf-8", "replace"))
+        if not self._is_serving:
+            self._set_state(peer, PeerState.STOPPED)
+            self._fail_replacement_of(peer, f"the successor: {end}")
+            return
+        if worker.failure is not None:
+            self._boot_failed(peer, worker.failure)
             return
         age = (
             "before it was ready"
-            if peer.ready_s is None
-            else f"after {time.monotonic() - peer.ready_s:.1f} s of service"
+            if worker.ready_s is None
+            else f"after {time.monotonic() - worker.ready_s:.1f} s of service"
         )
         log.error(
             "peer=%s: worker pid %d: %s %s; datagrams in hand and lost: %d",
@@ -342,9 +387,10 @@ class Supervisor:
             pid,
             end,
             age,
-            in_hand,
+            lost,
         )
         self._plan_restart(peer)
+        self._fail_replacement_of(peer, f"the successor: {end} {age}")
 
     def _boot_failed(self, peer: _Peer, text: str) -> None:
         if any(other.ready_s is not None for other in self._peers):
@@ -370,6 +416,198 @@ class Supervisor:
 
     def _all_peers(self) -> str:
         return "the peer is" if len(self._peers) == 1 else f"all {len(self._peers)} peers are"
+
+    # Replacing workers
+
+    def reload(self, _arguments: Mapping[str, object]) -> Pending:
+        """Replace all workers, one at a time; stop at the first that fails."""
+        return self._replace(self._peers)
+
+    def restart(self, arguments: Mapping[str, object]) -> Pending:
+        """Replace the worker of one slot, or start it if it is parked."""
+        slot = arguments.get("slot")
+        if type(slot) is not int or not 0 <= slot < len(self._peers):
+            raise ControlError(f"no slot {slot!r}: there are 0 to {len(self._peers) - 1}")
+        return self._replace([self._peers[slot]])
+
+    def _replace(self, peers: Sequence[_Peer]) -> Pending:
+        if not self._is_serving:
+            raise ControlError("the supervisor is stopping")
+        pending, results = Pending(), list[dict[str, object]]()
+        group: list[_Replacement] = []
+
+        def told(result: dict[str, object] | str) -> None:
+            if isinstance(result, str):
+                for other in group:
+                    if other in self._replacements:
+                        self._replacements.remove(other)
+                kept = f"; {len(results)} of {len(group)} were replaced before" if results else ""
+                log.error("not replaced%s: %s", kept, result)
+                pending.fail(result + kept)
+                return
+            results.append(result)
+            if len(results) == len(group):
+                pending.finish({"replaced": results})
+
+        group += [_Replacement(peer, told) for peer in peers]
+        self._replacements += group
+        self._next_replacement()
+        return pending
+
+    def _next_replacement(self) -> None:
+        if self._replacing is not None or not self._replacements or not self._is_serving:
+            return
+        replacement = self._replacing = self._replacements.popleft()
+        peer = replacement.peer
+        peer.next_start_s = None  # this is it
+        replacement.old_pid = peer.slot.pid
+        try:
+            worker = peer.successor = start_worker(self._worker_entry, peer.slot, peer.sock)
+        except OSError as error:
+            self._not_replaced(replacement, f"peer {peer.peer_id}: no successor: {error}")
+            return
+        assert worker.report_fd is not None
+        replacement.deadline_s = worker.started_s + self._settings.boot_timeout_s
+        self._selector.register(
+            worker.child.pidfd, selectors.EVENT_READ, lambda _: self._successor_exited(replacement)
+        )
+        self._selector.register(
+            worker.report_fd, selectors.EVENT_READ, lambda _: self._successor_says(replacement)
+        )
+
+    def _successor_says(self, replacement: _Replacement) -> None:
+        worker, now_s = replacement.peer.successor, time.monotonic()
+        assert worker is not None
+        if not worker.read_report():
+            self._close_report(worker)
+        elif worker.is_prepared and replacement.peer.child is None:
+            self._take_over(replacement)
+        elif worker.is_prepared and replacement.handed_over_s is None:
+            assert replacement.peer.child is not None
+            replacement.peer.child.send(HAND_OVER)
+            replacement.handed_over_s = now_s
+            replacement.deadline_s = now_s + self._settings.drain_timeout_s + HAND_OVER_GRACE_S
+
+    def _predecessor_is_gone(self, replacement: _Replacement) -> None:
+        """As it was told to, or because it died."""
+        successor = replacement.peer.successor
+        assert successor is not None
+        if replacement.handed_over_s is None:
+            replacement.handed_over_s = time.monotonic()
+            replacement.peer.slot.restarts += 1
+            self._set_state(replacement.peer, PeerState.STARTING)
+        if successor.is_prepared:
+            self._take_over(replacement)
+
+    def _take_over(self, replacement: _Replacement) -> None:
+        peer = replacement.peer
+        worker, peer.successor = peer.successor, None
+        assert worker is not None
+        self._selector.unregister(worker.child.pidfd)
+        if worker.report_fd is not None:
+            self._selector.unregister(worker.report_fd)
+        self._follow(peer, worker)
+        self._selector.register(
+            worker.child.pidfd, selectors.EVENT_READ, lambda _: self._exited(peer)
+        )
+        if self._is_serving and peer.slot.state is not PeerState.READY:
+            self._set_state(peer, PeerState.STARTING)
+        replacement.deadline_s = math.inf
+        worker.go()
+
+    def _replaced(self, replacement: _Replacement) -> None:
+        peer = replacement.peer
+        gap_s = time.monotonic() - (replacement.handed_over_s or time.monotonic())
+        log.info(
+            "peer=%s: worker pid %d has taken over from %s; gap %.1f ms",
+            peer.peer_id,
+            peer.slot.pid,
+            f"pid {replacement.old_pid}" if replacement.old_pid else "nobody",
+            gap_s * 1e3,
+        )
+        self._replacing = None
+        replacement.told(
+            {
+                "slot": peer.slot.index,
+                "peer_id": peer.peer_id,
+                "old_pid": replacement.old_pid or None,
+                "pid": peer.slot.pid,
+                "gap_ms": round(gap_s * 1e3, 3),
+            }
+        )
+        self._next_replacement()
+
+    def _not_replaced(self, replacement: _Replacement, why: str) -> None:
+        peer = replacement.peer
+        self._replacing = None
+        if peer.child is None and self._is_serving and peer.next_start_s is None:
+            self._plan_restart(peer)
+        replacement.told(why)
+        self._next_replacement()
+
+    def _fail_replacement_of(self, peer: _Peer, why: str) -> None:
+        if self._replacing is not None and self._replacing.peer is peer:
+            self._not_replaced(self._replacing, f"peer {peer.peer_id}: {why}")
+
+    def _successor_exited(self, replacement: _Replacement) -> None:
+        peer = replacement.peer
+        worker = peer.successor
+        assert worker is not None
+        self._selector.unregister(worker.child.pidfd)
+        while worker.report_fd is not None:
+            if not worker.read_report():
+                self._close_report(worker)
+        end = worker.wait()
+        peer.successor = None
+        why = worker.failure or f"the successor ended before it was ready: {end}"
+        self._not_replaced(replacement, f"peer {peer.peer_id}: {why}")
+
+    def _replacement_is_late(self, replacement: _Replacement) -> None:
+        peer = replacement.peer
+        replacement.deadline_s = math.inf
+        if replacement.handed_over_s is None and peer.successor is not None:
+            log.error(
+                "peer=%s: the successor has not loaded its app within %g s: SIGKILL",
+                peer.peer_id,
+                self._settings.boot_timeout_s,
+            )
+            peer.successor.child.send(signal.SIGKILL)
+        elif peer.child is not None:
+            log.error("peer=%s: the worker does not leave its socket: SIGKILL", peer.peer_id)
+            peer.child.send(signal.SIGKILL)
+
+    def _abandon_replacements(self) -> None:
+        """The supervisor stops. One that is half done is finished, since the queue is the successor's."""
+        waiting, self._replacements = self._replacements, deque()
+        for replacement in waiting:
+            replacement.told("the supervisor is stopping")
+        if self._replacing is not None and self._replacing.handed_over_s is None:
+            successor = self._replacing.peer.successor
+            if successor is not None:
+                successor.child.send(signal.SIGKILL)
+
+    # Stuck workers
+
+    def _look_for_stuck_workers(self, now_s: float) -> None:
+        oldest_ns = time.monotonic_ns() - OLD_HEARTBEAT_NS
+        for peer in self._peers:
+            slot = peer.slot
+            if slot.state is not PeerState.READY or slot.heartbeat_ns > oldest_ns:
+                peer.stack_asked_s = None
+            elif self._liveness.judge(slot, now_s) is not Verdict.STUCK or peer.child is None:
+                continue
+            elif peer.stack_asked_s is None:
+                log.error(
+                    "peer=%s: worker pid %d is stuck: for %.0f s it could turn its loop and has not; "
+                    "its stack follows, then SIGKILL",
+                    peer.peer_id,
+                    slot.pid,
+                    self._liveness.own_s(slot),
+                )
+                peer.stack_asked_s = now_s
+                peer.child.send(DUMP_STACK)
+            elif now_s >= peer.stack_asked_s + STACK_S:
+                peer.child.send(signal.SIGKILL)
 
     # The registrar
 
@@ -476,6 +714,7 @@ class Supervisor:
         if self._registrar.child is None:
             # A registrar that died a moment ago: the records it left need one to revoke them.
             self._registrar.next_start_s = self._stop_s
+        self._abandon_replacements()
         for peer in self._peers:
             self._set_state(peer, PeerState.STOPPING if peer.child else PeerState.STOPPED)
 
@@ -484,8 +723,9 @@ class Supervisor:
         now_s = time.monotonic()
         self._kill_s = min(self._kill_s, now_s + LAST_TIMEOUT_S)
         for peer in self._peers:
-            if peer.child is not None:
-                peer.child.send(signal.SIGKILL)
+            for worker in (peer.worker, peer.successor):
+                if worker is not None:
+                    worker.child.send(signal.SIGKILL)
         self._close()
 
     def _advance_stop(self, now_s: float) -> None:
@@ -495,7 +735,9 @@ class Supervisor:
             for peer in self._peers:
                 if peer.child is not None:
                     peer.child.send(signal.SIGTERM)
-        if self._phase is _Phase.DRAIN and not any(peer.child for peer in self._peers):
+        if self._phase is _Phase.DRAIN and not any(
+            peer.child or peer.successor for peer in self._peers
+        ):
             self._close()
         if (
             self._phase is _Phase.CLOSE
@@ -507,7 +749,7 @@ class Supervisor:
         children = [
             managed for managed in (*self._peers, self._registrar, self._etcd) if managed.child
         ]
-        if self._phase is _Phase.CLOSE and not children:
+        if self._phase is _Phase.CLOSE and not children and self._replacing is None:
             self._phase = _Phase.DONE
         elif now_s >= self._kill_s:
             # The registrar and etcd are asked to stop in CLOSE only.
@@ -540,6 +782,8 @@ class Supervisor:
     def _withdrawn(self, now_s: float) -> bool:
         if now_s >= self._stop_s + WITHDRAW_TIMEOUT_S:
             return True
+        if self._replacing is not None:
+            return False  # who is told to drain must have begun to serve
         return not any(peer.slot.lease_id for peer in self._peers)
 
     def _next_deadline_s(self) -> float:
@@ -560,9 +804,7 @@ class Supervisor:
             previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
             previous = {
                 number: signal.signal(number, lambda *_: None)
-                for number in STOP_SIGNALS
-                # nohup has it ignored, and means it.
-                if not (number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN)
+                for number in (*STOP_SIGNALS, signal.SIGHUP)
             }
             self._selector.register(
                 reader, selectors.EVENT_READ, lambda _: self._read_signals(reader)
@@ -577,6 +819,9 @@ class Supervisor:
 
     def _read_signals(self, reader: socket.socket) -> None:
         for number in reader.recv(4096):
+            if number == signal.SIGHUP and self._is_serving:
+                log.info("SIGHUP: reloading")
+                self.reload({})
             if number not in STOP_SIGNALS:
                 continue
             if self._phase is _Phase.SERVING:
@@ -588,9 +833,13 @@ class Supervisor:
 
     def _open_control(self) -> None:
         try:
-            self._control = ControlServer(
-                self._control_path, {"status": self.status}, self._selector
-            )
+            commands: dict[str, Command] = {
+                "status": lambda _: self.status(),
+                "reload": self.reload,
+                "restart": self.restart,
+                "stop": self.stop,
+            }
+            self._control = ControlServer(self._control_path, commands, self._selector)
         except (OSError, ControlError) as error:
             log.info("no control socket, so no 'peerd status': %s: %s", self._control_path, error)
 
@@ -604,7 +853,12 @@ class Supervisor:
             if managed.child is not None:
                 managed.child.wait()
         for peer in self._peers:
-            self._close_report(peer)
+            if peer.successor is not None:
+                peer.successor.child.send(signal.SIGKILL)
+                peer.successor.wait()
+            for worker in (peer.worker, peer.successor):
+                if worker is not None:
+                    worker.close()
             peer.sock.close()
         if self._control is not None:
             self._control.close()

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "peerd"
 # Top to bottom as in ARCHITECTURE.md; the longest prefix of a module's name decides.
 LAYERS: list[set[str]] = [
     {"peerd.errors"},
-    {"peerd.address", "peerd.kernel", "peerd.settings"},
+    {"peerd.address", "peerd.kernel", "peerd.settings", "peerd.signals"},
     {"peerd._scoreboard", "peerd.supervisor.restart"},
     {"peerd._core"},
     {"peerd.app", "peerd.async_server", "peerd.registry", "peerd.embedded_etcd"},
