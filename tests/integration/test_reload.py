@@ -1,0 +1,298 @@
+"""Workers that are replaced while they serve: nothing is lost, doubled or reordered."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import orjson
+import pytest
+
+from eventually import eventually
+from peerd import decode, encode
+from peerd.registry import Joined, Registry
+from supervised import Running, Supervised, is_gone, send_signal
+
+PLAIN = """
+import time, peerd
+app = peerd.App()
+VERSION = 1
+
+@app.handler("SEQ")
+def answer(message):
+    time.sleep(0.0002)  # a backlog, most of the time
+    return message.body
+
+@app.handler("VERSION")
+def version(message):
+    return b"%d" % VERSION
+"""
+
+COROUTINE = PLAIN.replace("import time", "import asyncio, time").replace(
+    "def answer(message):\n    time.sleep(0.0002)",
+    "async def answer(message):\n    await asyncio.sleep(0.001)",
+)
+
+
+SO_RCVBUFFORCE = 33  # socket(7); Python has no name for it
+
+
+class Numbers:
+    """A client that sends numbers to each port and notes what comes back from which."""
+
+    def __init__(self, ports: list[int], pause_s: float) -> None:
+        self.sent = dict.fromkeys(ports, 0)
+        self.received: dict[int, list[int]] = {port: [] for port in ports}
+        self._pause_s = pause_s
+        self._sockets = {port: self._socket(port) for port in ports}
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._send)]
+        self._threads += [threading.Thread(target=self._receive, args=(port,)) for port in ports]
+
+    @contextmanager
+    def going(self) -> Iterator[None]:
+        for thread in self._threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            self._threads[0].join()
+            try:
+                eventually(lambda: self.is_complete, within_s=10)
+            finally:
+                for sock in self._sockets.values():
+                    sock.shutdown(socket.SHUT_RDWR)
+                for thread in self._threads[1:]:
+                    thread.join()
+                for sock in self._sockets.values():
+                    sock.close()
+
+    @property
+    def is_complete(self) -> bool:
+        return all(len(self.received[port]) >= sent for port, sent in self.sent.items())
+
+    @staticmethod
+    def _socket(port: int) -> socket.socket:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
+        sock.connect(("127.0.0.1", port))
+        return sock
+
+    def _send(self) -> None:
+        while not self._stop.is_set():
+            for port, sock in self._sockets.items():
+                for _ in range(4):
+                    sock.send(encode("SEQ", "1", struct.pack(">Q", self.sent[port])))
+                    self.sent[port] += 1
+            time.sleep(self._pause_s)
+
+    def _receive(self, port: int) -> None:
+        while data := self._sockets[port].recv(2048):
+            self.received[port].append(struct.unpack(">Q", decode(data).body)[0])
+
+
+def peerd(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "peerd", *args], capture_output=True, text=True, timeout=60
+    )
+
+
+def version_of(running: Running, slot: int) -> bytes:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(5.0)
+        client.connect(("127.0.0.1", running.ports[slot]))
+        client.send(encode("VERSION", "1"))
+        return decode(client.recv(2048)).body
+
+
+def pids(running: Running) -> list[int]:
+    return [peer["pid"] for peer in running.status()["peers"]]
+
+
+def start(supervised: Supervised, source: str, *args: str, peers: int = 2) -> Running:
+    (supervised.folder / "reloaded.py").write_text(source)
+    running = supervised.start("--app=reloaded:app", *args, peers=peers)
+    running.wait_registered()
+    return running
+
+
+@pytest.mark.parametrize("source", [PLAIN, COROUTINE], ids=["plain", "coroutine"])
+def test_reloads_under_load_lose_nothing(supervised: Supervised, source: str) -> None:
+    running = start(supervised, source)
+    numbers = Numbers(list(running.ports), pause_s=0.001)
+    seen = [pids(running)]
+    with (
+        Registry(running.etcd, running.prefix) as registry,
+        registry.watch() as watch,
+        numbers.going(),
+    ):
+        assert [type(next(watch)) for _ in range(2)] == [Joined, Joined]
+        for number in range(2, 7):
+            new = source.replace("VERSION = 1", f"VERSION = {number}")
+            (supervised.folder / "reloaded.py").write_text(new)
+            done = peerd("reload", "--json", f"--control={running.control}")
+            assert done.returncode == 0, done.stderr
+            replaced = orjson.loads(done.stdout)["replaced"]
+            assert [row["old_pid"] for row in replaced] == seen[-1]
+            seen.append([row["pid"] for row in replaced])
+            assert seen[-1] == pids(running)
+        marker = registry.register(next(iter(registry.nodes())).__class__("marker", 1))
+        assert next(watch).record == marker.record, "no record has changed meanwhile"
+    assert version_of(running, 0) == version_of(running, 1) == b"6"
+    for port, received in numbers.received.items():
+        if source is PLAIN:
+            assert received == list(range(numbers.sent[port]))
+        else:
+            assert sorted(received) == list(range(numbers.sent[port]))
+    for peer in running.status()["peers"]:
+        assert (peer["restarts"], peer["lost_in_flight"], peer["rx_dropped"]) == (0, 0, 0)
+
+
+def test_a_successor_that_cannot_start_leaves_the_worker_serving(supervised: Supervised) -> None:
+    running = start(supervised, PLAIN)
+    before = pids(running)
+    (supervised.folder / "reloaded.py").write_text(
+        "import peerd\nraise ValueError('broken today')\n"
+    )
+    for command in (["reload"], ["restart", "1"]):
+        done = peerd(*command, f"--control={running.control}")
+        assert done.returncode == 1
+        assert "ValueError: broken today" in done.stderr
+        assert done.stderr.count("Traceback") == 1
+        assert pids(running) == before
+    assert version_of(running, 0) == version_of(running, 1) == b"1"
+    assert all(peer["restarts"] == 0 for peer in running.status()["peers"])
+
+
+def test_sighup_reloads(supervised: Supervised) -> None:
+    running = start(supervised, PLAIN)
+    before = pids(running)
+    running.signal(signal.SIGHUP)
+    eventually(lambda: not set(pids(running)) & set(before))
+    running.wait_ready()
+
+
+def test_one_slot_is_restarted_and_its_sibling_is_not(supervised: Supervised) -> None:
+    running = start(supervised, PLAIN)
+    first, second = pids(running)
+    done = peerd("restart", "1", f"--control={running.control}")
+    assert (done.returncode, str(second) in done.stdout) == (0, True)
+    assert pids(running)[0] == first
+    assert pids(running)[1] != second
+    done = peerd("restart", "2", f"--control={running.control}")
+    assert (done.returncode, "there are 0 to 1" in done.stderr) == (1, True)
+
+
+def test_commands_wait_for_each_other(supervised: Supervised) -> None:
+    running = start(supervised, f"import time\ntime.sleep(0.3)\n{PLAIN}")
+    commands = [
+        subprocess.Popen(
+            [sys.executable, "-m", "peerd", *command, f"--control={running.control}"],
+            stdout=subprocess.DEVNULL,
+        )
+        for command in (["reload"], ["restart", "0"], ["restart", "1"], ["reload"])
+    ]
+    assert [command.wait(30) for command in commands] == [0, 0, 0, 0]
+    running.wait_ready()
+
+
+def test_a_worker_that_dies_while_its_successor_loads(supervised: Supervised) -> None:
+    running = start(supervised, PLAIN)
+    (supervised.folder / "reloaded.py").write_text(f"import time\ntime.sleep(1)\n{PLAIN}")
+    old = pids(running)[0]
+    command = subprocess.Popen(
+        [sys.executable, "-m", "peerd", "restart", "0", f"--control={running.control}"],
+        stdout=subprocess.PIPE,
+    )
+    eventually(lambda: len(running.tree()) == 5)  # and the registrar
+    send_signal(old, signal.SIGKILL)
+    out, _ = command.communicate(timeout=20)
+    assert command.returncode == 0
+    assert str(pids(running)[0]) in out.decode()
+    assert version_of(running, 0) == b"1"
+    assert running.peer(0)["restarts"] == 1
+
+
+def test_a_parked_worker_can_be_restarted(supervised: Supervised) -> None:
+    running = start(supervised, PLAIN)
+    (supervised.folder / "reloaded.py").write_text("raise ValueError('broken')\n")
+    send_signal(pids(running)[0], signal.SIGKILL)
+    eventually(lambda: running.peer(0)["state"] == "crashloop", within_s=30)
+    (supervised.folder / "reloaded.py").write_text(PLAIN)
+    assert peerd("restart", "0", f"--control={running.control}").returncode == 0
+    assert running.peer(0)["state"] == "ready"
+
+
+def test_a_stop_interrupts_a_reload(supervised: Supervised) -> None:
+    running = start(supervised, PLAIN)
+    (supervised.folder / "reloaded.py").write_text(f"import time\ntime.sleep(60)\n{PLAIN}")
+    command = subprocess.Popen(
+        [sys.executable, "-m", "peerd", "reload", f"--control={running.control}"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    eventually(lambda: len(running.tree()) == 5)
+    tree = [process.pid for process in running.tree()]
+    done = peerd("stop", f"--control={running.control}")
+    assert (done.returncode, done.stdout) == (0, f"supervisor pid {running.pid} has stopped\n")
+    assert running.wait() == 0
+    _, said = command.communicate(timeout=20)
+    assert command.returncode == 1
+    assert "stopping" in said or "ended before it was ready" in said
+    eventually(lambda: all(is_gone(pid) for pid in tree))
+
+
+STUCK = """
+import time, peerd
+app = peerd.App()
+
+@app.handler("SPIN")
+def spin(message):
+    while True: pass  # here
+
+@app.handler("SLEEP")
+def sleep(message):
+    time.sleep(600)  # here
+
+@app.handler("SEQ")
+def answer(message):
+    return message.body
+"""
+
+
+@pytest.mark.parametrize("magic", ["SPIN", "SLEEP"])
+def test_a_stuck_worker_is_killed_and_its_stack_is_in_the_log(
+    supervised: Supervised, magic: str
+) -> None:
+    running = start(supervised, STUCK, "--stuck-timeout=1.5")
+    stuck, well = pids(running)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.connect(("127.0.0.1", running.ports[0]))
+        client.send(encode(magic, "1"))
+        eventually(lambda: running.peer(0)["pid"] not in (stuck, None), within_s=20)
+    running.wait_ready()
+    assert pids(running)[1] == well
+    assert "is stuck" in running.err
+    line = 1 + STUCK.splitlines().index(
+        "    while True: pass  # here" if magic == "SPIN" else "    time.sleep(600)  # here"
+    )
+    assert f'reloaded.py", line {line} in {magic.lower()}' in running.err
+    assert running.peer(0)["lost_in_flight"] == 1
+
+
+def test_a_stopped_worker_is_not_killed(supervised: Supervised) -> None:
+    running = start(supervised, STUCK, "--stuck-timeout=1")
+    before = pids(running)
+    send_signal(before[0], signal.SIGSTOP)
+    eventually(lambda: running.peer(0)["heartbeat_age_s"] > 4.0, within_s=10)
+    send_signal(before[0], signal.SIGCONT)
+    eventually(lambda: running.peer(0)["heartbeat_age_s"] < 1.0)
+    assert pids(running) == before
