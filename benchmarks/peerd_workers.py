@@ -142,6 +142,9 @@ class _Boot:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
+    def prepared(self) -> None:
+        """Nobody serves before it."""
+
     def ready(self) -> None:
         os.write(self._fd, b"+")
 
