@@ -1,6 +1,7 @@
 """Trial ``listing``: how long it takes to list 1,000 and 10,000 records.
 
-All clients are there all the time and take turns, so that a slow moment hits all of them.
+All clients are there all the time and take turns, so that a slow moment hits all of them, and each
+round begins with another one.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def _measure(bench: Bench, children: Sequence[Child], size: int) -> Iterator[Lis
     errors: dict[str, str] = {}
     for number in range(1 + ROUNDS):
         bench.progress.begin("listing", f"{size:,} records, round {number} of {ROUNDS}")
-        for child in children:
+        first = number % len(children)
+        for child in (*children[first:], *children[:first]):  # what went before has an effect
             answer = child.ask("listing", _LIMIT_S, prefix=_prefix(size))
             if "error" in answer:
                 errors[child.name] = answer["error"]
