@@ -50,6 +50,11 @@ PULSE_S = 1.0
 FIRST_ATTEMPT_S = 1.0
 """How long one of several members may take at first; twice as long after each round of them all."""
 
+SILENT_S = 5.0
+"""For how long a member that has said nothing is asked only after all others.
+
+While the others elect a leader they refuse at once, and would send everybody back to the dead one."""
+
 ROUND_PAUSE_S = 0.1
 
 _CHANNEL_OPTIONS = (
@@ -107,6 +112,7 @@ class Members:
         # Reentrant, since the garbage collector may end an abandoned stream in a thread that holds it.
         self._lock = threading.RLock()
         self._connection: Connection | None = None
+        self._silent_s: dict[Address, float] = {}
         self._token: str | None = None
         self._streams = 0
         self._no_streams = threading.Event()
@@ -206,13 +212,20 @@ class Members:
                 self._connection = self._connect(self._order[0])
             return self._connection
 
-    def leave(self, connection: Connection) -> None:
-        """Goes on with the next member. Nothing happens where that was done already."""
+    def leave(self, connection: Connection, *, silent: bool = False) -> None:
+        """Goes on with the next member. Nothing happens where that was done already.
+
+        ``silent``: it has not even refused.
+        """
         with self._lock:
             if self._connection is not connection:
                 return
             self._connection = None
+            if silent:
+                self._silent_s[connection.member] = time.monotonic()
             self._order.append(self._order.pop(0))
+            before_s = time.monotonic() - SILENT_S
+            self._order.sort(key=lambda member: self._silent_s.get(member, 0.0) > before_s)
         connection.close()
 
     def metadata(self, connection: Connection, timeout_s: float) -> tuple[tuple[str, str], ...]:
@@ -237,6 +250,7 @@ class Members:
             yield
         except grpc.RpcError as error:
             failure = self._translated(error, connection.member, timeout_s)
+            silent = "etcdserver: " not in (error.details() or "")
             # Cancelled here: the stream by its user, or the channel by who has left it already.
             works = error.code() is grpc.StatusCode.CANCELLED
         except (ValueError, grpc.FutureCancelledError) as error:
@@ -244,13 +258,13 @@ class Members:
             if isinstance(error, ValueError) and self._connection is connection:
                 raise
             failure = self._closed_meanwhile()
-            works = True
+            works, silent = True, False
         else:
             return
         if isinstance(failure, _LoginEndedError):
             self.forget_login()
         elif isinstance(failure, RegistryUnavailableError) and not works:
-            self.leave(connection)
+            self.leave(connection, silent=silent)
         # Not "from error": no gRPC object, with its call and channel, hangs on our errors.
         raise failure from None
 

@@ -95,7 +95,10 @@ class Registry:
         self._etcd = Etcd(endpoint, timeout_s, access)
         self._session = Session(self._etcd, lease_ttl_s, on_state, owner_pid or os.getpid())
         # What the last listing found. Who lists again and again finds most of it unchanged.
-        self._last_listing: tuple[dict[bytes, bytes], dict[bytes, PeerRecord]] = ({}, {})
+        self._listing = threading.Lock()
+        self._last_values: dict[bytes, bytes] = {}
+        self._last_records: dict[bytes, PeerRecord] = {}
+        self._last_listing = Listing((), skipped=0)
         self._watches: WeakSet[Watch] = WeakSet()
         self._snapshot: Snapshot | None = None
         self._caches = 0
@@ -130,14 +133,20 @@ class Registry:
         """All peers at one revision of etcd, and how many values were no record."""
         self._session.check_usable()
         values = self._etcd.values(self._folder, serializable=serializable)
-        known_values, known_records = self._last_listing
+        with self._listing:
+            if values != self._last_values:
+                self._last_listing = self._parse(values)
+            return self._last_listing
+
+    def _parse(self, values: dict[bytes, bytes]) -> Listing:
         records: dict[bytes, PeerRecord] = {}
         for key, value in values.items():
-            record = known_records.get(key) if known_values.get(key) == value else None
+            unchanged = self._last_values.get(key) == value
+            record = self._last_records.get(key) if unchanged else None
             record = record or record_of(self._folder, key, value)
             if record is not None:
                 records[key] = record
-        self._last_listing = values, records
+        self._last_values, self._last_records = values, records
         in_order = sorted(records.values(), key=attrgetter("peer_id"))
         return Listing(tuple(in_order), skipped=len(values) - len(records))
 
