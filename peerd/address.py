@@ -7,6 +7,8 @@ from urllib.parse import urlsplit
 
 from peerd.errors import SettingsError
 
+MAX_PORT = 65535
+
 
 class Address(NamedTuple):
     host: str
@@ -47,6 +49,26 @@ class EtcdEndpoints(NamedTuple):
 
     def url(self, member: Address) -> str:
         return f"{'https' if self.tls else 'http'}://{member}"
+
+
+def address_of(text: str) -> Address | None:
+    """Of ``host:port`` or ``[IPv6]:port``; None for anything else, such as a peer id.
+
+    Raises SettingsError for a port out of range.
+    """
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdecimal()):
+        return None
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        return None
+    if not host:
+        return None
+    # int() refuses thousands of digits.
+    if len(port) > 5 or not 1 <= int(port) <= MAX_PORT:
+        raise SettingsError(f"{text!r}: a port is a number from 1 to {MAX_PORT}")
+    return Address(host, int(port))
 
 
 def _scheme_and_address(url: str) -> tuple[str, Address]:

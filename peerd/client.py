@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeAlias
 
 from peerd._core import Message, decode, encode
-from peerd.address import Address
+from peerd.address import Address, address_of
 from peerd.errors import DecodeError, NoAnswerError, SettingsError
 
 if TYPE_CHECKING:
@@ -249,26 +249,6 @@ class Endpoint(NamedTuple):
     @property
     def address(self) -> Address:
         return Address(self.sockaddr[0], self.sockaddr[1])
-
-
-def address_of(text: str) -> Address | None:
-    """Of ``host:port`` or ``[IPv6]:port``; None for anything else, which may be a peer id.
-
-    Raises SettingsError for a port out of range.
-    """
-    host, _, port = text.rpartition(":")
-    if not (port.isascii() and port.isdecimal()):
-        return None
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        return None
-    if not host:
-        return None
-    # int() refuses thousands of digits.
-    if len(port) > 5 or not 1 <= int(port) <= 65535:
-        raise SettingsError(f"target {text!r}: a port is a number from 1 to 65535")
-    return Address(host, int(port))
 
 
 def resolve(address: Address) -> Endpoint:

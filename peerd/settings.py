@@ -12,14 +12,13 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peerd.address import Address, EtcdEndpoints
+from peerd.address import MAX_PORT, Address, EtcdEndpoints
 from peerd.errors import SettingsError
 
 DEFAULT_ENDPOINT = "http://localhost:23790"
 """The client port that the quick start and docker-compose.yml publish."""
 
 DEFAULT_PREFIX = "peerd"
-MAX_PORT = 65535
 MAX_PEERS = 4096
 MAX_PREFIX_BYTES = 255
 MAX_LINGER_US = 10_000
@@ -181,6 +180,9 @@ class SupervisorSettings:
 
     boot_timeout_s: float = 60.0
     """For how long a worker may load its app."""
+
+    metrics: Address | None = None
+    """Where the supervisor serves Prometheus text and health checks, over HTTP; None: nowhere."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.peers <= MAX_PEERS:

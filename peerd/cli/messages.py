@@ -12,8 +12,9 @@ import click
 import orjson
 
 from peerd._core import Message
+from peerd.address import address_of
 from peerd.cli.options import SECONDS, access_options, etcd_option, json_option, prefix_option
-from peerd.client import DEFAULT_VERSION, PeerClient, address_of, failures_named, resolve
+from peerd.client import DEFAULT_VERSION, PeerClient, failures_named, resolve
 from peerd.errors import NoAnswerError
 from peerd.settings import EtcdAccess
 
