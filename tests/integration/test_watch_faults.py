@@ -256,7 +256,6 @@ def collector_at_any_moment() -> Iterator[None]:
     gc.set_threshold(*before)
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.usefixtures("collector_at_any_moment")
 def test_200_random_faults_of_the_network(
     etcd: EtcdProcess, proxy: FaultyProxy, writer: RecordWriter
