@@ -35,7 +35,7 @@ class AppLoadError(PeerdError):
 
 
 class BindError(PeerdError):
-    """A UDP socket cannot be bound: choose another address or port, or stop who has it."""
+    """A socket cannot be bound: choose another address or port, or stop who has it."""
 
 
 class PortInUseError(BindError):

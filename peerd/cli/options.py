@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from peerd.address import Address, address_of
+from peerd.errors import SettingsError
 from peerd.settings import DEFAULT_ENDPOINT, DEFAULT_PREFIX, EtcdAccess
 
 PASSWORD_VARIABLE = "PEERD_ETCD_PASSWORD"
@@ -30,7 +32,26 @@ class _Seconds(click.FloatRange):
         return float(seconds)
 
 
+# Generic in newer versions of click only.
+class _HostPort(click.ParamType):  # type: ignore[type-arg]
+    name = "host:port"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Address:
+        if isinstance(value, Address):  # out of a file, and read by now
+            return value
+        try:
+            address = address_of(value)
+        except SettingsError as error:
+            self.fail(str(error), param, ctx)
+        if address is None:
+            self.fail(f"{value!r}: write HOST:PORT, such as localhost:9464", param, ctx)
+        return address
+
+
 SECONDS = _Seconds(min=0)
+HOST_PORT = _HostPort()
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -17,8 +17,9 @@ import click
 
 from peerd import __version__, embedded_etcd, registrar, worker
 from peerd._scoreboard import Scoreboard, Slot
+from peerd.address import Address
 from peerd.cli import logs
-from peerd.cli.options import SECONDS, access_options, etcd_option, prefix_option
+from peerd.cli.options import HOST_PORT, SECONDS, access_options, etcd_option, prefix_option
 from peerd.errors import SettingsError
 from peerd.settings import (
     DEFAULT_ENDPOINT,
@@ -30,7 +31,7 @@ from peerd.settings import (
     default_linger_us,
 )
 from peerd.supervisor import control
-from peerd.supervisor.sockets import bind_all
+from peerd.supervisor.sockets import bind_all, listen
 from peerd.supervisor.supervisor import Supervisor
 from peerd.supervisor.workers import BootReport
 
@@ -99,6 +100,13 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
     help="Path of the control socket.  [default: BASE-PORT.sock in the run-time directory]",
 )
 @click.option(
+    "--metrics",
+    type=HOST_PORT,
+    metavar="HOST:PORT",
+    help="Serve /metrics (Prometheus text), /healthz/live and /healthz/ready here, over HTTP, to "
+    "whoever reaches it.",
+)
+@click.option(
     "--offload/--no-offload",
     default=DatagramSettings.offload,
     show_default=True,
@@ -159,6 +167,7 @@ def supervise(
     partition_key: str | None,
     ttl: int,
     control_path: Path | None,
+    metrics: Address | None,
     offload: bool,
     linger: int | None,
     recv_buffer: int,
@@ -195,12 +204,14 @@ def supervise(
         recv_buffer_bytes=recv_buffer,
         stuck_timeout_s=stuck_timeout,
         stop_timeout_s=stop_timeout,
+        metrics=metrics,
     )
     logs.configure(log_level)
     _raise_descriptor_limit(peers)
     sockets = bind_all(
         settings.host, settings.base_port, settings.peers, settings.recv_buffer_bytes
     )
+    metrics_socket = listen(metrics, "--metrics") if metrics else None
     own_etcd = _own_etcd() if etcd is None else None
     path = control_path or control.default_path(settings.base_port)
     _print_first_screen(settings, own_etcd, path)
@@ -211,6 +222,7 @@ def supervise(
         registrar_entry=_registrar_entry(settings, own_etcd),
         etcd=own_etcd,
         control_path=path,
+        metrics_socket=metrics_socket,
         version=__version__,
     )
     try:
@@ -259,12 +271,14 @@ def _print_first_screen(
     if settings.peers > 1:
         ports = f"UDP ports {settings.base_port} to {settings.last_port}"
     started = ", started here with throw-away data" if own_etcd else ""
+    metrics = f"  metrics   http://{settings.metrics}/metrics\n" if settings.metrics else ""
     peers = "1 peer" if settings.peers == 1 else f"{settings.peers} peers"
     click.echo(
         f"peerd {__version__}, supervisor pid {pid}: {peers} on {settings.host}, {ports}\n"
         f"  app       {settings.app or 'built in: answers PING and ECHO'}\n"
         f"  registry  etcd at {registry.endpoint}{started}, keys {registry.prefix}/{settings.peer_id(0)}\n"
         f"  control   {control_path} (peerd status)\n"
+        f"{metrics}"
         f"  stop      Ctrl-C, peerd stop, or kill {pid}; peerd reload loads the app anew"
     )
 

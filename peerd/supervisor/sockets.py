@@ -1,6 +1,6 @@
-"""The UDP sockets of all peers, bound before the first fork.
+"""The UDP sockets of all peers and the TCP one of the metrics, bound before the first fork.
 
-Neither SO_REUSEADDR nor SO_REUSEPORT is set: with either, a second supervisor would bind the same
+On UDP, neither SO_REUSEADDR nor SO_REUSEPORT is set: with either, a second supervisor would bind the same
 ports and silently take a share of the datagrams (socket(7)), where it should fail.
 """
 
@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 from dataclasses import dataclass
+from typing import Literal
 
 import psutil
 
@@ -28,6 +29,10 @@ SO_MEMINFO = 55
 # linux/sock_diag.h: SK_MEMINFO_RMEM_ALLOC, ..., SK_MEMINFO_DROPS.
 MEMINFO = struct.Struct("9I")
 
+LISTEN_BACKLOG = 64
+
+Protocol = Literal["tcp", "udp"]
+
 
 @dataclass(frozen=True)
 class QueueState:
@@ -41,7 +46,7 @@ def bind_all(host: str, base_port: int, count: int, recv_buffer_bytes: int) -> l
 
     Raises PortInUseError, or BindError when the host does not resolve or the bind is refused.
     """
-    family, address = _resolve(host)
+    family, address = _resolve(host, "--host")
     with contextlib.ExitStack() as opened:
         sockets = []
         for port in range(base_port, base_port + count):
@@ -49,12 +54,31 @@ def bind_all(host: str, base_port: int, count: int, recv_buffer_bytes: int) -> l
             if family == socket.AF_INET6:
                 # "::" then takes IPv4 as well, whatever net.ipv6.bindv6only says (ipv6(7)).
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            _bind(sock, host, address, port)
+            _bind(sock, host, address, port, "--base-port")
             _grow_buffer(sock, recv_buffer_bytes)
             sockets.append(sock)
         opened.pop_all()
     _warn_of_small_buffer(sockets[0], recv_buffer_bytes)
     return sockets
+
+
+def listen(at: Address, flag: str) -> socket.socket:
+    """A listening TCP socket that does not block; errors name the flag that the address came from.
+
+    Raises PortInUseError, or BindError when the host does not resolve or the bind is refused.
+    """
+    family, address = _resolve(at.host, flag)
+    with contextlib.ExitStack() as opened:
+        sock = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        # Who closes a connection first keeps its port in TIME_WAIT, and here that is the server: the
+        # next supervisor could not bind for a minute. Two listeners it does not allow on TCP (socket(7)).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        _bind(sock, at.host, address, at.port, flag)
+        sock.setblocking(False)
+        opened.pop_all()
+    return sock
 
 
 def queue_state(sock: socket.socket) -> QueueState:
@@ -63,7 +87,9 @@ def queue_state(sock: socket.socket) -> QueueState:
     return QueueState(queued_bytes=fields[0], dropped=fields[8])
 
 
-def port_holder(family: socket.AddressFamily, address: str, port: int) -> str | None:
+def port_holder(
+    family: socket.AddressFamily, address: str, port: int, protocol: Protocol = "udp"
+) -> str | None:
     """Whose socket is in the way of binding this, as a person would say it.
 
     None when it cannot be seen (another user's).
@@ -71,9 +97,10 @@ def port_holder(family: socket.AddressFamily, address: str, port: int) -> str | 
     try:
         taken = [
             found
-            for found in psutil.net_connections("udp")
+            for found in psutil.net_connections(protocol)
             if found.laddr
             and found.laddr.port == port
+            and found.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)
             and _overlap(family, address, found.family, found.laddr.ip)
         ]
     except (psutil.Error, OSError):
@@ -84,7 +111,7 @@ def port_holder(family: socket.AddressFamily, address: str, port: int) -> str | 
     try:
         holder = psutil.Process(pids[0])
         # A worker shares its socket with its supervisor, and the supervisor is whom to stop.
-        while (parent := holder.parent()) is not None and _has_udp_port(parent, port):
+        while (parent := holder.parent()) is not None and _has_port(parent, port, protocol):
             holder = parent
         # A process title comes as one argument, filled up with spaces (setproctitle).
         command = " ".join(" ".join(holder.cmdline()).split()) or holder.name()
@@ -100,45 +127,48 @@ def _overlap(family: int, address: str, other_family: int, other: str) -> bool:
     return "::" in (address, other)  # takes IPv4 as well
 
 
-def _has_udp_port(process: psutil.Process, port: int) -> bool:
+def _has_port(process: psutil.Process, port: int, protocol: Protocol) -> bool:
     try:
         return any(
-            found.laddr and found.laddr.port == port for found in process.net_connections("udp")
+            found.laddr and found.laddr.port == port for found in process.net_connections(protocol)
         )
     except (psutil.Error, OSError):
         return False
 
 
-def _resolve(host: str) -> tuple[socket.AddressFamily, str]:
+def _resolve(host: str, flag: str) -> tuple[socket.AddressFamily, str]:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)
     except OSError as error:
         raise BindError(
-            f"cannot bind to host {host!r}: {error.strerror}; use --host with an address of this machine"
+            f"cannot bind to host {host!r}: {error.strerror}; use {flag} with an address of this machine"
         ) from None
     # "localhost" is both ::1 and 127.0.0.1; most clients try IPv4.
     family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     return family, str(address[0])
 
 
-def _bind(sock: socket.socket, host: str, address: str, port: int) -> None:
+def _bind(sock: socket.socket, host: str, address: str, port: int, flag: str) -> None:
+    protocol: Protocol = "tcp" if sock.type == socket.SOCK_STREAM else "udp"
     try:
         sock.bind((address, port))
+        if protocol == "tcp":
+            sock.listen(LISTEN_BACKLOG)  # of two that bind at once, this fails for the second
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            holder = port_holder(sock.family, address, port)
+            holder = port_holder(sock.family, address, port, protocol)
             who = f"held by {holder}" if holder else "held by a process that this user cannot see"
             raise PortInUseError(
                 port,
                 holder,
-                f"UDP port {port} is in use, {who}: stop it, or choose another --base-port",
+                f"{protocol.upper()} port {port} is in use, {who}: stop it, or choose another {flag}",
             ) from None
         reasons = {
             errno.EACCES: "ports below 1024 need root or CAP_NET_BIND_SERVICE",
             errno.EADDRNOTAVAIL: "this machine has no such address",
         }
         reason = reasons.get(error.errno or 0, os.strerror(error.errno or 0))
-        raise BindError(f"cannot bind UDP {Address(host, port)}: {reason}") from None
+        raise BindError(f"cannot bind {protocol.upper()} {Address(host, port)}: {reason}") from None
 
 
 def _grow_buffer(sock: socket.socket, size_bytes: int) -> None:

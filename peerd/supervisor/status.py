@@ -37,11 +37,20 @@ class StatusReport:
 
     def all_get_on(self) -> bool:
         """Whether every peer is ready and its loop has turned lately."""
-        return all(
-            slot.state is PeerState.READY
-            and _seconds_since(slot.heartbeat_ns) < self._settings.liveness_timeout_s
-            for slot in self._board.slots
-        )
+        return not self.laggards()
+
+    def laggards(self) -> list[str]:
+        """Each peer that does not get on, with its state or for how long its loop has not turned."""
+        found = []
+        for slot in self._board.slots:
+            age_s = _seconds_since(slot.heartbeat_ns)
+            if slot.state is not PeerState.READY:
+                found.append(f"{self._settings.peer_id(slot.index)} ({slot.state.name.lower()})")
+            elif age_s >= self._settings.liveness_timeout_s:
+                found.append(
+                    f"{self._settings.peer_id(slot.index)} (has not turned for {age_s:.0f} s)"
+                )
+        return found
 
     def build(self, state: str) -> dict[str, object]:
         """The document of the design's ``peerd status --json``."""
@@ -54,11 +63,17 @@ class StatusReport:
                 "version": self._version,
             },
             "registry": {
-                "state": self._registry_state().name.lower(),
+                "state": self.registry_state().name.lower(),
                 "endpoint": self._settings.registry.endpoint,
             },
             "peers": [self._peer(slot) for slot in self._board.slots],
         }
+
+    def registry_state(self) -> RegistryState:
+        """What the registrar says, unless it has not got on for a while."""
+        if _seconds_since(self._board.registrar_heartbeat_ns) > REGISTRAR_STALE_S:
+            return RegistryState.SUSPENDED
+        return self._board.registry_state
 
     def _peer(self, slot: Slot) -> dict[str, object]:
         counters = slot.counters()
@@ -88,12 +103,6 @@ class StatusReport:
             "counters": counters,
             "histograms": slot.histograms(),
         }
-
-    def _registry_state(self) -> RegistryState:
-        """What the registrar says, unless it has not got on for a while."""
-        if _seconds_since(self._board.registrar_heartbeat_ns) > REGISTRAR_STALE_S:
-            return RegistryState.SUSPENDED
-        return self._board.registry_state
 
     def _usage(self, pid: int) -> tuple[int, float]:
         process = self._processes.get(pid)

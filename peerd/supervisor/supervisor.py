@@ -41,6 +41,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from setproctitle import setproctitle
 
@@ -55,6 +56,9 @@ from peerd.supervisor.processes import Child, Exit, redirect_output, spawn
 from peerd.supervisor.restart import Failure, RestartPolicy, next_restart
 from peerd.supervisor.status import StatusReport
 from peerd.supervisor.workers import Worker, WorkerEntry, start_worker
+
+if TYPE_CHECKING:
+    from peerd.supervisor.metrics import MetricsServer
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +157,7 @@ class Supervisor:
         registrar_entry: RegistrarEntry,
         etcd: EmbeddedEtcdSettings | None,
         control_path: Path,
+        metrics_socket: socket.socket | None,
         version: str,
     ) -> None:
         self._settings = settings
@@ -178,6 +183,9 @@ class Supervisor:
         self._lifeline_fd: int | None = None
         self._registrar_report_fd: int | None = None
         self._control: ControlServer | None = None
+        self._metrics_socket = metrics_socket
+        self._metrics: MetricsServer | None = None
+        self._version = version
         self._phase = _Phase.SERVING
         self._stop_s = 0.0
         self._kill_s = 0.0
@@ -194,6 +202,7 @@ class Supervisor:
         with self._signals():
             try:
                 self._open_control()
+                self._open_metrics()
                 # Before the etcd, whose folder it removes if this process is killed.
                 self._start(self._registrar)
                 for peer in self._peers:
@@ -843,6 +852,19 @@ class Supervisor:
         except (OSError, ControlError) as error:
             log.info("no control socket, so no 'peerd status': %s: %s", self._control_path, error)
 
+    def _open_metrics(self) -> None:
+        if self._metrics_socket is None:
+            return
+        # Not at the top: only who asks for metrics pays for prometheus_client. Not at the first
+        # scrape either, since it takes the time of many.
+        from peerd.supervisor.metrics import MetricsServer, ScoreboardCollector
+
+        sockets = [peer.sock for peer in self._peers]
+        collector = ScoreboardCollector(
+            self._settings, sockets, self._board, self._status, self._version
+        )
+        self._metrics = MetricsServer(self._metrics_socket, collector, self._status, self._selector)
+
     def _release(self) -> None:
         """After the last phase there is nothing left to end here; after an exception there is."""
         self._close_lifeline()
@@ -862,3 +884,5 @@ class Supervisor:
             peer.sock.close()
         if self._control is not None:
             self._control.close()
+        if self._metrics is not None:
+            self._metrics.close()

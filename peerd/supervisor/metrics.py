@@ -1,0 +1,461 @@
+"""``--metrics``: the scoreboard as Prometheus text, and two health checks, over HTTP.
+
+    /metrics        what the workers count, and how each peer gets on
+    /healthz/live   200 while the supervisor's loop turns: no answer means that it does not
+    /healthz/ready  200 when every peer is ready and gets on, else 503, with who is not in one line
+
+The server lives in the supervisor's selector and never blocks. Every connection carries one GET, and
+costs one bounded entry in a table: too long a request is dropped, so is who takes too long, when the
+next one comes, and the oldest when the table is full.
+
+The counters are in the scoreboard, which outlives the workers: none goes back when one is replaced.
+A scrape costs the supervisor some 5 us a sample and 70 samples a peer, and while it writes them it
+does nothing else. So a text is given out again for ten times as long as it took to write: however
+often and by how many it is asked for, it takes a tenth of the supervisor's time.
+
+Rejected: prometheus_client's own server. It is a thread, and what forks has none. For the same reason
+nothing here counts by prometheus_client's metrics, and its collectors of this process are left out.
+
+This module is imported for ``--metrics`` only: prometheus_client takes 65 ms and some megabytes.
+"""
+
+from __future__ import annotations
+
+import re
+import selectors
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from http import HTTPStatus
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from peerd._scoreboard import COUNTER_NAMES, PeerState, RegistryState, Scoreboard, Slot
+from peerd.settings import SupervisorSettings
+from peerd.supervisor.sockets import QueueState, queue_state
+from peerd.supervisor.status import StatusReport
+
+MAX_REQUEST_BYTES = 8 * 1024
+MAX_CLIENTS = 32
+CLIENT_TIMEOUT_S = 5.0
+
+SPARED = 10
+"""A text is given out again for so many times as long as it took to write."""
+
+MOST_NAMES = 8
+"""Peers in the one line of /healthz/ready."""
+
+# Every name that we give is plain ASCII, so this is true with any version of prometheus_client, whose
+# constant for "the latest" is of a format that old servers do not know.
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+PLAIN_TEXT = "text/plain; charset=utf-8"
+
+COUNTERS: Mapping[str, tuple[str, str]] = {
+    "rx_datagrams": ("peerd_rx_datagrams_total", "Datagrams that workers have read."),
+    "rx_messages": ("peerd_rx_messages_total", "Messages that handlers were called with."),
+    "rx_bytes": ("peerd_rx_bytes_total", "Bytes of the datagrams that workers have read."),
+    "handled": (
+        "peerd_handled_datagrams_total",
+        "Datagrams that workers are done with; those lost in flight too, once there is a successor.",
+    ),
+    "handler_errors": ("peerd_handler_errors_total", "Messages whose handler raised."),
+    "tx_messages": ("peerd_tx_messages_total", "Replies that the kernel took."),
+    "tx_bytes": ("peerd_tx_bytes_total", "Bytes of the replies that the kernel took."),
+    "tx_gso_refused": (
+        "peerd_tx_gso_refused_total",
+        "Joined sends (UDP_SEGMENT) that the kernel refused, and that went out one by one.",
+    ),
+    "icmp_errors": (
+        "peerd_icmp_errors_total",
+        "ICMP errors about replies, such as port unreachable.",
+    ),
+    "lingers": ("peerd_lingers_total", "Turns that waited for more after a short batch."),
+    "turns": ("peerd_turns_total", "Turns of the workers' loops."),
+}
+"""The metric and its help, by the scoreboard's counter."""
+
+RX_DROPPED: Mapping[str, str] = {
+    name: name.removeprefix("rx_")
+    for name in COUNTER_NAMES
+    if name in ("rx_truncated", "unknown_magic") or name.startswith("decode_")
+}
+TX_DROPPED: Mapping[str, str] = {
+    name: name.removeprefix("tx_dropped_")
+    for name in COUNTER_NAMES
+    if name.startswith("tx_dropped_")
+}
+"""The reason, by the scoreboard's counter."""
+
+UINT32_MASK = 0xFFFF_FFFF
+
+END_OF_HEADERS = re.compile(rb"\r?\n\r?\n")
+
+
+class MetricsServer:
+    """Answers HTTP from within the supervisor's selector; never blocks."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        collector: ScoreboardCollector,
+        status: StatusReport,
+        selector: selectors.BaseSelector,
+    ) -> None:
+        """The listener must not block. It is the server's from here on."""
+        self._listener = listener
+        self._registry = CollectorRegistry()
+        self._registry.register(collector)
+        self._status = status
+        self._selector = selector
+        self._clients: dict[socket.socket, _Client] = {}
+        self._text = b""
+        self._text_until_s = 0.0
+        self._pages: Mapping[bytes, Callable[[], _Response]] = {
+            b"/metrics": self._metrics,
+            b"/healthz/live": lambda: _response(HTTPStatus.OK, b"live\n"),
+            b"/healthz/ready": self._ready,
+        }
+        selector.register(listener, selectors.EVENT_READ, self._accept)
+
+    def close(self) -> None:
+        for client in list(self._clients.values()):
+            self._drop(client)
+        self._selector.unregister(self._listener)
+        self._listener.close()
+
+    def _accept(self, _events: int) -> None:
+        now_s = time.monotonic()
+        for client in [each for each in self._clients.values() if each.deadline_s <= now_s]:
+            self._drop(client)
+        for _ in range(MAX_CLIENTS):
+            try:
+                connection, _address = self._listener.accept()
+            except OSError:  # no more, or no descriptor left
+                return
+            if len(self._clients) >= MAX_CLIENTS:
+                self._drop(next(iter(self._clients.values())))
+            connection.setblocking(False)
+            self._admit(_Client(connection, now_s + CLIENT_TIMEOUT_S))
+
+    def _admit(self, client: _Client) -> None:
+        self._clients[client.connection] = client
+        self._selector.register(
+            client.connection, selectors.EVENT_READ, lambda _: self._read(client)
+        )
+
+    def _read(self, client: _Client) -> None:
+        try:
+            chunk = client.connection.recv(MAX_REQUEST_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            chunk = b""
+        client.received += chunk
+        if not chunk or len(client.received) > MAX_REQUEST_BYTES:
+            self._drop(client)
+        elif END_OF_HEADERS.search(client.received):
+            client.unsent = deque(memoryview(part) for part in self._answer(client.received))
+            self._selector.modify(
+                client.connection, selectors.EVENT_WRITE, lambda _: self._write(client)
+            )
+            self._write(client)
+
+    def _write(self, client: _Client) -> None:
+        try:
+            while client.unsent:
+                part = client.unsent[0]
+                part = client.unsent[0] = part[client.connection.send(part) :]
+                if not part:
+                    client.unsent.popleft()
+        except BlockingIOError:
+            return
+        except OSError:
+            pass  # it went away
+        self._drop(client)
+
+    def _drop(self, client: _Client) -> None:
+        del self._clients[client.connection]
+        self._selector.unregister(client.connection)
+        client.connection.close()
+
+    def _answer(self, request: bytes) -> _Response:
+        words = request.splitlines()[0].split()
+        if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
+            return _response(HTTPStatus.BAD_REQUEST, b"this speaks HTTP/1.1\n")
+        if words[0] != b"GET":
+            return _response(HTTPStatus.METHOD_NOT_ALLOWED, b"GET is all there is\n", "Allow: GET")
+        page = self._pages.get(words[1].partition(b"?")[0])
+        if page is None:
+            known = b", ".join(self._pages)
+            return _response(HTTPStatus.NOT_FOUND, b"there are " + known + b"\n")
+        return page()
+
+    def _metrics(self) -> _Response:
+        begun_s = time.monotonic()
+        if begun_s >= self._text_until_s:
+            self._text = generate_latest(self._registry)
+            ended_s = time.monotonic()
+            self._text_until_s = ended_s + SPARED * (ended_s - begun_s)
+        return _response(HTTPStatus.OK, self._text, f"Content-Type: {PROMETHEUS_TEXT}")
+
+    def _ready(self) -> _Response:
+        laggards = self._status.laggards()
+        if not laggards:
+            return _response(HTTPStatus.OK, b"ready\n")
+        more = len(laggards) - MOST_NAMES
+        if more > 0:
+            laggards[MOST_NAMES:] = [f"and {more} more"]
+        line = f"not ready: {', '.join(laggards)}\n"
+        return _response(HTTPStatus.SERVICE_UNAVAILABLE, line.encode("utf-8", "replace"))
+
+
+class _Client:
+    def __init__(self, connection: socket.socket, deadline_s: float) -> None:
+        self.connection = connection
+        self.deadline_s = deadline_s
+        self.received = b""
+        self.unsent: deque[memoryview] = deque()
+
+
+_Response = tuple[bytes, bytes]
+"""Headers and body; apart, so that clients share one text of the metrics."""
+
+
+def _response(status: HTTPStatus, body: bytes, *headers: str) -> _Response:
+    """Plain text, unless a header says otherwise."""
+    if not any(header.startswith("Content-Type:") for header in headers):
+        headers = (f"Content-Type: {PLAIN_TEXT}", *headers)
+    lines = [
+        f"HTTP/1.1 {status.value} {status.phrase}",
+        *headers,
+        f"Content-Length: {len(body)}",
+        "Cache-Control: no-store",
+        "Connection: close",
+    ]
+    return "".join(f"{line}\r\n" for line in (*lines, "")).encode(), body
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One peer, as it was when the scrape began."""
+
+    peer_id: str
+    slot: Slot
+    queue: QueueState
+    dropped_by_kernel: int
+    counters: Mapping[str, int]
+    histograms: Mapping[str, Sequence[int]]
+
+
+class ScoreboardCollector(Collector):
+    """What prometheus_client writes down. Counters are read at the time of the scrape, not kept."""
+
+    def __init__(
+        self,
+        settings: SupervisorSettings,
+        sockets: Sequence[socket.socket],
+        board: Scoreboard,
+        status: StatusReport,
+        version: str,
+    ) -> None:
+        self._board = board
+        self._status = status
+        self._version = version
+        self._peers = [
+            (settings.peer_id(slot.index), slot, _KernelDrops(sock))
+            for slot, sock in zip(board.slots, sockets, strict=True)
+        ]
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing clashes with these names: the registry has this collector only."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Raises OSError when the kernel does not tell about a socket."""
+        readings = [
+            _Reading(peer_id, slot, *drops.read(), slot.counters(), slot.histograms())
+            for peer_id, slot, drops in self._peers
+        ]
+        yield _gauge("peerd_info", "The supervisor.", ("version",), [((self._version,), 1)])
+        yield _gauge(
+            "peerd_registry_state",
+            "1 for the state of the connection to etcd, 0 for the others.",
+            ("state",),
+            _one_hot((), RegistryState, self._status.registry_state()),
+        )
+        yield from _of_slots(readings)
+        yield from _of_workers(readings)
+        yield _batches(readings)
+        yield _turns(readings)
+
+
+class _KernelDrops:
+    """The kernel's 32-bit count of a socket's drops, continued where it wraps."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._dropped = 0
+
+    def read(self) -> tuple[QueueState, int]:
+        """Raises OSError."""
+        queue = queue_state(self._sock)
+        self._dropped += (queue.dropped - self._dropped) & UINT32_MASK
+        return queue, self._dropped
+
+
+def _of_slots(readings: Sequence[_Reading]) -> Iterator[Metric]:
+    """What the supervisor and the registrar know of each peer."""
+    now_ns = time.monotonic_ns()
+    yield _gauge(
+        "peerd_peer_state",
+        "1 for the peer's state, 0 for the others.",
+        ("peer", "state"),
+        [
+            sample
+            for each in readings
+            for sample in _one_hot((each.peer_id,), PeerState, each.slot.state)
+        ],
+    )
+    yield _gauge(
+        "peerd_heartbeat_age_seconds",
+        "Since the last turn of the worker's loop; 0.25 at most in a loop that turns.",
+        ("peer",),
+        [
+            ((each.peer_id,), max(0, now_ns - each.slot.heartbeat_ns) / 1e9)
+            for each in readings
+            if each.slot.heartbeat_ns
+        ],
+    )
+    yield _gauge(
+        "peerd_registered",
+        "1 while the peer's record is in etcd.",
+        ("peer",),
+        [((each.peer_id,), each.slot.registered) for each in readings],
+    )
+    yield _gauge(
+        "peerd_conflict",
+        "1 while somebody else's live record has the peer's id.",
+        ("peer",),
+        [((each.peer_id,), bool(each.slot.holder)) for each in readings],
+    )
+    yield _counter(
+        "peerd_restarts_total",
+        "Workers that were started because another had died.",
+        ("peer",),
+        [((each.peer_id,), each.slot.restarts) for each in readings],
+    )
+    yield _counter(
+        "peerd_worker_starts_total",
+        "Workers that took the socket: the first, restarted ones, those of a reload.",
+        ("peer",),
+        [((each.peer_id,), each.slot.generation) for each in readings],
+    )
+    yield _counter(
+        "peerd_lost_in_flight_total",
+        "Datagrams that workers had read and not answered when they died.",
+        ("peer",),
+        [((each.peer_id,), each.slot.lost_in_flight) for each in readings],
+    )
+
+
+def _of_workers(readings: Sequence[_Reading]) -> Iterator[Metric]:
+    for name, (metric, explained) in COUNTERS.items():
+        yield _counter(
+            metric,
+            explained,
+            ("peer",),
+            [((each.peer_id,), each.counters[name]) for each in readings],
+        )
+    received = [
+        ((each.peer_id, reason), each.counters[name])
+        for each in readings
+        for name, reason in RX_DROPPED.items()
+    ]
+    yield _counter(
+        "peerd_rx_dropped_total",
+        'Datagrams that no handler saw; reason="kernel": the receive buffer was full (joined '
+        "datagrams count as one).",
+        ("peer", "reason"),
+        [*(((each.peer_id, "kernel"), each.dropped_by_kernel) for each in readings), *received],
+    )
+    yield _counter(
+        "peerd_tx_dropped_total",
+        "Replies that were not sent.",
+        ("peer", "reason"),
+        [
+            ((each.peer_id, reason), each.counters[name])
+            for each in readings
+            for name, reason in TX_DROPPED.items()
+        ],
+    )
+    yield _gauge(
+        "peerd_rx_queued_bytes",
+        "What the kernel holds for the worker to read.",
+        ("peer",),
+        [((each.peer_id,), each.queue.queued_bytes) for each in readings],
+    )
+
+
+def _batches(readings: Sequence[_Reading]) -> Metric:
+    metric = HistogramMetricFamily(
+        "peerd_batch_datagrams", "Datagrams that one turn has read.", labels=("peer",)
+    )
+    for each in readings:
+        counts = each.histograms["batch_datagrams"]
+        # Bucket i ends with 2**(i+1) - 1, and datagrams are whole ones.
+        bounds = [float(2 ** (i + 1) - 1) for i in range(len(counts) - 1)]
+        buckets = _cumulated(bounds, counts)
+        metric.add_metric((each.peer_id,), buckets, each.counters["rx_datagrams"])
+    return metric
+
+
+def _turns(readings: Sequence[_Reading]) -> Metric:
+    metric = HistogramMetricFamily(
+        "peerd_turn_seconds",
+        "How long a turn took: read, handle, reply. It has no sum, since none is kept.",
+        labels=("peer",),
+    )
+    for each in readings:
+        counts = each.histograms["turn_us"]
+        # Whole microseconds, cut off: what is counted as 2**(i+1) - 1 took less than 2**(i+1).
+        bounds = [2 ** (i + 1) / 1e6 for i in range(len(counts) - 1)]
+        metric.add_metric((each.peer_id,), _cumulated(bounds, counts), None)
+    return metric
+
+
+def _cumulated(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Each bucket of Prometheus holds those below it as well; the last has no end."""
+    ends = [*map(str, bounds), "+Inf"]
+    return list(zip(ends, accumulate(counts), strict=True))
+
+
+_Samples = Iterable[tuple[tuple[str, ...], float]]
+
+
+def _counter(name: str, explained: str, labels: tuple[str, ...], samples: _Samples) -> Metric:
+    metric = CounterMetricFamily(name, explained, labels=labels)
+    for values, value in samples:
+        metric.add_metric(values, value)
+    return metric
+
+
+def _gauge(name: str, explained: str, labels: tuple[str, ...], samples: _Samples) -> Metric:
+    metric = GaugeMetricFamily(name, explained, labels=labels)
+    for values, value in samples:
+        metric.add_metric(values, value)
+    return metric
+
+
+def _one_hot(labels: tuple[str, ...], states: type[IntEnum], state: IntEnum) -> _Samples:
+    return [((*labels, each.name.lower()), each is state) for each in states]
