@@ -9,9 +9,11 @@ costs one bounded entry in a table: too long a request is dropped, so is who tak
 next one comes, and the oldest when the table is full.
 
 The counters are in the scoreboard, which outlives the workers: none goes back when one is replaced.
-A scrape costs the supervisor some 5 us a sample and 70 samples a peer, and while it writes them it
-does nothing else. So a text is given out again for ten times as long as it took to write: however
-often and by how many it is asked for, it takes a tenth of the supervisor's time.
+While the supervisor writes them it does nothing else, and to write the 70 samples of a peer takes
+prometheus_client 0.35 ms. But nothing of the text changes except its numbers. So prometheus_client writes
+it once, at the start, and a scrape fills in the numbers: 2 ms for 64 peers instead of 23. And a text is
+given out again for ten times as long as it took to write: however often and by how many it is asked
+for, it takes a tenth of the supervisor's time.
 
 Rejected: prometheus_client's own server. It is a thread, and what forks has none. For the same reason
 nothing here counts by prometheus_client's metrics, and its collectors of this process are left out.
@@ -31,6 +33,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from http import HTTPStatus
 from itertools import accumulate
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -114,8 +117,7 @@ class MetricsServer:
     ) -> None:
         """The listener must not block. It is the server's from here on."""
         self._listener = listener
-        self._registry = CollectorRegistry()
-        self._registry.register(collector)
+        self._form = _Form(collector)
         self._status = status
         self._selector = selector
         self._clients: dict[socket.socket, _Client] = {}
@@ -204,7 +206,7 @@ class MetricsServer:
     def _metrics(self) -> _Response:
         begun_s = time.monotonic()
         if begun_s >= self._text_until_s:
-            self._text = generate_latest(self._registry)
+            self._text = self._form.filled_in()
             ended_s = time.monotonic()
             self._text_until_s = ended_s + SPARED * (ended_s - begun_s)
         return _response(HTTPStatus.OK, self._text, f"Content-Type: {PROMETHEUS_TEXT}")
@@ -258,8 +260,58 @@ class _Reading:
     histograms: Mapping[str, Sequence[int]]
 
 
+class _Family(NamedTuple):
+    """A counter or a gauge, with a value for each set of labels."""
+
+    make: type[CounterMetricFamily | GaugeMetricFamily]
+    name: str
+    explained: str
+    labels: tuple[str, ...]
+    samples: Sequence[tuple[tuple[str, ...], float]]
+
+    def metric(self) -> Metric:
+        metric = self.make(self.name, self.explained, labels=self.labels)
+        for labels, value in self.samples:
+            metric.add_metric(labels, value)
+        return metric
+
+    def values(self) -> Iterable[float]:
+        return [value for _, value in self.samples]
+
+
+class _Histogram(NamedTuple):
+    """The scoreboard's buckets, and the sum of what they count where one is kept."""
+
+    name: str
+    explained: str
+    ends: Sequence[float]
+    """Of all buckets but the last, which has none."""
+
+    samples: Sequence[tuple[str, Sequence[int], int | None]]
+    """Peer, buckets, sum."""
+
+    def metric(self) -> Metric:
+        metric = HistogramMetricFamily(self.name, self.explained, labels=("peer",))
+        ends = [*map(str, self.ends), "+Inf"]
+        for peer_id, counts, total in self.samples:
+            # Each bucket of Prometheus holds those below it as well.
+            buckets = list(zip(ends, accumulate(counts), strict=True))
+            metric.add_metric((peer_id,), buckets, total)
+        return metric
+
+    def values(self) -> Iterable[float]:
+        for _, counts, total in self.samples:
+            yield from accumulate(counts)
+            if total is not None:
+                yield sum(counts)
+                yield total
+
+
 class ScoreboardCollector(Collector):
-    """What prometheus_client writes down. Counters are read at the time of the scrape, not kept."""
+    """What prometheus_client writes down. Counters are read at the time of the scrape, not kept.
+
+    Peers, states and reasons are known from the start: the same samples come every time.
+    """
 
     def __init__(
         self,
@@ -272,6 +324,7 @@ class ScoreboardCollector(Collector):
         self._board = board
         self._status = status
         self._version = version
+        self._started_ns = time.monotonic_ns()
         self._peers = [
             (settings.peer_id(slot.index), slot, _KernelDrops(sock))
             for slot, sock in zip(board.slots, sockets, strict=True)
@@ -283,6 +336,13 @@ class ScoreboardCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Raises OSError when the kernel does not tell about a socket."""
+        return (family.metric() for family in self._families())
+
+    def values(self) -> Iterator[float]:
+        """The values of what ``collect`` gives, in that order. Raises OSError as it does."""
+        return (value for family in self._families() for value in family.values())
+
+    def _families(self) -> Iterator[_Family | _Histogram]:
         readings = [
             _Reading(peer_id, slot, *drops.read(), slot.counters(), slot.histograms())
             for peer_id, slot, drops in self._peers
@@ -294,10 +354,31 @@ class ScoreboardCollector(Collector):
             ("state",),
             _one_hot((), RegistryState, self._status.registry_state()),
         )
-        yield from _of_slots(readings)
+        yield from _of_slots(readings, self._started_ns)
         yield from _of_workers(readings)
         yield _batches(readings)
         yield _turns(readings)
+
+
+class _Form:
+    """The text of a collector, as prometheus_client writes it, with the numbers left open."""
+
+    def __init__(self, collector: ScoreboardCollector) -> None:
+        self._collector = collector
+        registry = CollectorRegistry()
+        registry.register(collector)
+        self._before_values: list[str] = []
+        comments = ""
+        for line in generate_latest(registry).decode().split("\n")[:-1]:
+            if line.startswith("#"):
+                comments += f"{line}\n"
+            else:
+                self._before_values.append(comments + line.rpartition(" ")[0])
+                comments = ""
+
+    def filled_in(self) -> bytes:
+        pairs = zip(self._before_values, self._collector.values(), strict=True)
+        return "".join([f"{before} {value}\n" for before, value in pairs]).encode()
 
 
 class _KernelDrops:
@@ -314,7 +395,7 @@ class _KernelDrops:
         return queue, self._dropped
 
 
-def _of_slots(readings: Sequence[_Reading]) -> Iterator[Metric]:
+def _of_slots(readings: Sequence[_Reading], started_ns: int) -> Iterator[_Family]:
     """What the supervisor and the registrar know of each peer."""
     now_ns = time.monotonic_ns()
     yield _gauge(
@@ -329,25 +410,25 @@ def _of_slots(readings: Sequence[_Reading]) -> Iterator[Metric]:
     )
     yield _gauge(
         "peerd_heartbeat_age_seconds",
-        "Since the last turn of the worker's loop; 0.25 at most in a loop that turns.",
+        "Since the last turn of the worker's loop, or the supervisor's start; 0.25 at most in a loop "
+        "that turns.",
         ("peer",),
         [
-            ((each.peer_id,), max(0, now_ns - each.slot.heartbeat_ns) / 1e9)
+            ((each.peer_id,), max(0, now_ns - (each.slot.heartbeat_ns or started_ns)) / 1e9)
             for each in readings
-            if each.slot.heartbeat_ns
         ],
     )
     yield _gauge(
         "peerd_registered",
         "1 while the peer's record is in etcd.",
         ("peer",),
-        [((each.peer_id,), each.slot.registered) for each in readings],
+        [((each.peer_id,), int(each.slot.registered)) for each in readings],
     )
     yield _gauge(
         "peerd_conflict",
         "1 while somebody else's live record has the peer's id.",
         ("peer",),
-        [((each.peer_id,), bool(each.slot.holder)) for each in readings],
+        [((each.peer_id,), int(bool(each.slot.holder))) for each in readings],
     )
     yield _counter(
         "peerd_restarts_total",
@@ -369,7 +450,7 @@ def _of_slots(readings: Sequence[_Reading]) -> Iterator[Metric]:
     )
 
 
-def _of_workers(readings: Sequence[_Reading]) -> Iterator[Metric]:
+def _of_workers(readings: Sequence[_Reading]) -> Iterator[_Family]:
     for name, (metric, explained) in COUNTERS.items():
         yield _counter(
             metric,
@@ -407,55 +488,38 @@ def _of_workers(readings: Sequence[_Reading]) -> Iterator[Metric]:
     )
 
 
-def _batches(readings: Sequence[_Reading]) -> Metric:
-    metric = HistogramMetricFamily(
-        "peerd_batch_datagrams", "Datagrams that one turn has read.", labels=("peer",)
-    )
-    for each in readings:
-        counts = each.histograms["batch_datagrams"]
-        # Bucket i ends with 2**(i+1) - 1, and datagrams are whole ones.
-        bounds = [float(2 ** (i + 1) - 1) for i in range(len(counts) - 1)]
-        buckets = _cumulated(bounds, counts)
-        metric.add_metric((each.peer_id,), buckets, each.counters["rx_datagrams"])
-    return metric
+def _batches(readings: Sequence[_Reading]) -> _Histogram:
+    samples = [
+        (each.peer_id, each.histograms["batch_datagrams"], each.counters["rx_datagrams"])
+        for each in readings
+    ]
+    # Bucket i ends with 2**(i+1) - 1, and datagrams are whole ones.
+    ends = [float(2 ** (i + 1) - 1) for i in range(len(samples[0][1]) - 1)]
+    return _Histogram("peerd_batch_datagrams", "Datagrams that one turn has read.", ends, samples)
 
 
-def _turns(readings: Sequence[_Reading]) -> Metric:
-    metric = HistogramMetricFamily(
+def _turns(readings: Sequence[_Reading]) -> _Histogram:
+    samples = [(each.peer_id, each.histograms["turn_us"], None) for each in readings]
+    # Whole microseconds, cut off: what is counted as 2**(i+1) - 1 took less than 2**(i+1).
+    ends = [2 ** (i + 1) / 1e6 for i in range(len(samples[0][1]) - 1)]
+    return _Histogram(
         "peerd_turn_seconds",
         "How long a turn took: read, handle, reply. It has no sum, since none is kept.",
-        labels=("peer",),
+        ends,
+        samples,
     )
-    for each in readings:
-        counts = each.histograms["turn_us"]
-        # Whole microseconds, cut off: what is counted as 2**(i+1) - 1 took less than 2**(i+1).
-        bounds = [2 ** (i + 1) / 1e6 for i in range(len(counts) - 1)]
-        metric.add_metric((each.peer_id,), _cumulated(bounds, counts), None)
-    return metric
 
 
-def _cumulated(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
-    """Each bucket of Prometheus holds those below it as well; the last has no end."""
-    ends = [*map(str, bounds), "+Inf"]
-    return list(zip(ends, accumulate(counts), strict=True))
+_Samples = Sequence[tuple[tuple[str, ...], float]]
 
 
-_Samples = Iterable[tuple[tuple[str, ...], float]]
+def _counter(name: str, explained: str, labels: tuple[str, ...], samples: _Samples) -> _Family:
+    return _Family(CounterMetricFamily, name, explained, labels, samples)
 
 
-def _counter(name: str, explained: str, labels: tuple[str, ...], samples: _Samples) -> Metric:
-    metric = CounterMetricFamily(name, explained, labels=labels)
-    for values, value in samples:
-        metric.add_metric(values, value)
-    return metric
-
-
-def _gauge(name: str, explained: str, labels: tuple[str, ...], samples: _Samples) -> Metric:
-    metric = GaugeMetricFamily(name, explained, labels=labels)
-    for values, value in samples:
-        metric.add_metric(values, value)
-    return metric
+def _gauge(name: str, explained: str, labels: tuple[str, ...], samples: _Samples) -> _Family:
+    return _Family(GaugeMetricFamily, name, explained, labels, samples)
 
 
 def _one_hot(labels: tuple[str, ...], states: type[IntEnum], state: IntEnum) -> _Samples:
-    return [((*labels, each.name.lower()), each is state) for each in states]
+    return [((*labels, each.name.lower()), int(each is state)) for each in states]

@@ -21,7 +21,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import raw_client
 from eventually import eventually
-from peerd._scoreboard import COUNTER_NAMES
 from peerd.address import MAX_PORT
 from peerd.supervisor import metrics
 from supervised import Running, Supervised, send_signal
@@ -150,12 +149,6 @@ def test_the_figures_are_those_of_status(supervised: Supervised) -> None:
     assert f"http://127.0.0.1:{port}/metrics" in running.out
     # Neither this process's nor Python's: those of prometheus_client are left out.
     assert {name for name, _ in samples if not name.startswith("peerd_")} == set()
-
-
-def test_every_counter_of_the_scoreboard_is_told() -> None:
-    told = {*metrics.COUNTERS, *metrics.RX_DROPPED, *metrics.TX_DROPPED}
-    # The kernel's drops come from the kernel, up to date.
-    assert told == set(COUNTER_NAMES) - {"rx_kernel_drops"}
 
 
 def test_a_registered_peer_is_told(supervised: Supervised) -> None:
