@@ -51,6 +51,7 @@ from peerd.errors import ControlError
 from peerd.settings import EmbeddedEtcdSettings, SupervisorSettings
 from peerd.signals import DUMP_STACK, HAND_OVER
 from peerd.supervisor.control import Command, ControlServer, Pending
+from peerd.supervisor.history import History
 from peerd.supervisor.liveness import Liveness, Verdict
 from peerd.supervisor.processes import Child, Exit, redirect_output, spawn
 from peerd.supervisor.restart import Failure, RestartPolicy, next_restart
@@ -178,6 +179,7 @@ class Supervisor:
         self._etcd = _Managed("etcd", self._start_etcd, policy=unparked)
         self._replacements: deque[_Replacement] = deque()
         self._replacing: _Replacement | None = None
+        self._history = History()
         self._liveness = Liveness(settings.stuck_timeout_s)
         self._next_look_s = 0.0
         self._lifeline_fd: int | None = None
@@ -304,6 +306,8 @@ class Supervisor:
             self._set_state(managed, state)
             managed.slot.restarts += 1
         when = f"in {restart.delay_s:.2g} s" if restart.delay_s else "now"
+        kind = "parked" if restart.crashloop else "restarting"
+        self._history.note(kind, what=managed.name, in_s=round(restart.delay_s, 3))
         if restart.crashloop:
             log.error(
                 "the %s failed %d times within %g s: parked, the next try is %s",
@@ -349,6 +353,7 @@ class Supervisor:
 
     def _became_ready(self, peer: _Peer) -> None:
         peer.ready_s = time.monotonic()
+        self._history.note("ready", peer_id=peer.peer_id, pid=peer.slot.pid)
         if self._is_serving and peer.slot.state is not PeerState.READY:
             self._set_state(peer, PeerState.READY)
             self._tell_all_ready()
@@ -373,8 +378,14 @@ class Supervisor:
         replacement = self._replacing
         if replacement is not None and replacement.peer is peer and peer.successor is not None:
             if replacement.handed_over_s is None or end.code != EX_OK:
+                self._note_death(peer, pid, end, worker.ready_s, lost)
                 log.error(
-                    "peer=%s: worker pid %d: %s while its successor started", peer.peer_id, pid, end
+                    "peer=%s: worker pid %d: %s while its successor started; datagrams in hand and "
+                    "lost: %d",
+                    peer.peer_id,
+                    pid,
+                    end,
+                    lost,
                 )
             self._predecessor_is_gone(replacement)
             return
@@ -390,6 +401,7 @@ class Supervisor:
             if worker.ready_s is None
             else f"after {time.monotonic() - worker.ready_s:.1f} s of service"
         )
+        self._note_death(peer, pid, end, worker.ready_s, lost)
         log.error(
             "peer=%s: worker pid %d: %s %s; datagrams in hand and lost: %d",
             peer.peer_id,
@@ -401,7 +413,21 @@ class Supervisor:
         self._plan_restart(peer)
         self._fail_replacement_of(peer, f"the successor: {end} {age}")
 
+    def _note_death(
+        self, peer: _Peer, pid: int, end: Exit, ready_s: float | None, lost: int
+    ) -> None:
+        ready_for_s = None if ready_s is None else round(time.monotonic() - ready_s, 3)
+        self._history.note(
+            "died",
+            peer_id=peer.peer_id,
+            pid=pid,
+            how=str(end),
+            ready_for_s=ready_for_s,
+            lost_in_flight=lost,
+        )
+
     def _boot_failed(self, peer: _Peer, text: str) -> None:
+        self._history.note("cannot start", peer_id=peer.peer_id, why=text.partition("\n")[0])
         if any(other.ready_s is not None for other in self._peers):
             log.error("peer=%s: the worker cannot start: %s", peer.peer_id, text)
             self._plan_restart(peer)
@@ -451,6 +477,7 @@ class Supervisor:
                     if other in self._replacements:
                         self._replacements.remove(other)
                 kept = f"; {len(results)} of {len(group)} were replaced before" if results else ""
+                self._history.note("not replaced", why=result.partition("\n")[0])
                 log.error("not replaced%s: %s", kept, result)
                 pending.fail(result + kept)
                 return
@@ -527,6 +554,13 @@ class Supervisor:
     def _replaced(self, replacement: _Replacement) -> None:
         peer = replacement.peer
         gap_s = time.monotonic() - (replacement.handed_over_s or time.monotonic())
+        self._history.note(
+            "replaced",
+            peer_id=peer.peer_id,
+            pid=peer.slot.pid,
+            old_pid=replacement.old_pid or None,
+            gap_ms=round(gap_s * 1e3, 3),
+        )
         log.info(
             "peer=%s: worker pid %d has taken over from %s; gap %.1f ms",
             peer.peer_id,
@@ -613,6 +647,12 @@ class Supervisor:
                     slot.pid,
                     self._liveness.own_s(slot),
                 )
+                self._history.note(
+                    "stuck",
+                    peer_id=peer.peer_id,
+                    pid=slot.pid,
+                    for_s=round(self._liveness.own_s(slot), 3),
+                )
                 peer.stack_asked_s = now_s
                 peer.child.send(DUMP_STACK)
             elif now_s >= peer.stack_asked_s + STACK_S:
@@ -663,6 +703,7 @@ class Supervisor:
             self._registrar_report_fd = None
         self._board.registry_state = RegistryState.SUSPENDED
         if self._phase in (_Phase.SERVING, _Phase.WITHDRAW):
+            self._history.note("died", what="registrar", pid=pid, how=str(end))
             log.error("the registrar, pid %d: %s", pid, end)
             self._plan_restart(self._registrar)
 
@@ -700,6 +741,7 @@ class Supervisor:
             # Two supervisors started at once, and the other one's etcd was first.
             log.info("etcd pid %d: %s; another one listens there by now and is used", pid, end)
             return
+        self._history.note("died", what="etcd", pid=pid, how=str(end))
         log.error("etcd pid %d: %s; its last words:\n%s", pid, end, self._etcd_last_words())
         self._plan_restart(self._etcd)
 
@@ -714,6 +756,7 @@ class Supervisor:
 
     def _begin_stop(self, exit_code: int) -> None:
         self._phase = _Phase.WITHDRAW
+        self._history.note("stopping", exit_code=exit_code)
         self._exit_code = exit_code
         self._stop_s = time.monotonic()
         self._kill_s = self._stop_s + self._settings.stop_timeout_s
@@ -847,6 +890,7 @@ class Supervisor:
                 "reload": self.reload,
                 "restart": self.restart,
                 "stop": self.stop,
+                "events": self._history.since,
             }
             self._control = ControlServer(self._control_path, commands, self._selector)
         except (OSError, ControlError) as error:

@@ -288,6 +288,25 @@ def test_a_stuck_worker_is_killed_and_its_stack_is_in_the_log(
     assert running.peer(0)["lost_in_flight"] == 1
 
 
+def test_events_tell_what_has_happened(supervised: Supervised) -> None:
+    running = start(supervised, PLAIN)
+    first, second = pids(running)
+    assert peerd("restart", "1", f"--control={running.control}").returncode == 0
+    send_signal(first, signal.SIGKILL)
+    eventually(lambda: running.peer(0)["pid"] not in (first, None))
+    running.wait_ready()
+    shown = peerd("events", "--json", f"--control={running.control}")
+    events = [orjson.loads(line) for line in shown.stdout.splitlines()]
+    assert [event["number"] for event in events] == list(range(1, len(events) + 1))
+    replaced = next(event for event in events if event["event"] == "replaced")
+    assert (replaced["old_pid"], replaced["pid"]) == (second, pids(running)[1])
+    died = next(event for event in events if event["event"] == "died")
+    assert (died["pid"], died["how"], died["lost_in_flight"]) == (first, "killed by SIGKILL", 0)
+    assert died["ready_for_s"] > 0
+    text = peerd("events", f"--control={running.control}").stdout
+    assert f"died          localhost:{running.ports[0]}  pid={first}  how=killed by SIGKILL" in text
+
+
 def test_a_stopped_worker_is_not_killed(supervised: Supervised) -> None:
     running = start(supervised, STUCK, "--stuck-timeout=1")
     before = pids(running)
