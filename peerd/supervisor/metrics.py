@@ -27,13 +27,14 @@ import re
 import selectors
 import socket
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from http import HTTPStatus
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -46,6 +47,7 @@ from prometheus_client.registry import Collector
 
 from peerd._scoreboard import COUNTER_NAMES, PeerState, RegistryState, Scoreboard, Slot
 from peerd.settings import SupervisorSettings
+from peerd.supervisor.history import History
 from peerd.supervisor.sockets import QueueState, queue_state
 from peerd.supervisor.status import StatusReport
 
@@ -99,6 +101,10 @@ TX_DROPPED: Mapping[str, str] = {
     if name.startswith("tx_dropped_")
 }
 """The reason, by the scoreboard's counter."""
+
+RESTART_REASONS = ("signal", "exit", "stuck", "boot", "other")
+
+RELOAD_GAP_ENDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 UINT32_MASK = 0xFFFF_FFFF
 
@@ -284,19 +290,20 @@ class _Histogram(NamedTuple):
 
     name: str
     explained: str
+    labels: tuple[str, ...]
     ends: Sequence[float]
     """Of all buckets but the last, which has none."""
 
-    samples: Sequence[tuple[str, Sequence[int], int | None]]
-    """Peer, buckets, sum."""
+    samples: Sequence[tuple[tuple[str, ...], Sequence[int], float | None]]
+    """Labels, buckets, sum."""
 
     def metric(self) -> Metric:
-        metric = HistogramMetricFamily(self.name, self.explained, labels=("peer",))
+        metric = HistogramMetricFamily(self.name, self.explained, labels=self.labels)
         ends = [*map(str, self.ends), "+Inf"]
-        for peer_id, counts, total in self.samples:
+        for labels, counts, total in self.samples:
             # Each bucket of Prometheus holds those below it as well.
             buckets = list(zip(ends, accumulate(counts), strict=True))
-            metric.add_metric((peer_id,), buckets, total)
+            metric.add_metric(labels, buckets, total)
         return metric
 
     def values(self) -> Iterable[float]:
@@ -319,6 +326,7 @@ class ScoreboardCollector(Collector):
         sockets: Sequence[socket.socket],
         board: Scoreboard,
         status: StatusReport,
+        history: History,
         version: str,
     ) -> None:
         self._board = board
@@ -329,6 +337,7 @@ class ScoreboardCollector(Collector):
             (settings.peer_id(slot.index), slot, _KernelDrops(sock))
             for slot, sock in zip(board.slots, sockets, strict=True)
         ]
+        self._past = _Past(history, {peer_id: slot for peer_id, slot, _ in self._peers})
 
     def describe(self) -> Iterable[Metric]:
         """Nothing clashes with these names: the registry has this collector only."""
@@ -355,6 +364,25 @@ class ScoreboardCollector(Collector):
             _one_hot((), RegistryState, self._status.registry_state()),
         )
         yield from _of_slots(readings, self._started_ns)
+        self._past.read()
+        yield _counter(
+            "peerd_restarts_total",
+            "Workers that were started because another had died: by a signal, by exiting, as it was "
+            "stuck and killed, as it could not start (boot).",
+            ("peer", "reason"),
+            [
+                ((peer_id, reason), count)
+                for peer_id, counts in self._past.restarts.items()
+                for reason, count in counts.items()
+            ],
+        )
+        yield _Histogram(
+            "peerd_reload_gap_seconds",
+            "For how long a socket had no reader while its worker was replaced (reload, restart).",
+            (),
+            RELOAD_GAP_ENDS_S,
+            [((), self._past.gap_counts, self._past.gaps_s)],
+        )
         yield from _of_workers(readings)
         yield _batches(readings)
         yield _turns(readings)
@@ -395,6 +423,59 @@ class _KernelDrops:
         return queue, self._dropped
 
 
+class _Past:
+    """What the history tells, added up: it forgets, so each scrape takes in what is new.
+
+    Should so much happen between two scrapes that it has forgotten some, restarts are still all
+    counted, for another reason.
+    """
+
+    def __init__(self, history: History, slots: Mapping[str, Slot]) -> None:
+        self._history = history
+        self._slots = slots
+        self._last = 0
+        self._stuck_pids: dict[str, int] = {}
+        self.restarts = {peer_id: dict.fromkeys(RESTART_REASONS, 0) for peer_id in slots}
+        """By peer and reason; together as many as the scoreboard has."""
+
+        self.gap_counts = [0] * (len(RELOAD_GAP_ENDS_S) + 1)
+        self.gaps_s = 0.0
+
+    def read(self) -> None:
+        events: list[dict[str, Any]] = self._history.since({"after": self._last})
+        for event in events:
+            self._last = event["number"]
+            peer_id: str = event.get("peer_id", "")
+            if peer_id not in self._slots:  # about the registrar, or all peers
+                continue
+            if event["event"] == "stuck":
+                self._stuck_pids[peer_id] = event["pid"]
+            elif event["event"] == "died":
+                self._restarted(peer_id, self._reason(event))
+            elif event["event"] == "cannot start":
+                self._restarted(peer_id, "boot")
+            elif event["event"] == "replaced":
+                gap_s = event["gap_ms"] / 1e3
+                self.gap_counts[bisect_left(RELOAD_GAP_ENDS_S, gap_s)] += 1
+                self.gaps_s += gap_s
+        for peer_id in self._slots:
+            while self._restarted(peer_id, "other"):
+                pass
+
+    def _reason(self, death: Mapping[str, Any]) -> str:
+        if self._stuck_pids.get(death["peer_id"]) == death["pid"]:
+            return "stuck"
+        return "exit" if death["how"].startswith("exit code") else "signal"
+
+    def _restarted(self, peer_id: str, reason: str) -> bool:
+        """Not every death is followed by a restart: the supervisor may stop, a successor be there."""
+        counts = self.restarts[peer_id]
+        if sum(counts.values()) >= self._slots[peer_id].restarts:
+            return False
+        counts[reason] += 1
+        return True
+
+
 def _of_slots(readings: Sequence[_Reading], started_ns: int) -> Iterator[_Family]:
     """What the supervisor and the registrar know of each peer."""
     now_ns = time.monotonic_ns()
@@ -429,12 +510,6 @@ def _of_slots(readings: Sequence[_Reading], started_ns: int) -> Iterator[_Family
         "1 while somebody else's live record has the peer's id.",
         ("peer",),
         [((each.peer_id,), int(bool(each.slot.holder))) for each in readings],
-    )
-    yield _counter(
-        "peerd_restarts_total",
-        "Workers that were started because another had died.",
-        ("peer",),
-        [((each.peer_id,), each.slot.restarts) for each in readings],
     )
     yield _counter(
         "peerd_worker_starts_total",
@@ -490,21 +565,24 @@ def _of_workers(readings: Sequence[_Reading]) -> Iterator[_Family]:
 
 def _batches(readings: Sequence[_Reading]) -> _Histogram:
     samples = [
-        (each.peer_id, each.histograms["batch_datagrams"], each.counters["rx_datagrams"])
+        ((each.peer_id,), each.histograms["batch_datagrams"], each.counters["rx_datagrams"])
         for each in readings
     ]
     # Bucket i ends with 2**(i+1) - 1, and datagrams are whole ones.
     ends = [float(2 ** (i + 1) - 1) for i in range(len(samples[0][1]) - 1)]
-    return _Histogram("peerd_batch_datagrams", "Datagrams that one turn has read.", ends, samples)
+    return _Histogram(
+        "peerd_batch_datagrams", "Datagrams that one turn has read.", ("peer",), ends, samples
+    )
 
 
 def _turns(readings: Sequence[_Reading]) -> _Histogram:
-    samples = [(each.peer_id, each.histograms["turn_us"], None) for each in readings]
+    samples = [((each.peer_id,), each.histograms["turn_us"], None) for each in readings]
     # Whole microseconds, cut off: what is counted as 2**(i+1) - 1 took less than 2**(i+1).
     ends = [2 ** (i + 1) / 1e6 for i in range(len(samples[0][1]) - 1)]
     return _Histogram(
         "peerd_turn_seconds",
         "How long a turn took: read, handle, reply. It has no sum, since none is kept.",
+        ("peer",),
         ends,
         samples,
     )

@@ -905,7 +905,7 @@ class Supervisor:
 
         sockets = [peer.sock for peer in self._peers]
         collector = ScoreboardCollector(
-            self._settings, sockets, self._board, self._status, self._version
+            self._settings, sockets, self._board, self._status, self._history, self._version
         )
         self._metrics = MetricsServer(self._metrics_socket, collector, self._status, self._selector)
 
