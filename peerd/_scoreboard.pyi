@@ -63,6 +63,10 @@ class Slot:
     def heartbeat_ns(self) -> int:
         """CLOCK_MONOTONIC at the worker's last turn; at most 250 ms old in a loop that turns."""
     @property
+    def unfinished(self) -> int:
+        """Datagrams that were read and not answered. Exact when the worker is dead, wherever that met it;
+        of a living one it is a glance."""
+    @property
     def progress(self) -> tuple[int, int]:
         """A value that changes as long as the worker gets on: heartbeat and messages handed out."""
     @property

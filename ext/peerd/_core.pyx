@@ -12,7 +12,8 @@ Python's signal handlers run. So nothing is starved by a flood, nor by handlers 
 one call that never returns is the supervisor's business.
 
 Counting. RX_DATAGRAMS grows when recvmmsg returns, HANDLED when a datagram's reply has been given to
-the kernel: at any moment, the difference is what a SIGKILL would cost. The identity
+the kernel: the difference is what a SIGKILL would cost, and flight.pxd makes that exact for one that
+comes within these calls. The identity
 
     rx_datagrams = rx_messages + rx_truncated + decode_* + unknown_magic
 
@@ -74,14 +75,13 @@ from peerd._scoreboard cimport (
 )
 from peerd.icmp cimport may_be_icmp
 from peerd.linger cimport Linger, linger_after, linger_open
+from peerd.flight cimport RX_BATCH
 from peerd.receive cimport (
-    RX_BATCH,
     Receiver,
     is_cut_off,
     receive,
     receiver_close,
     receiver_open,
-    segments,
     stride_of,
 )
 from peerd.transmit cimport (
@@ -316,8 +316,8 @@ cdef class DatagramLoop:
         self._rx_buffers = RX_BATCH
         linger_open(&self._linger, <int64_t>(linger_s * 1e9))
         if not (
-            receiver_open(&self._rx, fd)
-            and transmitter_open(&self._tx, fd, gso, self._stats.counters)
+            receiver_open(&self._rx, fd, &self._stats.flight)
+            and transmitter_open(&self._tx, fd, gso, self._stats.counters, &self._stats.flight)
         ):
             raise MemoryError
         if linux.pipe2(ends, linux.O_CLOEXEC | linux.O_NONBLOCK) < 0:
@@ -497,7 +497,7 @@ cdef class DatagramLoop:
         cdef uint64_t before = stats.counters[RX_DATAGRAMS]
         cdef unsigned int taken
         with nogil:
-            filled = receive(&self._rx, asked)
+            filled = receive(&self._rx, asked, &stats.counters[RX_DATAGRAMS])
         begun_ns = self._turn_ns = stats.heartbeat_ns = monotonic_ns()
         if filled < 0:
             self._receive_failed(-filled)
@@ -509,8 +509,6 @@ cdef class DatagramLoop:
             # A linger that found nothing was in vain; else the answer is 0.
             linger_after(&self._linger, 0, False, begun_ns, begun_ns)
             return -1
-        for i in range(filled):
-            stats.counters[RX_DATAGRAMS] += segments(&self._rx.headers[i])
         taken = stats.counters[RX_DATAGRAMS] - before
         self._breath = BREATH_DATAGRAMS
         try:
@@ -836,6 +834,8 @@ cdef class DatagramLoop:
 
     cdef int _flush(self) noexcept:
         if self._tx.queued:
+            # From here on transmit() counts on.
+            self._count_handled()
             with nogil:
                 transmit(&self._tx)
         self._count_handled()

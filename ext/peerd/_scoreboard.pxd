@@ -3,6 +3,8 @@
 cimport cython
 from libc.stdint cimport int64_t, uint64_t
 
+from peerd.flight cimport Flight
+
 cdef enum:
     HOLDER_BYTES = 512
 
@@ -60,6 +62,7 @@ cdef struct SlotData:
     uint64_t counters[32]
     uint64_t batch_datagrams[BATCH_BUCKETS]
     uint64_t turn_us[TURN_BUCKETS]
+    Flight flight
 
 # The head of the mapping; the registrar writes.
 cdef struct BoardData:

@@ -20,7 +20,9 @@ from libc.errno cimport errno
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
+from peerd.flight cimport UNTOUCHED
 from peerd.linux_udp cimport MAP_ANONYMOUS, MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+from peerd.receive cimport segments
 
 import os
 import time
@@ -175,6 +177,25 @@ cdef class Slot:
     def counters(self):
         cdef int i
         return {COUNTER_NAMES[i]: self.data.counters[i] for i in range(COUNTER_COUNT)}
+
+    @property
+    def unfinished(self):
+        cdef uint64_t taken = self.data.counters[RX_DATAGRAMS]
+        cdef uint64_t handled = self.data.counters[HANDLED]
+        cdef uint64_t i
+        if self.data.flight.receiving:
+            taken = self.data.flight.rx_datagrams_before
+            for i in range(self.data.flight.receiving):
+                if self.data.flight.rx[i].msg_len == UNTOUCHED:
+                    break
+                taken += segments(&self.data.flight.rx[i])
+        if self.data.flight.sending:
+            handled = self.data.flight.handled_before
+            for i in range(self.data.flight.sending):
+                if self.data.flight.tx[i].msg_len == UNTOUCHED:
+                    break
+                handled += self.data.flight.tx_datagrams[i]
+        return taken - handled
 
     @property
     def progress(self):

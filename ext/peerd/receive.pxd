@@ -9,45 +9,40 @@ Nothing here touches Python; tests/fuzz runs stride_of and segments on any contr
 """
 
 from libc.errno cimport errno
-from libc.stdint cimport uint8_t
+from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 cimport peerd.linux_udp as linux
+from peerd.flight cimport RX_BATCH, RX_CONTROL_BYTES, UNTOUCHED, Flight, store_barrier
 
 cdef enum:
-    # recvmmsg is flat above 16 on Linux 6.18 (2.15 against 2.28 million datagrams/s at 256).
-    RX_BATCH = 16
     # The largest UDP payload is 65,527 bytes (IPv6); a joined one is no larger (RFC 768).
     RX_BUFFER_BYTES = 65536
     # Buffers a power of two apart would share their few cache sets, and drive each other out.
     RX_BUFFER_DISTANCE = RX_BUFFER_BYTES + 9 * 64
-    # Room for what the socket's owner may have switched on besides UDP_GRO: time stamps, marks.
-    RX_CONTROL_BYTES = 256
 
 cdef struct Receiver:
     int fd
-    linux.mmsghdr *headers
+    Flight *flight
+    linux.mmsghdr *headers  # the flight's
     linux.iovec *vectors
     linux.sockaddr_storage *addresses
     uint8_t *buffers
-    uint8_t *control
     int used  # headers that the last recvmmsg wrote and the next must find reset
 
 
-cdef inline bint receiver_open(Receiver *rx, int fd) noexcept nogil:
+cdef inline bint receiver_open(Receiver *rx, int fd, Flight *flight) noexcept nogil:
     """False without memory. Buffers are calloc'ed: pages that no datagram ever reaches cost none."""
     cdef int i
     rx.fd = fd
-    rx.headers = <linux.mmsghdr *>calloc(RX_BATCH, sizeof(linux.mmsghdr))
+    rx.flight = flight
+    rx.headers = flight.rx
+    flight.receiving = 0
     rx.vectors = <linux.iovec *>calloc(RX_BATCH, sizeof(linux.iovec))
     rx.addresses = <linux.sockaddr_storage *>calloc(RX_BATCH, sizeof(linux.sockaddr_storage))
     rx.buffers = <uint8_t *>calloc(RX_BATCH, RX_BUFFER_DISTANCE)
-    rx.control = <uint8_t *>calloc(RX_BATCH, RX_CONTROL_BYTES)
-    if (
-        rx.headers == NULL or rx.vectors == NULL or rx.addresses == NULL
-        or rx.buffers == NULL or rx.control == NULL
-    ):
+    if rx.vectors == NULL or rx.addresses == NULL or rx.buffers == NULL:
         return False
     for i in range(RX_BATCH):
         rx.vectors[i].iov_base = rx.buffers + i * RX_BUFFER_DISTANCE
@@ -55,30 +50,37 @@ cdef inline bint receiver_open(Receiver *rx, int fd) noexcept nogil:
         rx.headers[i].msg_hdr.msg_iov = &rx.vectors[i]
         rx.headers[i].msg_hdr.msg_iovlen = 1
         rx.headers[i].msg_hdr.msg_name = &rx.addresses[i]
-        rx.headers[i].msg_hdr.msg_control = rx.control + i * RX_CONTROL_BYTES
+        rx.headers[i].msg_hdr.msg_control = flight.rx_control[i]
     rx.used = RX_BATCH
     return True
 
 
 cdef inline void receiver_close(Receiver *rx) noexcept nogil:
-    free(rx.headers)
     free(rx.vectors)
     free(rx.addresses)
     free(rx.buffers)
-    free(rx.control)
 
 
-cdef inline int receive(Receiver *rx, int buffers) noexcept nogil:
-    """How many buffers were filled, without waiting; or -errno."""
+cdef inline int receive(Receiver *rx, int buffers, uint64_t *rx_datagrams) noexcept nogil:
+    """How many buffers were filled, without waiting; or -errno. Counts the datagrams in them."""
     cdef int i, filled
     for i in range(rx.used):
         rx.headers[i].msg_hdr.msg_namelen = sizeof(linux.sockaddr_storage)
         rx.headers[i].msg_hdr.msg_controllen = RX_CONTROL_BYTES
         rx.headers[i].msg_hdr.msg_flags = 0
+        rx.headers[i].msg_len = UNTOUCHED
     rx.used = 0
+    rx.flight.rx_datagrams_before = rx_datagrams[0]
+    store_barrier()
+    rx.flight.receiving = buffers
     filled = linux.recvmmsg(rx.fd, rx.headers, buffers, linux.MSG_DONTWAIT, NULL)
     if filled < 0:
+        rx.flight.receiving = 0
         return -errno
+    for i in range(filled):
+        rx_datagrams[0] += segments(&rx.headers[i])
+    store_barrier()
+    rx.flight.receiving = 0
     rx.used = filled
     return filled
 

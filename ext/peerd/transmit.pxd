@@ -29,6 +29,7 @@ from libc.string cimport memcmp, memcpy
 
 cimport peerd.linux_udp as linux
 from peerd._scoreboard cimport (
+    HANDLED,
     TX_BYTES,
     TX_DROPPED_FULL,
     TX_DROPPED_REFUSED,
@@ -36,6 +37,7 @@ from peerd._scoreboard cimport (
     TX_GSO_REFUSED,
     TX_MESSAGES,
 )
+from peerd.flight cimport TX_WINDOW, UNTOUCHED, Flight, store_barrier
 from peerd.icmp cimport may_be_icmp
 from peerd.wire cimport MAX_DATAGRAM_BYTES
 
@@ -60,6 +62,7 @@ cdef struct Transmitter:
     int fd
     bint gso
     uint64_t *counters
+    Flight *flight
     uint8_t *arena
     size_t arena_used
     linux.mmsghdr *headers
@@ -78,13 +81,17 @@ cdef struct Transmitter:
     linux.iovec piece_vectors[TX_SEGMENTS]
 
 
-cdef inline bint transmitter_open(Transmitter *tx, int fd, bint gso, uint64_t *counters) noexcept nogil:
+cdef inline bint transmitter_open(
+    Transmitter *tx, int fd, bint gso, uint64_t *counters, Flight *flight
+) noexcept nogil:
     """False without memory."""
     cdef int i
     cdef linux.cmsghdr *control
     tx.fd = fd
     tx.gso = gso
     tx.counters = counters
+    tx.flight = flight
+    flight.sending = 0
     tx.arena = <uint8_t *>calloc(TX_ARENA_BYTES, 1)
     tx.headers = <linux.mmsghdr *>calloc(TX_RUNS, sizeof(linux.mmsghdr))
     tx.vectors = <linux.iovec *>calloc(TX_RUNS, sizeof(linux.iovec))
@@ -203,6 +210,7 @@ cdef inline void close_runs(Transmitter *tx) noexcept nogil:
 cdef inline void count_sent(Transmitter *tx, unsigned int messages, size_t sent_bytes) noexcept nogil:
     tx.counters[TX_MESSAGES] += messages
     tx.counters[TX_BYTES] += sent_bytes
+    tx.counters[HANDLED] += messages
     tx.queued -= messages
 
 
@@ -213,6 +221,7 @@ cdef inline bint is_not_now(int error) noexcept nogil:
 cdef inline void drop_one(Transmitter *tx, int error) noexcept nogil:
     """This datagram cannot be sent (port 0, no route, too big); the next may."""
     tx.counters[TX_DROPPED_TOO_BIG if error == EMSGSIZE else TX_DROPPED_REFUSED] += 1
+    tx.counters[HANDLED] += 1
     tx.queued -= 1
 
 
@@ -220,6 +229,30 @@ cdef inline void drop_queued(Transmitter *tx) noexcept nogil:
     tx.counters[TX_DROPPED_FULL] += tx.queued
     tx.queued = tx.first = tx.end = 0
     tx.arena_used = 0
+
+
+cdef inline int send_window(
+    Transmitter *tx, linux.mmsghdr *headers, unsigned int count, const Run *runs
+) noexcept nogil:
+    """sendmmsg of at most TX_WINDOW messages, from the scoreboard; ``runs``: NULL for single datagrams.
+
+    Who counts what was sent ends the flight then: see flight_ended.
+    """
+    cdef Flight *flight = tx.flight
+    cdef unsigned int i
+    memcpy(flight.tx, headers, count * sizeof(linux.mmsghdr))
+    for i in range(count):
+        flight.tx[i].msg_len = UNTOUCHED
+        flight.tx_datagrams[i] = runs[i].count if runs != NULL else 1
+    flight.handled_before = tx.counters[HANDLED]
+    store_barrier()
+    flight.sending = count
+    return linux.sendmmsg(tx.fd, flight.tx, count, linux.MSG_DONTWAIT)
+
+
+cdef inline void flight_ended(Transmitter *tx) noexcept nogil:
+    store_barrier()
+    tx.flight.sending = 0
 
 
 cdef inline bint send_in_pieces(Transmitter *tx, unsigned int index) noexcept nogil:
@@ -242,7 +275,8 @@ cdef inline bint send_in_pieces(Transmitter *tx, unsigned int index) noexcept no
         at += size
         left -= size
     while done < count:
-        sent = linux.sendmmsg(tx.fd, &tx.pieces[done], count - done, linux.MSG_DONTWAIT)
+        # A run has no more pieces than a window has room for.
+        sent = send_window(tx, &tx.pieces[done], count - done, NULL)
         error = errno
         if sent > 0:
             tx.met_icmp_error |= sent < count - done
@@ -250,6 +284,9 @@ cdef inline bint send_in_pieces(Transmitter *tx, unsigned int index) noexcept no
                 count_sent(tx, 1, tx.piece_vectors[i].iov_len)
             done += sent
             retries = 0
+        flight_ended(tx)
+        if sent > 0:
+            continue
         elif error == EINTR:
             continue
         elif is_not_now(error):
@@ -285,6 +322,7 @@ cdef inline void transmit(Transmitter *tx) noexcept nogil:
     cdef int sent, error
     cdef int i
     cdef int retries = 0
+    cdef unsigned int asked
     cdef uint64_t sent_before
     cdef bint done
     cdef Run *run
@@ -300,17 +338,19 @@ cdef inline void transmit(Transmitter *tx) noexcept nogil:
             tx.first += 1
             retries = 0
             continue
-        sent = linux.sendmmsg(
-            tx.fd, &tx.headers[tx.first], tx.end - tx.first, linux.MSG_DONTWAIT
-        )
+        asked = min(tx.end - tx.first, <unsigned int>TX_WINDOW)
+        sent = send_window(tx, &tx.headers[tx.first], asked, run)
         error = errno
         if sent > 0:
             # A short count hides the error that made it short (sendmmsg(2), BUGS).
-            tx.met_icmp_error |= <unsigned int>sent < tx.end - tx.first
+            tx.met_icmp_error |= <unsigned int>sent < asked
             for i in range(sent):
                 count_sent(tx, tx.runs[tx.first].count, tx.vectors[tx.first].iov_len)
                 tx.first += 1
             retries = 0
+        flight_ended(tx)
+        if sent > 0:
+            continue
         elif error == EINTR:
             continue
         elif is_not_now(error):

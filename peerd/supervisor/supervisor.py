@@ -372,8 +372,7 @@ class Supervisor:
             self._read_report(peer, worker)
         peer.worker = peer.stack_asked_s = None
         peer.slot.pid = 0
-        counters = peer.slot.counters()
-        lost = counters["rx_datagrams"] - counters["handled"]
+        lost = peer.slot.unfinished
         peer.slot.lost_in_flight += lost
         replacement = self._replacing
         if replacement is not None and replacement.peer is peer and peer.successor is not None:

@@ -25,6 +25,7 @@ from peerd._scoreboard cimport (
     TX_DROPPED_TOO_BIG,
     TX_MESSAGES,
 )
+from peerd.flight cimport Flight
 from peerd.transmit cimport (
     TX_ADDRESS_BYTES,
     TX_RETRIES,
@@ -75,6 +76,7 @@ cdef struct Kernel:
 
 cdef Kernel kernel
 cdef Transmitter tx
+cdef Flight flight
 cdef bint opened = False
 cdef uint64_t counters[COUNTER_COUNT]
 cdef uint8_t clients[MAX_REPLIES]
@@ -244,7 +246,7 @@ cdef public int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) noexcep
     if size == 0 or size > MAX_INPUT_BYTES:
         return -1  # not for the corpus
     if not opened:
-        check(transmitter_open(&tx, 7, True, counters))
+        check(transmitter_open(&tx, 7, True, counters, &flight))
         opened = True
     memset(counters, 0, sizeof(counters))
     memset(&kernel, 0, sizeof(kernel))
