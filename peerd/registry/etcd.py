@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from operator import attrgetter
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from peerd.errors import RegistryError, RegistryUnavailableError
@@ -87,6 +88,8 @@ class Etcd:
 
     def __init__(self, urls: str, timeout_s: float = 5.0, access: EtcdAccess = ANONYMOUS) -> None:
         self._members = Members(urls, access, timeout_s)
+        self._keeping = threading.Lock()
+        self._keep_alives: _KeepAliveStream | None = None
 
     @property
     def urls(self) -> str:
@@ -108,6 +111,9 @@ class Etcd:
 
     def close(self) -> None:
         """Ends the connection. Calls under way in other threads raise RegistryUnavailableError."""
+        stream = self._keep_alives
+        if stream is not None:
+            stream.close()
         self._members.close()
 
     # Keys
@@ -217,23 +223,25 @@ class Etcd:
         return Lease(lease.ID, lease.TTL)
 
     def keep_alive(
-        self, lease_ids: Iterable[int], timeout_s: float | None = None
+        self, lease_ids: Collection[int], timeout_s: float | None = None
     ) -> Iterator[Lease]:
-        """Refreshes all leases over one stream and yields each with its TTL, 0 for one that is gone.
+        """Refreshes all leases and yields each with its TTL, 0 for one that is gone.
 
-        A generator, so that the answers that came before a failure are not lost with it.
+        All calls go over one stream, one at a time; it is opened anew only when it broke. A generator,
+        so that the answers that came before a failure are not lost with it.
         """
-        members, timeout_s = self._members, timeout_s or self.timeout_s
-        requests = [rpc.LeaseKeepAliveRequest(ID=lease_id) for lease_id in lease_ids]
-        connection = members.connection()
-        with members.failures(connection, timeout_s):
-            # etcd answers in order and ends the stream after the last.
-            for answer in connection.leases.LeaseKeepAlive(
-                iter(requests),
-                timeout=timeout_s,
-                metadata=members.metadata(connection, timeout_s),
-            ):
-                yield Lease(answer.ID, answer.TTL)
+        timeout_s = timeout_s or self.timeout_s
+        stream = self._keep_alives
+        if stream is None:
+            stream = self._keep_alives = _KeepAliveStream(self._members, timeout_s)
+        try:
+            yield from stream.refresh(lease_ids, timeout_s)
+        except (
+            BaseException
+        ):  # also when the caller wants no more answers: they would be the next's
+            self._keep_alives = None
+            stream.close()
+            raise
 
     def revoke(self, lease_ids: Iterable[int], timeout_s: float | None = None) -> None:
         """Ends all leases at once, and with them their keys. One that is gone already is fine."""
@@ -267,6 +275,56 @@ class Etcd:
     def watch(self, prefix: bytes, from_revision: int) -> WatchStream:
         """All changes of keys that start with ``prefix``, from a revision on."""
         return WatchStream(self._members, prefix, from_revision)
+
+
+class _KeepAliveStream:
+    """Keep-alives and their answers, which etcd gives in order."""
+
+    def __init__(self, members: Members, timeout_s: float) -> None:
+        self._members = members
+        self._requests: SimpleQueue[Any] = SimpleQueue()
+        self._connection = members.connection()
+        with members.failures(self._connection, timeout_s):
+            self._call = self._connection.leases.LeaseKeepAlive(
+                iter(self._requests.get, None),
+                metadata=members.metadata(self._connection, timeout_s),
+            )
+
+    def refresh(self, lease_ids: Collection[int], timeout_s: float) -> Iterator[Lease]:
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self._call.cancel()
+
+        # A stream has no deadline for one answer.
+        timer = threading.Timer(timeout_s, give_up)
+        timer.name, timer.daemon = "peerd-registry-deadline", True
+        timer.start()
+        try:
+            with self._members.failures(self._connection, timeout_s):
+                for lease_id in lease_ids:
+                    self._requests.put(rpc.LeaseKeepAliveRequest(ID=lease_id))
+                for _ in lease_ids:
+                    answer = next(self._call, None)
+                    if answer is None:
+                        raise RegistryUnavailableError(
+                            f"etcd at {self._members.urls} ended the keep-alives"
+                        )
+                    yield Lease(answer.ID, answer.TTL)
+        except RegistryUnavailableError:
+            if not late.is_set():
+                raise
+            self._members.leave(self._connection, silent=True)
+            raise RegistryUnavailableError(
+                f"etcd at {self._members.urls} does not answer (no answer within {timeout_s:.2g} s)"
+            ) from None
+        finally:
+            timer.cancel()
+
+    def close(self) -> None:
+        self._requests.put(None)
+        self._call.cancel()
 
 
 class WatchStream:

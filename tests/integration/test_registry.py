@@ -310,6 +310,17 @@ def test_a_record_outlives_its_ttl(etcd: str, prefix: str, store: Store) -> None
         assert all(registration.registered for registration in registrations)
 
 
+def test_all_keep_alives_go_over_one_stream(etcd: str, prefix: str) -> None:
+    with Registry(etcd, prefix, lease_ttl_s=2) as registry:
+        registrations = [registry.register(PeerRecord("h", port)) for port in range(1, 21)]
+        stream = eventually(lambda: registry._etcd._keep_alives)
+        until_s = max(registration.registered_until_s for registration in registrations)
+        for _ in range(3):
+            eventually(lambda: min(r.registered_until_s for r in registrations) > until_s)
+            until_s = max(registration.registered_until_s for registration in registrations)
+        assert registry._etcd._keep_alives is stream
+
+
 def test_a_revoked_lease_is_replaced(etcd: str, prefix: str, store: Store) -> None:
     states: list[SessionState] = []
     leases: list[int] = []
