@@ -62,8 +62,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 2000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 400),
-    # A page of our longest records. The default is 4 MiB.
-    ("grpc.max_receive_message_length", 128 * 1024 * 1024),
+    # The default of 4 MiB is a few dozen of the longest records.
+    ("grpc.max_receive_message_length", 32 * 1024 * 1024),
     # gRPC would go even to localhost through the http_proxy of the environment.
     ("grpc.enable_http_proxy", 0),
     # A connection of its own, or a new object would inherit the backoff of an older one.
@@ -77,6 +77,10 @@ class LeaseNotFoundError(RegistryError):
 
 class CompactedError(RegistryError):
     """The revision asked for is not in the store: too old, or of another store."""
+
+
+class TooLargeError(RegistryError):
+    """The answer is larger than what is taken: ask for less at once."""
 
 
 class _LoginEndedError(RegistryUnavailableError):
@@ -134,9 +138,11 @@ class Members:
         if connection is not None:
             connection.close()
 
-    def call(self, method: Callable[[Connection], Any], request: Any) -> Any:
-        """The answer of a member, within ``timeout_s`` in all."""
-        deadline_s = time.monotonic() + self.timeout_s
+    def call(
+        self, method: Callable[[Connection], Any], request: Any, deadline_s: float | None = None
+    ) -> Any:
+        """The answer of a member, within ``timeout_s`` in all or until a monotonic time."""
+        deadline_s = deadline_s or time.monotonic() + self.timeout_s
         attempts = 0
         logged_in_again = False
         while True:
@@ -165,21 +171,24 @@ class Members:
 
     def begin(self, method: Callable[[Connection], Any], request: Any) -> Callable[[], Any]:
         """``call``, begun now; what is returned waits for the answer."""
+        deadline_s = time.monotonic() + self.timeout_s
         try:
             connection = self.connection()
-            timeout_s = self._attempt_s(0, time.monotonic() + self.timeout_s)
+            timeout_s = self._attempt_s(0, deadline_s)
             with self.failures(connection, timeout_s):
                 metadata = self.metadata(connection, timeout_s)
                 future = method(connection).future(request, timeout=timeout_s, metadata=metadata)
         except RegistryUnavailableError:
-            return lambda: self.call(method, request)
+            return lambda: self.call(method, request, deadline_s)
 
         def answer() -> Any:
             try:
                 with self.failures(connection, timeout_s):
                     return future.result()
             except RegistryUnavailableError:
-                return self.call(method, request)
+                if time.monotonic() >= deadline_s:
+                    raise
+                return self.call(method, request, deadline_s)
 
         return answer
 
@@ -343,6 +352,8 @@ class Members:
             return LeaseNotFoundError(f"etcd at {self.urls}: {details}")
         if code is status.OUT_OF_RANGE:
             return CompactedError(f"etcd at {self.urls}: {details}")
+        if "larger than max" in details:
+            return TooLargeError(f"etcd at {self.urls}: {details}")
         if "invalid auth token" in details or "revision in header is old" in details:
             return _LoginEndedError(f"etcd at {self.urls}: {details}")
         # With authentication on, etcd calls a request without a token an invalid argument.

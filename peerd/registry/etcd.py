@@ -23,6 +23,7 @@ from peerd.registry.connection import (
     Connection,
     LeaseNotFoundError,
     Members,
+    TooLargeError,
     etcd3,
     rpc,
 )
@@ -36,14 +37,17 @@ __all__ = [
     "Lease",
     "LeaseNotFoundError",
     "Range",
+    "TooLargeError",
     "WatchStream",
 ]
 
 _PAGE_KEYS = 1000
-"""Of the first page. Later ones are larger, as one costs etcd and gRPC a millisecond anyway."""
+"""Of the first page, where nothing is known of the sizes. Others are larger if that fits, since a page
+costs etcd and gRPC a millisecond beside what is in it."""
 
 _PAGE_GROWTH = 4
 _PAGE_BYTES = 8 * 1024 * 1024
+"""Aimed at, by what was seen so far; a quarter of what gRPC takes."""
 
 _KEY, _VALUE = attrgetter("key"), attrgetter("value")
 
@@ -88,6 +92,7 @@ class Etcd:
 
     def __init__(self, urls: str, timeout_s: float = 5.0, access: EtcdAccess = ANONYMOUS) -> None:
         self._members = Members(urls, access, timeout_s)
+        self._first_limit = _PAGE_KEYS
         self._keeping = threading.Lock()
         self._keep_alives: _KeepAliveStream | None = None
 
@@ -111,9 +116,7 @@ class Etcd:
 
     def close(self) -> None:
         """Ends the connection. Calls under way in other threads raise RegistryUnavailableError."""
-        stream = self._keep_alives
-        if stream is not None:
-            stream.close()
+        self._end_keep_alives()
         self._members.close()
 
     # Keys
@@ -125,7 +128,7 @@ class Etcd:
         """
         items: list[KeyValue] = []
 
-        def take(page: Any) -> None:
+        def take(page: Any, _values: Collection[bytes]) -> None:
             items.extend(map(_key_value, page))
 
         revision = self._read(prefix, serializable, items.clear, take)
@@ -133,21 +136,21 @@ class Etcd:
 
     def values(self, prefix: bytes, *, serializable: bool = False) -> dict[bytes, bytes]:
         """As ``list``, but keys and values only. Of ten thousand it is done in half the time."""
-        values: dict[bytes, bytes] = {}
+        found: dict[bytes, bytes] = {}
 
-        def take(page: Any) -> None:
+        def take(page: Any, values: Collection[bytes]) -> None:
             # No tuple of two, which the garbage collector would look at again and again.
-            values.update(zip(map(_KEY, page), map(_VALUE, page), strict=True))
+            found.update(zip(map(_KEY, page), values, strict=True))
 
-        self._read(prefix, serializable, values.clear, take)
-        return values
+        self._read(prefix, serializable, found.clear, take)
+        return found
 
     def _read(
         self,
         prefix: bytes,
         serializable: bool,
         begin: Callable[[], None],
-        take: Callable[[Any], None],
+        take: Callable[[Any, Collection[bytes]], None],
     ) -> int:
         """The revision at which all pages were read."""
         for _ in range(2):
@@ -158,24 +161,46 @@ class Etcd:
         begin()
         return self._read_pages(prefix, serializable, take)
 
-    def _read_pages(self, prefix: bytes, serializable: bool, take: Callable[[Any], None]) -> int:
+    def _read_pages(
+        self, prefix: bytes, serializable: bool, take: Callable[[Any, Collection[bytes]], None]
+    ) -> int:
         request = rpc.RangeRequest(
             key=prefix,
             range_end=etcd3.utils.increment_last_byte(prefix),
-            limit=_PAGE_KEYS,
+            limit=self._first_limit,
             serializable=serializable,
         )
-        page = self._members.call(_range, request)
+        keys = size_bytes = 0
+        page = self._page(request, self._members.begin(_range, request))
         request.revision = page.header.revision
-        while page.more:
-            request.key = page.kvs[-1].key + b"\0"  # the next possible key
-            request.limit = _next_limit([len(item.value) for item in page.kvs])
+        while True:
+            kvs, values = page.kvs, list(map(_VALUE, page.kvs))
+            keys += len(values)
+            size_bytes += sum(map(len, values))
+            fit = _PAGE_BYTES * keys // max(size_bytes, 1)
+            if not page.more:
+                break
+            request.key = kvs[-1].key + b"\0"  # the next possible key
+            request.limit = max(_PAGE_KEYS, min(_PAGE_GROWTH * keys, fit))
             # etcd looks for the next page while this one is read here.
             following = self._members.begin(_range, request)
-            take(page.kvs)
-            page = following()
-        take(page.kvs)
+            take(kvs, values)
+            page = self._page(request, following)
+        take(kvs, values)
+        # Who lists again expects as much, and somewhat more.
+        self._first_limit = max(_PAGE_KEYS, min(keys + keys // 4, fit))
         return int(request.revision)
+
+    def _page(self, request: Any, answer: Callable[[], Any]) -> Any:
+        """The answer to the request; with fewer keys where values are larger than those before."""
+        while True:
+            try:
+                return answer()
+            except TooLargeError:
+                if request.limit == 1:
+                    raise
+                request.limit = max(request.limit // 8, 1)
+                answer = self._members.begin(_range, request)
 
     def get(self, key: bytes, revision: int = 0) -> KeyValue | None:
         """What the key holds, or held at a revision. Raises CompactedError for one out of reach."""
@@ -231,17 +256,27 @@ class Etcd:
         so that the answers that came before a failure are not lost with it.
         """
         timeout_s = timeout_s or self.timeout_s
-        stream = self._keep_alives
-        if stream is None:
-            stream = self._keep_alives = _KeepAliveStream(self._members, timeout_s)
+        if not self._keeping.acquire(timeout=timeout_s):
+            raise RegistryUnavailableError(
+                f"etcd at {self.urls} has not answered the keep-alives before these"
+            )
+        complete = False
         try:
-            yield from stream.refresh(lease_ids, timeout_s)
-        except (
-            BaseException
-        ):  # also when the caller wants no more answers: they would be the next's
-            self._keep_alives = None
+            if self._keep_alives is not None and not self._keep_alives.is_open:
+                self._end_keep_alives()
+            if self._keep_alives is None:
+                self._keep_alives = _KeepAliveStream(self._members, timeout_s)
+            yield from self._keep_alives.refresh(lease_ids, timeout_s)
+            complete = True
+        finally:
+            if not complete:  # what is still to come would be taken for the next call's answers
+                self._end_keep_alives()
+            self._keeping.release()
+
+    def _end_keep_alives(self) -> None:
+        stream, self._keep_alives = self._keep_alives, None
+        if stream is not None:
             stream.close()
-            raise
 
     def revoke(self, lease_ids: Iterable[int], timeout_s: float | None = None) -> None:
         """Ends all leases at once, and with them their keys. One that is gone already is fine."""
@@ -289,6 +324,11 @@ class _KeepAliveStream:
                 iter(self._requests.get, None),
                 metadata=members.metadata(self._connection, timeout_s),
             )
+
+    @property
+    def is_open(self) -> bool:
+        """False when it broke meanwhile, such as with a member that was left."""
+        return bool(self._call.is_active())
 
     def refresh(self, lease_ids: Collection[int], timeout_s: float) -> Iterator[Lease]:
         late = threading.Event()
@@ -412,11 +452,6 @@ def _one_and_no_end(request: Any, ended: threading.Event) -> Iterator[Any]:
     live for ever."""
     yield request
     ended.wait()
-
-
-def _next_limit(sizes_bytes: list[int]) -> int:
-    fit = _PAGE_BYTES * len(sizes_bytes) // max(sum(sizes_bytes), 1)
-    return max(_PAGE_KEYS, min(_PAGE_GROWTH * len(sizes_bytes), fit))
 
 
 def _range(connection: Connection) -> Any:

@@ -5,7 +5,8 @@ It lists, tells what is there, and watches from the next revision on. When the s
 restarted, stopped, cut off, has no leader), it goes on at that revision with the next stream, so that
 nothing is lost and nothing comes twice. Two things can make that impossible:
 
-    compacted       etcd has forgotten some of what happened since.
+    compacted       etcd has forgotten some of what happened since. (Or it is more than gRPC takes in
+                    one message, and a list comes in pages.)
     another store   etcd was wiped, or restored from a backup: what has the same revisions there is
                     something else. Revisions that went back are not enough to see it, since the new
                     store may have grown past the old one. So when a new stream is open, and before
@@ -38,7 +39,14 @@ from dataclasses import dataclass
 from typing import Self
 
 from peerd.errors import InvalidRecordError, RegistryAuthError, RegistryError
-from peerd.registry.etcd import Change, CompactedError, Etcd, KeyValue, WatchStream
+from peerd.registry.etcd import (
+    Change,
+    CompactedError,
+    Etcd,
+    KeyValue,
+    TooLargeError,
+    WatchStream,
+)
 from peerd.registry.records import PeerRecord
 
 log = logging.getLogger(__name__)
@@ -193,7 +201,7 @@ class Watch:
                 events = self._list()
             self._known_s = time.monotonic()
             return events
-        except CompactedError as error:
+        except (CompactedError, TooLargeError) as error:
             log.info("%s: the peers are listed again", error)
             self._broken()
             return self._list_again()

@@ -320,6 +320,26 @@ def test_all_keep_alives_go_over_one_stream(etcd: str, prefix: str) -> None:
         assert registry._etcd._keep_alives is stream
 
 
+def test_a_stream_that_broke_between_two_rounds_is_no_failure() -> None:
+    """As with an etcd that was restarted, or a member that was left: the next round has another."""
+    states: list[SessionState] = []
+    with (
+        EmbeddedEtcd() as etcd,
+        Registry(etcd.endpoint, "p", lease_ttl_s=12, on_state=states.append) as registry,
+    ):
+        registration = registry.register(SEED)
+        adopted = registry.register(SEED, adopt_lease_id=registration.lease_id)  # the first round
+        stream = registry._etcd._keep_alives
+        assert stream is not None
+        etcd.kill()
+        etcd.restart()
+        eventually(lambda: not stream.is_open)
+        until_s = adopted.registered_until_s
+        eventually(lambda: adopted.registered_until_s > until_s)
+        assert registry._etcd._keep_alives is not stream
+    assert states == [CONNECTED]
+
+
 def test_a_revoked_lease_is_replaced(etcd: str, prefix: str, store: Store) -> None:
     states: list[SessionState] = []
     leases: list[int] = []

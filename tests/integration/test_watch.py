@@ -286,6 +286,25 @@ def test_a_second_listing_sees_what_has_changed(registry: Registry) -> None:
     assert registry.nodes() == []
 
 
+def test_values_that_are_too_large_for_one_page(
+    registry: Registry, store: Etcd, prefix: str
+) -> None:
+    """Others may write up to 1.5 MB; a page of them would be more than gRPC takes."""
+    records = [PeerRecord("localhost", port) for port in range(1, 1501)]
+    for record in records:
+        store.put(f"{prefix}/{record.peer_id}".encode(), record.to_json())
+    lease_id = store.grant(60).lease_id
+    for number in range(40):
+        store.put(f"{prefix}/zz-{number}".encode(), bytes(1_400_000), lease_id)
+    expected = sorted(records, key=lambda record: record.peer_id)
+    with registry.watch() as watch:
+        for _ in range(2):
+            listing = registry.scan()
+            assert (listing.records, listing.skipped) == (tuple(expected), 40)
+        assert [next(watch).record for _ in records] == expected
+    store.revoke([lease_id])
+
+
 # Updating
 
 
