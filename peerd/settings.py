@@ -7,6 +7,7 @@ it needs, as arguments.
 
 from __future__ import annotations
 
+import enum
 import math
 import socket
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ MAX_LINGER_US = 10_000
 MAX_RECV_BUFFER_BYTES = 1 << 30
 LINGER_US_PER_PEER = 50
 MAX_DEFAULT_LINGER_US = 400
+MIN_AGE_S = 1
+MIN_RSS_BYTES = 48 * 1024 * 1024
 MIN_LEASE_TTL_S = 2
 MAX_LEASE_TTL_S = 24 * 3600
 
@@ -139,6 +142,16 @@ def default_linger_us(peers: int, cpus: int) -> int:
     return min(LINGER_US_PER_PEER * peers // cpus, MAX_DEFAULT_LINGER_US)
 
 
+class OnCrashloop(enum.Enum):
+    """What happens when a worker has died too often (restart.py has the policy)."""
+
+    RETRY = "retry"
+    """It is parked and tried again once a minute; the others go on."""
+
+    EXIT = "exit"
+    """The supervisor stops in order, and exits with 70."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SupervisorSettings:
     peers: int = 1
@@ -181,6 +194,17 @@ class SupervisorSettings:
     boot_timeout_s: float = 60.0
     """For how long a worker may load its app."""
 
+    on_crashloop: OnCrashloop = OnCrashloop.RETRY
+
+    pin: bool = False
+    """Give each worker one of the CPUs that this process may use, in turn (sched_setaffinity(2))."""
+
+    max_age_s: float | None = None
+    """A worker that has been ready for so long is replaced, losing nothing; None: never."""
+
+    max_rss_bytes: int | None = None
+    """A worker whose resident memory is above this is replaced, losing nothing; None: never."""
+
     metrics: Address | None = None
     """Where the supervisor serves Prometheus text and health checks, over HTTP; None: nowhere."""
 
@@ -213,6 +237,13 @@ class SupervisorSettings:
             if not 0 < getattr(self, name) < math.inf:
                 flag = f"--{name.removesuffix('_s').replace('_', '-')}"
                 raise SettingsError(f"{flag} {getattr(self, name)}: give seconds above 0")
+        if self.max_age_s is not None and not MIN_AGE_S <= self.max_age_s < math.inf:
+            raise SettingsError(f"--max-age {self.max_age_s}: give {MIN_AGE_S} seconds or more")
+        if self.max_rss_bytes is not None and self.max_rss_bytes < MIN_RSS_BYTES:
+            raise SettingsError(
+                f"--max-rss {self.max_rss_bytes}: give {MIN_RSS_BYTES} bytes or more; "
+                "a worker that does nothing has half of that"
+            )
 
     @property
     def last_port(self) -> int:
