@@ -75,7 +75,7 @@ class Slot:
     log_dropped: int
     """Lines that the worker wrote and nobody had room for. Written by the worker."""
     def new_socket(self) -> None:
-        """The next worker has another socket, whose kernel counts its drops from 0. Only while there is none."""
+        """The next worker has another socket, whose drops count from 0. Only while there is no worker."""
     def histograms(self) -> dict[str, list[int]]:
         """``batch_datagrams``: datagrams a turn; ``turn_us``: microseconds a turn.
 
