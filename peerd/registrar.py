@@ -18,6 +18,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from setproctitle import setproctitle
@@ -46,13 +47,19 @@ ORPHAN_TIMEOUT_S = 0.8
 """After the supervisor's death: when to exit even if etcd does not answer. The leases do the rest."""
 
 
-def run(settings: SupervisorSettings, board: Scoreboard, lifeline_fd: int, report_fd: int) -> int:
-    """Reconcile until the lifeline ends. Returns 0."""
+def run(
+    settings: SupervisorSettings,
+    board: Scoreboard,
+    lifeline_fd: int,
+    report_fd: int,
+    at_end: Callable[[], None] = lambda: None,
+) -> int:
+    """Reconcile until the lifeline ends. Returns 0. ``at_end`` is called however late etcd answers."""
     setproctitle("peerd: registrar")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # its end is the supervisor's end
     os.set_blocking(report_fd, False)
-    lifeline = _Lifeline(lifeline_fd)
+    lifeline = _Lifeline(lifeline_fd, at_end)
     # Not at the top of the file: the supervisor imports this one, and must not import gRPC.
     from peerd.registry import Registry
 
@@ -73,14 +80,16 @@ def run(settings: SupervisorSettings, board: Scoreboard, lifeline_fd: int, repor
         while not lifeline.ended:
             reconciler.reconcile()
             lifeline.wait(ROUND_S)
+    at_end()
     return 0
 
 
 class _Lifeline:
     """The pipe from the supervisor, read by a thread, so that no call to etcd delays the notice."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, at_end: Callable[[], None]) -> None:
         self._fd = fd
+        self._at_end = at_end
         self._changed = threading.Event()
         self.ended = False
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
@@ -96,6 +105,7 @@ class _Lifeline:
         self._changed.set()
         time.sleep(ORPHAN_TIMEOUT_S)
         log.warning("etcd does not answer: leaving the records to their leases")
+        self._at_end()
         os._exit(0)
 
 

@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from peerd.supervisor.workers import BootReport
 # Its socket, the pidfd and, while it starts, the pipe of its report.
 DESCRIPTORS_PER_PEER = 3
 OTHER_DESCRIPTORS = 128
+DISCARD_TRIES = 50
 
 
 class BadConfigError(click.ClickException):
@@ -322,16 +324,23 @@ def _registrar_entry(settings: SupervisorSettings, own_etcd: EmbeddedEtcdSetting
     supervisor_pid = os.getpid()
 
     def run_registrar(board: Scoreboard, lifeline_fd: int, report_fd: int) -> int:
+        def at_end() -> None:
+            if os.getppid() != supervisor_pid:
+                # Killed, so it cannot clean up; etcd was killed with it.
+                _discard(own_etcd)
+
         logs.name_process("registrar")
-        code = registrar.run(settings, board, lifeline_fd, report_fd)
-        if os.getppid() != supervisor_pid:
-            # Killed, so it cannot clean up; etcd was killed with it.
-            _discard(own_etcd)
-        return code
+        return registrar.run(settings, board, lifeline_fd, report_fd, at_end)
 
     return run_registrar
 
 
 def _discard(own_etcd: EmbeddedEtcdSettings | None) -> None:
-    if own_etcd is not None:
+    if own_etcd is None:
+        return
+    # Again while an etcd that was killed a moment ago still writes.
+    for _ in range(DISCARD_TRIES):
         shutil.rmtree(own_etcd.data_dir, ignore_errors=True)
+        if not own_etcd.data_dir.exists():
+            return
+        time.sleep(0.01)

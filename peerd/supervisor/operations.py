@@ -263,7 +263,7 @@ class Scaler:
 
         def kill() -> None:
             if index in self._ending and self._peers.get(index) is peer:
-                log.warning("peer %s has not stopped in time: SIGKILL", peer.peer_id)
+                log.warning("the worker of %s has not stopped in time: SIGKILL", peer.peer_id)
                 peer.kill()
 
         self._loop.call_later(WITHDRAW_TIMEOUT_S, drain)

@@ -135,7 +135,7 @@ class Stop:
         if self._phase in (_Phase.WITHDRAW, _Phase.DRAIN):
             for peer in self._peers.values():
                 if not peer.has_ended:
-                    log.warning("peer %s has not stopped in time: SIGKILL", peer.peer_id)
+                    log.warning("the worker of %s has not stopped in time: SIGKILL", peer.peer_id)
                     peer.kill()
             self._close()
             self._later(LAST_TIMEOUT_S, self._kill_late)
