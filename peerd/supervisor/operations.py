@@ -20,6 +20,7 @@ from peerd._scoreboard import PeerState
 from peerd.address import MAX_PORT
 from peerd.errors import BindError, ControlError
 from peerd.settings import MAX_PEERS, SupervisorSettings
+from peerd.supervisor.history import History
 from peerd.supervisor.loop import Callback, Loop
 from peerd.supervisor.peer import Peer, Replaced
 from peerd.supervisor.sockets import bind_one
@@ -111,6 +112,7 @@ class Scaler:
         peers: Mapping[int, Peer],
         add: Callable[[int, socket.socket], Peer],
         remove: Callable[[Peer], None],
+        history: History,
         on_change: Callback,
     ) -> None:
         """``add`` makes a peer of a slot and its socket, ``remove`` forgets one that has ended."""
@@ -119,6 +121,7 @@ class Scaler:
         self._peers = peers
         self._add = add
         self._remove = remove
+        self._history = history
         self._on_change = on_change
         self._waiting: deque[_Scaling] = deque()
         self._current: _Scaling | None = None
@@ -142,7 +145,7 @@ class Scaler:
         """SIGTTIN and SIGTTOU, which add up while an earlier scaling is under way. Never below one peer."""
         self._signalled += difference
         if self._by_signals is None:
-            self._by_signals = _Scaling(self._after_signals, _log_answer)
+            self._by_signals = _Scaling(self._after_signals, _log_failure)
             self._ask(self._by_signals)
 
     def abandon(self) -> None:
@@ -220,8 +223,6 @@ class Scaler:
             for sock in sockets.values():
                 sock.close()
             raise
-        if target != self._before:
-            log.info("scaling from %d to %d peers", self._before, target)
         for index, sock in sockets.items():
             peer = self._starting[index] = self._add(index, sock)
             self._started.append(peer)
@@ -277,8 +278,12 @@ class Scaler:
         scaling, self._current = self._current, None
         self._on_change()
         if self._failure is not None:
+            self._history.note("not scaled", why=self._failure.partition("\n")[0])
             scaling.answer(f"still {len(self._peers)} peers: {self._failure}")
         else:
+            if self._before != len(self._peers):
+                self._history.note("scaled", before=self._before, peers=len(self._peers))
+                log.info("scaled from %d to %d peers", self._before, len(self._peers))
             started = [
                 {"slot": each.slot.index, "peer_id": each.peer_id, "pid": each.slot.pid}
                 for each in self._started
@@ -288,17 +293,21 @@ class Scaler:
                     "before": self._before,
                     "peers": len(self._peers),
                     "started": started,
-                    "stopped": self._stopped,
+                    "stopped": sorted(self._stopped, key=_slot, reverse=True),
                 }
             )
         self._next()
 
 
-def _log_answer(result: dict[str, object] | str) -> None:
+def _log_failure(result: dict[str, object] | str) -> None:
     if isinstance(result, str):
         log.error("not scaled: %s", result)
-    else:
-        log.info("%s peers now, %s before", result["peers"], result["before"])
+
+
+def _slot(row: dict[str, object]) -> int:
+    slot = row["slot"]
+    assert isinstance(slot, int)
+    return slot
 
 
 class Recycler:

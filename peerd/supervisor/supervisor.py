@@ -106,6 +106,7 @@ class Supervisor:
             self._peers,
             self._add_peer,
             self._remove_peer,
+            self.history,
             self._tell_manager,
         )
         self._recycler = Recycler(settings, self._peers)
