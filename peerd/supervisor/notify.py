@@ -35,6 +35,9 @@ TEMPORARY = frozenset(
 
 MAX_STATUS_CHARS = 200
 
+LATE_S = 2.0
+"""A manager that has not read for so long is worth a warning; a full queue is not."""
+
 
 @dataclass(frozen=True)
 class _Message:
@@ -57,6 +60,7 @@ class Notifier:
         self._waiting: dict[str, _Message] = {}
         self._status = ""
         self._is_ready = False
+        self._full_since_s: float | None = None
         self._warned = False
         if address is None:
             return
@@ -157,15 +161,19 @@ class Notifier:
             )
         except OSError as error:
             if error.errno in TEMPORARY:
-                self._warn(f"systemd does not read it ({error.strerror})")
+                now_s = time.monotonic()
+                self._full_since_s = self._full_since_s or now_s
+                if now_s >= self._full_since_s + LATE_S:
+                    self._warn(f"it does not read ({error.strerror})")
                 return False
             self._warn(error.strerror or str(error))
+        self._full_since_s = None
         return True
 
     def _warn(self, why: str) -> None:
         if not self._warned:
             self._warned = True
-            log.warning("cannot notify systemd at NOTIFY_SOCKET: %s; going on without", why)
+            log.warning("cannot notify systemd at $NOTIFY_SOCKET: %s; going on without", why)
 
 
 def socket_name(port: int) -> str:
