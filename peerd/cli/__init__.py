@@ -44,6 +44,7 @@ COMMANDS = {
     "reload": ("peerd.cli.manage", "Replace all workers, one at a time, losing nothing."),
     "restart": ("peerd.cli.manage", "Replace the worker of one slot, losing nothing."),
     "stop": ("peerd.cli.manage", "Stop a supervisor in order, and wait for it."),
+    "systemd-unit": ("peerd.cli.systemd_unit", "Print a unit for systemd that runs peers."),
     "etcd": ("peerd.cli.etcd", "Run an etcd for trials, in the foreground."),
 }
 
@@ -57,7 +58,9 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+        command = getattr(
+            importlib.import_module(COMMANDS[cmd_name][0]), cmd_name.replace("-", "_")
+        )
         assert isinstance(command, click.Command)
         return command
 
