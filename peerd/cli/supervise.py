@@ -32,15 +32,13 @@ from peerd.settings import (
     default_linger_us,
 )
 from peerd.supervisor import control
-from peerd.supervisor.notify import Notifier
-from peerd.supervisor.sockets import bind_all, listen
+from peerd.supervisor.notify import Notifier, socket_name
+from peerd.supervisor.operations import DESCRIPTORS_PER_PEER, OTHER_DESCRIPTORS
+from peerd.supervisor.sockets import bind_all, inherited_sockets, listen
 from peerd.supervisor.supervisor import Supervisor
 from peerd.supervisor.surroundings import Entries, Surroundings
 from peerd.supervisor.workers import BootReport
 
-# Its socket, the pidfd and, while it starts, the pipe of its report.
-DESCRIPTORS_PER_PEER = 3
-OTHER_DESCRIPTORS = 128
 DISCARD_TRIES = 50
 
 
@@ -220,9 +218,8 @@ def supervise(
     )
     log_dropped = logs.configure(log_level, log_format)
     _raise_descriptor_limit(peers)
-    sockets = bind_all(
-        settings.host, settings.base_port, settings.peers, settings.recv_buffer_bytes
-    )
+    notifier = Notifier.from_environment()
+    sockets = _open_sockets(settings, notifier)
     metrics_socket = listen(metrics, "--metrics") if metrics else None
     own_etcd = _own_etcd() if etcd is None else None
     path = control_path or control.default_path(settings.base_port)
@@ -235,7 +232,7 @@ def supervise(
             control_path=path,
             metrics_socket=metrics_socket,
             etcd=own_etcd,
-            notifier=Notifier.from_environment(),
+            notifier=notifier,
             version=__version__,
             log_dropped=log_dropped,
         ),
@@ -245,6 +242,18 @@ def supervise(
     finally:
         _discard(own_etcd)
     sys.exit(code)
+
+
+def _open_sockets(settings: SupervisorSettings, notifier: Notifier) -> list[socket.socket]:
+    """One a peer. What systemd has kept of an earlier run is used, and what has no peer any more is dropped."""
+    inherited = inherited_sockets(settings.host)
+    sockets = bind_all(
+        settings.host, settings.base_port, settings.peers, settings.recv_buffer_bytes, inherited
+    )
+    for port, sock in inherited.items():
+        notifier.discard(socket_name(port))
+        sock.close()
+    return sockets
 
 
 def _raise_descriptor_limit(peers: int) -> None:

@@ -217,7 +217,7 @@ class Scaler:
                     self._settings.host,
                     self._settings.base_port + index,
                     self._settings.recv_buffer_bytes,
-                    "peerd scale",
+                    "number of peers",
                 )
         except BindError:
             for sock in sockets.values():

@@ -99,7 +99,7 @@ class Supervisor:
             endpoint = settings.registry.endpoint
             self._etcd = EtcdService(self.loop, self.history, surroundings.etcd, endpoint)
         self._status = StatusReport(settings, self._peers, self._board, surroundings)
-        self._reloads = Reloads(self._peers, self._tell_manager)
+        self._reloads = Reloads(self._peers, self._reload_has_changed)
         self._scaler = Scaler(
             settings,
             self.loop,
@@ -324,11 +324,16 @@ class Supervisor:
         if self._stop is not None or not self._is_running:
             return
         status = self._status.line()
-        if self._reloads.is_under_way:
-            self._notifier.reloading()
-        elif self._all_are_ready:
+        if self._all_are_ready and not self._reloads.is_under_way:
             self._notifier.ready(status)
-        self._notifier.status(status)
+        else:
+            self._notifier.status(status)
+
+    def _reload_has_changed(self) -> None:
+        if self._reloads.is_under_way and self._stop is None:
+            self._notifier.reloading()
+        else:
+            self._tell_manager()
 
     # Its end
 
@@ -375,6 +380,7 @@ class Supervisor:
                 continue
             elif number == signal.SIGHUP:
                 log.info("SIGHUP: reloading")
+                self._reload_has_changed()  # systemd waits for a word that comes after its signal
                 self._reloads.ask(lambda _result: None)
             elif number == signal.SIGTTIN:
                 self._scaler.scale_by(1)
