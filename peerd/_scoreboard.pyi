@@ -40,7 +40,9 @@ class Slot:
     def index(self) -> int:
         """The number of the slot, from 0."""
     pid: int
-    """The worker's process, 0 when there is none. Written by the supervisor, as are the next five."""
+    """The worker's process, 0 when there is none. Written by the supervisor, as are the next six."""
+    successor_pid: int
+    """The process that is to take over from it, 0 when there is none."""
     generation: int
     """How many workers this slot has had."""
     state: PeerState

@@ -88,6 +88,14 @@ cdef class Slot:
         self.data.pid = value
 
     @property
+    def successor_pid(self):
+        return self.data.successor_pid
+
+    @successor_pid.setter
+    def successor_pid(self, int64_t value):
+        self.data.successor_pid = value
+
+    @property
     def generation(self):
         return self.data.generation
 

@@ -245,7 +245,7 @@ def supervise(
 
 
 def _open_sockets(settings: SupervisorSettings, notifier: Notifier) -> list[socket.socket]:
-    """One a peer. What systemd has kept of an earlier run is used, and what has no peer any more is dropped."""
+    """One a peer. What systemd has kept of an earlier run is used; what has no peer any more is dropped."""
     inherited = inherited_sockets(settings.host)
     sockets = bind_all(
         settings.host, settings.base_port, settings.peers, settings.recv_buffer_bytes, inherited

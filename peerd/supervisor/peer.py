@@ -422,6 +422,7 @@ class Peer:
         replacement.old_pid = self.slot.pid
         try:
             successor = self.successor = self._fork()
+            self.slot.successor_pid = successor.pid
         except OSError as error:
             self._host.history.note("cannot fork", peer_id=self.peer_id, why=str(error))
             self._not_replaced(f"cannot fork a successor: {error}")
@@ -473,6 +474,7 @@ class Peer:
         assert worker is not None
         self._cancel_deadline()
         self._serve_with(worker)
+        self.slot.successor_pid = 0
         worker.go()
 
     def _successor_exited(self, successor: Worker) -> None:
@@ -482,6 +484,7 @@ class Peer:
         self._cancel_deadline()
         end = successor.wait()
         self.successor = None
+        self.slot.successor_pid = 0
         why = successor.failure or f"the successor ended before it was ready: {end}"
         if self._stops and successor.killed_for == "stop":
             why = "the supervisor is stopping"
