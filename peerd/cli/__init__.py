@@ -44,6 +44,7 @@ COMMANDS = {
     "restart": ("peerd.cli.manage", "Replace the worker of one slot, losing nothing."),
     "stop": ("peerd.cli.manage", "Stop a supervisor in order, and wait for it."),
     "etcd": ("peerd.cli.etcd", "Run an etcd for trials, in the foreground."),
+    "chaos": ("peerd.cli.chaos", "Do harm to a supervisor under load, and check what it promises."),
 }
 
 
