@@ -159,9 +159,8 @@ class _Chaos:
                 descriptors = self._settled_descriptors()
                 self._do_everything()
                 self._settle(descriptors)
-            except NotRunningError as error:
-                code = self._subject.process.poll()
-                self._check("the supervisor lives", False, f"exit code {code}; {error}")
+            except (ControlError, NotRunningError) as error:
+                self._check("the supervisor lives and answers", False, self._why_no_answer(error))
         self._stop()
         return ChaosReport(self._settings.seed, dict(self._seen.done), tuple(self._invariants))
 
@@ -292,7 +291,7 @@ class _Chaos:
             begun_s = time.monotonic()
             try:
                 do(*args, **kwargs)
-            except (ControlError, TimeoutError) as error:
+            except (ControlError, NotRunningError, TimeoutError) as error:
                 self._tell(f"{what} failed: {str(error).partition(chr(10))[0]}")
                 if time.monotonic() - begun_s >= COMMAND_TIMEOUT_S:
                     self._seen.unanswered.append(what)
@@ -478,6 +477,12 @@ class _Chaos:
             yield from (node.peer_id for node in registry.nodes())
 
     # Facts
+
+    def _why_no_answer(self, error: PeerdError) -> str:
+        """A process that is killed closes its sockets a moment before it can be waited for."""
+        _wait_for(lambda: self._subject.process.poll() is not None, SETTLED_WITHIN_S)
+        code = self._subject.process.poll()
+        return str(error) if code is None else f"exit code {code}"
 
     def _wait_for_the_start(self) -> None:
         def registered() -> bool:

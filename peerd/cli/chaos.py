@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_SECONDS = 20.0
 DEFAULT_PEERS = 4
 DEFAULT_RATE = 4000.0
+KINDS = ", ".join(Kind)
 
 
 class _Kinds(click.ParamType):  # type: ignore[type-arg]
@@ -34,10 +35,12 @@ class _Kinds(click.ParamType):  # type: ignore[type-arg]
     ) -> frozenset[Kind]:
         if isinstance(value, frozenset):
             return value
-        try:
-            return frozenset(Kind(name.strip()) for name in str(value).split(","))
-        except ValueError as error:
-            self.fail(f"{error}; there are: {', '.join(Kind)}", param, ctx)
+        names = {name.strip() for name in str(value).split(",")}
+        if unknown := names - set(Kind):
+            self.fail(
+                f"no such action: {', '.join(sorted(unknown))}; there are: {KINDS}", param, ctx
+            )
+        return frozenset(Kind(name) for name in names)
 
 
 @click.command()
@@ -65,7 +68,7 @@ class _Kinds(click.ParamType):  # type: ignore[type-arg]
     type=_Kinds(),
     default=frozenset(Kind),
     metavar="KIND[,KIND...]",
-    help=f"Do these only: {', '.join(Kind)}.",
+    help=f"Do these only, of {KINDS}.",
 )
 @click.option("--keep", is_flag=True, help="Keep the supervisor's log when all is well, too.")
 @click.option(
