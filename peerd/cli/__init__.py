@@ -40,6 +40,7 @@ COMMANDS = {
     "send": ("peerd.cli.messages", "Send one message to a peer and print its reply."),
     "status": ("peerd.cli.status", "Show what a running supervisor and its peers do."),
     "events": ("peerd.cli.events", "Show what has happened to the processes of a supervisor."),
+    "logs": ("peerd.cli.show_logs", "Show the last lines that the workers have written."),
     "reload": ("peerd.cli.manage", "Replace all workers, one at a time, losing nothing."),
     "restart": ("peerd.cli.manage", "Replace the worker of one slot, losing nothing."),
     "stop": ("peerd.cli.manage", "Stop a supervisor in order, and wait for it."),

@@ -31,8 +31,10 @@ from peerd.settings import (
     default_linger_us,
 )
 from peerd.supervisor import control
+from peerd.supervisor.notify import Notifier
 from peerd.supervisor.sockets import bind_all, listen
 from peerd.supervisor.supervisor import Supervisor
+from peerd.supervisor.surroundings import Entries, Surroundings
 from peerd.supervisor.workers import BootReport
 
 # Its socket, the pidfd and, while it starts, the pipe of its report.
@@ -148,6 +150,13 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
     help="What is logged, on standard error.",
 )
 @click.option(
+    "--log-format",
+    type=click.Choice(["auto", "text", "json"]),
+    default="auto",
+    show_default=True,
+    help="auto: text to a terminal, lines of JSON otherwise.",
+)
+@click.option(
     "--config",
     type=click.Path(path_type=Path),
     is_eager=True,
@@ -174,6 +183,7 @@ def supervise(
     stuck_timeout: float,
     stop_timeout: float,
     log_level: str,
+    log_format: str,
     config: Path | None,
 ) -> None:
     """Run peers: one worker process for each UDP port, restarted when it dies, registered in etcd.
@@ -206,7 +216,7 @@ def supervise(
         stop_timeout_s=stop_timeout,
         metrics=metrics,
     )
-    logs.configure(log_level)
+    log_dropped = logs.configure(log_level, log_format)
     _raise_descriptor_limit(peers)
     sockets = bind_all(
         settings.host, settings.base_port, settings.peers, settings.recv_buffer_bytes
@@ -217,13 +227,16 @@ def supervise(
     _print_first_screen(settings, own_etcd, path)
     supervisor = Supervisor(
         settings,
-        sockets,
-        worker_entry=_worker_entry(settings),
-        registrar_entry=_registrar_entry(settings, own_etcd),
-        etcd=own_etcd,
-        control_path=path,
-        metrics_socket=metrics_socket,
-        version=__version__,
+        Entries(worker=_worker_entry(settings), registrar=_registrar_entry(settings, own_etcd)),
+        Surroundings(
+            sockets=sockets,
+            control_path=path,
+            metrics_socket=metrics_socket,
+            etcd=own_etcd,
+            notifier=Notifier.from_environment(),
+            version=__version__,
+            log_dropped=log_dropped,
+        ),
     )
     try:
         code = supervisor.run()
@@ -285,11 +298,14 @@ def _print_first_screen(
 
 def _worker_entry(settings: SupervisorSettings) -> Any:
     def run_worker(index: int, sock: socket.socket, slot: Slot, report: BootReport) -> int:
-        peer_id = settings.peer_id(index)
-        logs.name_process(f"peer {peer_id}")
+
+        def count_dropped(number: int) -> None:
+            slot.log_dropped += number
+
+        logs.become_worker(count_dropped)
         return worker.run(
             worker.WorkerSettings(
-                peer_id=peer_id,
+                peer_id=settings.peer_id(index),
                 app=settings.app,
                 datagrams=settings.datagrams,
                 drain_timeout_s=settings.drain_timeout_s,

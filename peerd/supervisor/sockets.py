@@ -46,20 +46,26 @@ def bind_all(host: str, base_port: int, count: int, recv_buffer_bytes: int) -> l
 
     Raises PortInUseError, or BindError when the host does not resolve or the bind is refused.
     """
-    family, address = _resolve(host, "--host")
     with contextlib.ExitStack() as opened:
         sockets = []
         for port in range(base_port, base_port + count):
-            sock = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
-            if family == socket.AF_INET6:
-                # "::" then takes IPv4 as well, whatever net.ipv6.bindv6only says (ipv6(7)).
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            _bind(sock, host, address, port, "--base-port")
-            _grow_buffer(sock, recv_buffer_bytes)
-            sockets.append(sock)
+            sock = bind_one(host, port, recv_buffer_bytes, "--base-port")
+            sockets.append(opened.enter_context(sock))
         opened.pop_all()
     _warn_of_small_buffer(sockets[0], recv_buffer_bytes)
     return sockets
+
+
+def bind_one(host: str, port: int, recv_buffer_bytes: int, flag: str) -> socket.socket:
+    family, address = _resolve(host, "--host")
+    with contextlib.ExitStack() as opened:
+        sock = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        _bind(sock, host, address, port, flag)
+        _grow_buffer(sock, recv_buffer_bytes)
+        opened.pop_all()
+    return sock
 
 
 def listen(at: Address, flag: str) -> socket.socket:
