@@ -46,6 +46,7 @@ COMMANDS = {
     "stop": ("peerd.cli.manage", "Stop a supervisor in order, and wait for it."),
     "systemd-unit": ("peerd.cli.systemd_unit", "Print a unit for systemd that runs peers."),
     "etcd": ("peerd.cli.etcd", "Run an etcd for trials, in the foreground."),
+    "chaos": ("peerd.cli.chaos", "Do harm to a supervisor under load, and check what it promises."),
 }
 
 
