@@ -136,6 +136,14 @@ cdef class Slot:
         self.data.lost_in_flight = value
 
     @property
+    def lost_unread(self):
+        return self.data.lost_unread
+
+    @lost_unread.setter
+    def lost_unread(self, int64_t value):
+        self.data.lost_unread = value
+
+    @property
     def lease_id(self):
         return self.data.lease_id
 

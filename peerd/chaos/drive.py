@@ -349,16 +349,20 @@ class _Chaos:
         wrong = []
         for peer in peers:
             missing = load.of(peer["port"]).missing
-            if missing != peer["lost_in_flight"] + peer["rx_dropped"]:
+            if missing != peer["lost_in_flight"] + peer["rx_dropped"] + peer["lost_unread"]:
                 wrong.append(
                     f"slot {peer['slot']}: {missing} missing, {peer['lost_in_flight']} lost in "
-                    f"flight and {peer['rx_dropped']} dropped"
+                    f"flight, {peer['rx_dropped']} dropped, {peer['lost_unread']} unread"
                 )
         lost, dropped = _sum(peers, "lost_in_flight"), _sum(peers, "rx_dropped")
-        said = f"{load.missing} missing, {lost} lost in flight and {dropped} dropped reported"
+        unread = _sum(peers, "lost_unread")
+        said = (
+            f"{load.missing} missing; reported: {lost} lost in flight, {dropped} dropped, "
+            f"{unread} unread"
+        )
         self._check(
             "the loss is what is reported",
-            not wrong and load.missing == lost + dropped,
+            not wrong and load.missing == lost + dropped + unread,
             "; ".join([said, *wrong]),
         )
         self._check("nothing is doubled", not load.doubled, str(load.doubled))

@@ -38,13 +38,16 @@ from peerd.supervisor.loop import Loop, Timer
 from peerd.supervisor.output import PeerLog, RecentLines
 from peerd.supervisor.processes import Exit
 from peerd.supervisor.restart import Failure, RestartPolicy, next_restart
-from peerd.supervisor.sockets import queue_state
+from peerd.supervisor.sockets import count_unread, queue_state
 from peerd.supervisor.workers import Worker, WorkerEntry, start_worker
 
 EX_OK = 0
 
 HAND_OVER_GRACE_S = 1.0
 """What a worker has beyond its drain timeout to leave the socket to its successor."""
+
+QUEUE_TRIES = 3
+"""How many workers are started to serve the queue of a peer that stops and has none."""
 
 STACK_S = 0.5
 """How long a worker that is about to be killed has to write its stack."""
@@ -167,23 +170,26 @@ class Peer:
         self._waiting: deque[_Replacement] = deque()
         self._stops = False
         self._drains = False
+        self._queue_tries = QUEUE_TRIES
         self._liveness = Liveness(host.settings.stuck_timeout_s)
         self._seen_messages = 0
 
     # What it is told
 
-    def start(self) -> None:
-        """Fork a worker for a socket that nobody reads."""
+    def start(self) -> bool:
+        """Fork a worker for a socket that nobody reads. Whether that worked; if not, it is tried again."""
         self._cancel_restart()
         try:
             worker = self._fork()
         except OSError as error:
             self._host.history.note("cannot fork", peer_id=self.peer_id, why=str(error))
-            self._say(logging.ERROR, "cannot fork a worker: %s; %s", error, self._plan_restart())
-            return
+            then = "stopping" if self._stops else self._plan_restart()
+            self._say(logging.ERROR, "cannot fork a worker: %s; %s", error, then)
+            return False
         self._serve_with(worker)
         worker.watch(self._host.loop, lambda: self._reported(worker), lambda: self._exited(worker))
         worker.go()
+        return True
 
     def replace(self, told: Told) -> None:
         """By a worker that has loaded the app anew; also starts one where none serves."""
@@ -216,6 +222,7 @@ class Peer:
             worker.send(signal.SIGTERM)
 
     def kill(self, why: str = "stop") -> None:
+        self._queue_tries = 0
         for worker in (self.worker, self.successor):
             if worker is not None:
                 worker.kill(why)
@@ -248,7 +255,8 @@ class Peer:
 
     @property
     def has_ended(self) -> bool:
-        return self._stops and self.worker is None and self.successor is None
+        """It was told to stop, and there is no process and nothing left to serve."""
+        return self._stops and self.slot.state is PeerState.STOPPED
 
     @property
     def is_replacing(self) -> bool:
@@ -264,10 +272,15 @@ class Peer:
     def queued_bytes(self) -> int:
         return queue_state(self.sock).queued_bytes
 
-    def close(self) -> None:
-        """After its end: the port is free. Says what is lost with it."""
-        if left := self.queued_bytes:
-            self._say(logging.WARNING, "%d bytes in the queue of the socket were not read", left)
+    def close(self, *, is_kept: bool = False) -> None:
+        """After its end. Counts what is lost with the socket, if nobody keeps it."""
+        if not is_kept and self.queued_bytes:
+            unread = count_unread(self.sock)
+            self.slot.lost_unread += unread
+            self._host.history.note("closed", peer_id=self.peer_id, lost_unread=unread)
+            self._say(
+                logging.WARNING, "datagrams in the queue when its port was closed: %d", unread
+            )
         self.sock.close()
 
     # Its worker
@@ -374,7 +387,7 @@ class Peer:
         restart = next_restart(self._policy, list(self._failures), random.random())
         self.slot.restarts += 1
         self.next_start_s = now_s + restart.delay_s
-        self._restart = self._host.loop.call_at(self.next_start_s, self.start)
+        self._restart = self._host.loop.call_at(self.next_start_s, self._start_again)
         self._becomes(Event.PARK if restart.crashloop else Event.FAIL)
         if not restart.crashloop:
             if not restart.delay_s:
@@ -392,7 +405,12 @@ class Peer:
             f"'peerd restart {self.slot.index}'"
         )
 
+    def _start_again(self) -> None:
+        self.start()
+
     def _is_late(self, worker: Worker) -> None:
+        if worker not in (self.worker, self.successor):
+            return
         limit_s = self._host.settings.boot_timeout_s
         self._say(
             logging.ERROR,
@@ -542,7 +560,14 @@ class Peer:
         self._host.slot_has_changed()
 
     def _has_perhaps_ended(self) -> None:
-        if self.has_ended and self.slot.state is not PeerState.STOPPED:
+        if not self._stops or self.worker is not None or self.successor is not None:
+            return
+        while self._queue_tries and self.queued_bytes:
+            # Nobody serves it, and it will be closed: what is in it is still owed an answer.
+            self._queue_tries -= 1
+            if self.start():
+                return
+        if not self.has_ended:
             self._becomes(Event.END)
             self._host.peer_has_ended(self)
 

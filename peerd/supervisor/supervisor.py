@@ -324,7 +324,10 @@ class Supervisor:
         if self._stop is not None or not self._is_running:
             return
         status = self._status.line()
-        if self._all_are_ready and not self._reloads.is_under_way:
+        is_up = (
+            self._all_are_ready or self._all_ready_told
+        )  # a reload ends with READY, whatever it found
+        if is_up and not self._reloads.is_under_way:
             self._notifier.ready(status)
         else:
             self._notifier.status(status)
@@ -432,7 +435,7 @@ class Supervisor:
             for worker in (peer.worker, peer.successor):
                 if worker is not None:
                     worker.wait()
-            peer.close()
+            peer.close(is_kept=self._notifier.keeps_sockets)
         self._registrar.release()
         if self._etcd is not None:
             self._etcd.release()
