@@ -1,4 +1,4 @@
-"""What a running supervisor is told to do: ``peerd reload``, ``restart``, ``scale``, ``stop``; and ``wait``."""
+"""``peerd reload``, ``restart``, ``scale`` and ``stop``: what a supervisor is told to do; and ``wait``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import orjson
 
 from peerd.cli.options import SECONDS, control_option, json_option, slot_argument
 from peerd.cli.table import print_table
-from peerd.errors import ControlError, NotRunningError
+from peerd.errors import ControlError, NotRunningError, PeerdError
 from peerd.settings import MAX_PEERS
 from peerd.supervisor import control
 
@@ -123,18 +123,35 @@ def wait(path: Path | None, timeout_s: float) -> None:
     while True:
         left_s = deadline_s - time.monotonic()
         try:
-            answer_s = min(max(left_s, POLL_S), ANSWER_S)
-            report = control.request(_socket(path), "status", timeout_s=answer_s)
-            if report["supervisor"]["state"] == "ready":
-                pid = report["supervisor"]["pid"]
-                click.echo(f"{_peers(len(report['peers']))} of supervisor pid {pid} ready")
-                return
-            if left_s <= 0:
-                raise ControlError(f"not ready within {timeout_s:g} s: {_not_ready(report)}")
-        except NotRunningError:
-            if left_s <= 0:
-                raise
-        time.sleep(min(POLL_S, max(left_s, 0)))
+            where = _socket(path)
+            error: PeerdError | None = _not_ready(where, min(max(left_s, POLL_S), ANSWER_S))
+        except NotRunningError as absence:
+            error = absence
+        if error is None:
+            return
+        if left_s <= 0:
+            raise error
+        time.sleep(min(POLL_S, left_s))
+
+
+def _not_ready(where: Path, answer_s: float) -> PeerdError | None:
+    """Why not; None, and that is printed, when all peers are."""
+    try:
+        report = control.request(where, "status", timeout_s=answer_s)
+    except (NotRunningError, ControlError) as error:
+        return error
+    state, pid = report["supervisor"]["state"], report["supervisor"]["pid"]
+    if state == "ready":
+        click.echo(f"{_peers(len(report['peers']))} of supervisor pid {pid} ready")
+        return None
+    names = [
+        f"{peer['peer_id']} ({peer['state']})"
+        for peer in report["peers"]
+        if peer["state"] != "ready"
+    ]
+    if len(names) > MOST_NAMES:
+        names[MOST_NAMES:] = [f"and {len(names) - MOST_NAMES} more"]
+    return ControlError(f"supervisor pid {pid} is {state}: {', '.join(names) or 'its loops lag'}")
 
 
 def _socket(path: Path | None) -> Path:
@@ -143,18 +160,6 @@ def _socket(path: Path | None) -> Path:
 
 def _peers(count: int) -> str:
     return "1 peer" if count == 1 else f"{count} peers"
-
-
-def _not_ready(report: dict[str, Any]) -> str:
-    names = [
-        f"{peer['peer_id']} ({peer['state']})"
-        for peer in report["peers"]
-        if peer["state"] != "ready"
-    ]
-    if not names:
-        return f"the supervisor is {report['supervisor']['state']}"
-    more = [f"and {len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else []
-    return ", ".join(names[:MOST_NAMES] + more)
 
 
 def _show_replaced(result: dict[str, Any], as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import os
@@ -27,7 +26,9 @@ COMPLETION_TIMEOUT_S = 0.5
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``: did you mean 'x'?``, or nothing when nothing known is like it."""
+    """``: did you mean 'x'``, or nothing when nothing known is like it."""
+    import difflib
+
     close = difflib.get_close_matches(word, list(known), 1)
     return f": did you mean {close[0]!r}?" if close else ""
 

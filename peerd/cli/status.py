@@ -44,7 +44,7 @@ def status(path: Path | None, watch: bool, fields: str | None, as_json: bool) ->
     if fields is not None and as_json:
         raise click.UsageError("-o and --json are two ways to print the same: choose one")
     where = path or control.find_running()
-    show = _shower(fields, as_json)
+    show = _shower(fields, as_json, indent=not watch)
     if watch:
         from peerd.cli.status_watch import watch_status
 
@@ -56,15 +56,14 @@ def status(path: Path | None, watch: bool, fields: str | None, as_json: bool) ->
         sys.exit(1)
 
 
-def _shower(fields: str | None, as_json: bool) -> Show:
+def _shower(fields: str | None, as_json: bool, *, indent: bool) -> Show:
     if fields is not None:
         names = [name.strip() for name in fields.split(",")]
         return lambda report: _show_fields(report, names)
-    return _show_json if as_json else _show_table
-
-
-def _show_json(report: dict[str, Any]) -> None:
-    click.echo(orjson.dumps(report, option=orjson.OPT_INDENT_2))
+    if as_json:
+        option = orjson.OPT_INDENT_2 if indent else None
+        return lambda report: click.echo(orjson.dumps(report, option=option))
+    return _show_table
 
 
 def _show_table(report: dict[str, Any]) -> None:
@@ -87,7 +86,7 @@ def _show_fields(report: dict[str, Any], names: Sequence[str]) -> None:
         if name not in known:
             top = ", ".join(field for field in known if "." not in field)
             raise click.BadParameter(
-                f"there is no field {name!r}{did_you_mean(name, known) or ';'} there are: {top}",
+                f"there is no field {name!r}{did_you_mean(name, known) or ':'} there are: {top}",
                 param_hint="-o",
             )
     for peer in report["peers"]:

@@ -59,9 +59,9 @@ def head(report: Report) -> list[str]:
     scaled = ""
     if configured is not None and configured != len(peers):
         scaled = f"; configured {configured}, running {len(peers)}"
+    up = duration(supervisor["uptime_s"])
     return [
-        f"supervisor pid {supervisor['pid']}, {supervisor['state']}, "
-        f"up {duration(supervisor['uptime_s'])}, peerd {supervisor['version']}",
+        f"supervisor pid {supervisor['pid']}, {supervisor['state']}, up {up}, peerd {supervisor['version']}",
         f"peers {ready} of {len(peers)} ready{scaled}",
         f"registry {registry['state']}, etcd at {registry['endpoint']}",
     ]
@@ -149,18 +149,22 @@ def _age(seconds: float | None) -> str | None:
     return None if seconds is None else duration(seconds)
 
 
+def _ago(seconds: float) -> str:
+    return f"{int(seconds)}s ago" if seconds < 60 else f"{duration(seconds)} ago"
+
+
 def _last_exit(peer: Peer) -> str | None:
     end = peer.get("last_exit")
     if end is None:
         return None
     how = str(end["how"]).removeprefix("killed by ")
-    return f"{how}{' (OOM)' if end.get('oom') else ''} {duration(end['age_s'])} ago"
+    return f"{how}{' (OOM)' if end.get('oom') else ''} {_ago(end['age_s'])}"
 
 
 def _explain(peer: Peer, end: Mapping[str, Any]) -> str:
     served = end.get("ready_for_s")
     parts = [
-        f"{end['how']}{', out of memory' if end.get('oom') else ''}, {duration(end['age_s'])} ago",
+        f"{end['how']}{', out of memory' if end.get('oom') else ''}, {_ago(end['age_s'])}",
         "before it was ready" if served is None else f"after {duration(served)} of service",
     ]
     if end.get("lost_in_flight"):

@@ -7,11 +7,10 @@ in the file.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,19 +126,12 @@ class SupervisorCommand(click.Command):
         known = {
             str(name) for parameter in self.settings.values() for name in parameter.envvar or ()
         }
-        known.add(PASSWORD_VARIABLE)
-        lines = []
-        for name in sorted(os.environ.keys() - known):
-            if not name.startswith(GENERAL):
-                continue
-            prefix = SPECIFIC if name.startswith(SPECIFIC) else GENERAL
-            endings = [other.removeprefix(prefix) for other in known if other.startswith(prefix)]
-            close = difflib.get_close_matches(name.removeprefix(prefix), endings, 1, LIKENESS)
-            if close:
-                lines.append(f"{name} is no setting: did you mean {prefix}{close[0]}?")
-            elif prefix == SPECIFIC:
-                lines.append(f"{name} is no setting: peerd supervise --help lists them")
-        return lines
+        unknown = {name for name in os.environ if name.startswith(GENERAL)} - known
+        return [
+            f"{name} is no setting: {_meant(name, known)}"
+            for name in sorted(unknown - {PASSWORD_VARIABLE})
+            if name.startswith(SPECIFIC) or _meant(name, known)
+        ]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -435,6 +427,19 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
         settings = {flag: p for flag, p in ctx.command.settings.items() if flag != "config"}
         ctx.default_map = {**(ctx.default_map or {}), **read_config(path, settings, ctx)}
     return path
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """What an unknown variable is taken for; nothing for a general one that is like none of ours."""
+    import difflib
+
+    prefix = SPECIFIC if name.startswith(SPECIFIC) else GENERAL
+    # Without what all of them begin with, which would make all of them alike.
+    endings = [other.removeprefix(prefix) for other in known if other.startswith(prefix)]
+    close = difflib.get_close_matches(name.removeprefix(prefix), endings, 1, LIKENESS)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    return "'peerd supervise --help' names them" if prefix == SPECIFIC else ""
 
 
 def _as_text(value: object) -> str:

@@ -39,8 +39,8 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     print_columns(columns)
 
 
-def print_columns(columns: Sequence[Column]) -> None:
-    console = make_console()
+def print_columns(columns: Sequence[Column], console: Console | None = None) -> None:
+    console = console or make_console()
     shown = columns_that_fit(columns, console.width)
     console.print(build_table(shown))
     if note := left_out(columns, shown):
@@ -48,6 +48,7 @@ def print_columns(columns: Sequence[Column]) -> None:
 
 
 def make_console() -> Console:
+    """Standard output, as wide as the terminal is."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else ANY_WIDTH
@@ -80,7 +81,8 @@ def build_table(columns: Sequence[Column]) -> Table:
         box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, SEPARATOR - 1, 0, 0)
     )
     for column in columns:
-        numeric = all(isinstance(cell, int | float | None) for cell in column.cells)
+        some = [cell for cell in column.cells if cell is not None]
+        numeric = bool(some) and all(isinstance(cell, int | float) for cell in some)
         table.add_column(column.title, justify="right" if numeric else "left", no_wrap=True)
     for row in zip(*(column.cells for column in columns), strict=True):
         cells = []
