@@ -9,7 +9,6 @@ import re
 import select
 import struct
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Sequence
@@ -87,7 +86,3 @@ class Terminal:
 def _take_terminal() -> None:
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
-def peerd(*args: str) -> list[str]:
-    return [sys.executable, "-m", "peerd", *args]

@@ -433,13 +433,16 @@ def _meant(name: str, known: Iterable[str]) -> str:
     """What an unknown variable is taken for; nothing for a general one that is like none of ours."""
     import difflib
 
-    prefix = SPECIFIC if name.startswith(SPECIFIC) else GENERAL
+    is_specific = name.startswith(SPECIFIC)
+    prefix = SPECIFIC if is_specific else GENERAL
     # Without what all of them begin with, which would make all of them alike.
-    endings = [other.removeprefix(prefix) for other in known if other.startswith(prefix)]
+    endings = [
+        other.removeprefix(prefix) for other in known if other.startswith(SPECIFIC) == is_specific
+    ]
     close = difflib.get_close_matches(name.removeprefix(prefix), endings, 1, LIKENESS)
     if close:
         return f"did you mean {prefix}{close[0]}?"
-    return "'peerd supervise --help' names them" if prefix == SPECIFIC else ""
+    return "'peerd supervise --help' names them" if is_specific else ""
 
 
 def _as_text(value: object) -> str:
