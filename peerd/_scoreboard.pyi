@@ -40,7 +40,9 @@ class Slot:
     def index(self) -> int:
         """The number of the slot, from 0."""
     pid: int
-    """The worker's process, 0 when there is none. Written by the supervisor, as are the next five."""
+    """The worker's process, 0 when there is none. Written by the supervisor, as are the next six."""
+    successor_pid: int
+    """The process that is to take over from it, 0 when there is none."""
     generation: int
     """How many workers this slot has had."""
     state: PeerState
@@ -72,6 +74,10 @@ class Slot:
     @property
     def rx_queued_bytes(self) -> int:
         """What the socket's queue held when the worker last looked, at most a second ago."""
+    log_dropped: int
+    """Lines that the worker wrote and nobody had room for. Written by the worker."""
+    def new_socket(self) -> None:
+        """The next worker has another socket, whose drops count from 0. Only while there is no worker."""
     def histograms(self) -> dict[str, list[int]]:
         """``batch_datagrams``: datagrams a turn; ``turn_us``: microseconds a turn.
 
@@ -89,9 +95,16 @@ class Slot:
 class Scoreboard:
     """The mapping. Raises ValueError for fewer than 1 slots, OSError without memory."""
 
-    def __init__(self, slots: int) -> None: ...
+    def __init__(self, slots: int, capacity: int = 0) -> None:
+        """``capacity``: how many slots there may be one day; 0 for no more than now."""
     @property
-    def slots(self) -> tuple[Slot, ...]: ...
+    def capacity(self) -> int: ...
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Those that were ever in use, in every process that has the mapping."""
+    def grow(self, slots: int) -> None:
+        """So many are in use, if there were fewer. Only the supervisor does this. Raises ValueError above
+        the capacity."""
     registry_state: RegistryState
     """Written by the registrar, and by the supervisor while there is none."""
     registrar_heartbeat_ns: int

@@ -145,7 +145,11 @@ class Peer:
         (sock,) = bind_all(self._settings.host, self.port, 1, self._settings.recv_buffer_bytes)
         self._open.callback(sock.close)
         self._loop = make_loop(
-            self._app, sock.fileno(), self._slot, self.peer_id, self._settings.datagrams
+            self._app,
+            sock.fileno(),
+            self._slot,
+            self._settings.datagrams,
+            about=f"peer={self.peer_id} ",
         )
         self._open.callback(self._end_loop)
         return self._loop

@@ -8,6 +8,11 @@ can be killed at any time: its successor adopts the leases, and no record disapp
 This is the only process of a supervisor with a gRPC channel. It is imported after the fork, since
 gRPC's threads do not survive one. When the supervisor dies, the lifeline ends: every lease is
 revoked, and the process exits, within a bound even if etcd hangs.
+
+It is also who ends what the workers have started, once the supervisor was killed: the workers die of their
+death signal, but that is not inherited. Each worker leads a process group, whose number is not given to
+anybody else while it has a member (setpgid(2), credentials(7)), so what is left of it can be killed by
+that number. What has made a session or a group of its own has meant to stay.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from setproctitle import setproctitle
@@ -46,13 +52,19 @@ ORPHAN_TIMEOUT_S = 0.8
 """After the supervisor's death: when to exit even if etcd does not answer. The leases do the rest."""
 
 
-def run(settings: SupervisorSettings, board: Scoreboard, lifeline_fd: int, report_fd: int) -> int:
-    """Reconcile until the lifeline ends. Returns 0."""
+def run(
+    settings: SupervisorSettings,
+    board: Scoreboard,
+    lifeline_fd: int,
+    report_fd: int,
+    at_end: Callable[[], None] = lambda: None,
+) -> int:
+    """Reconcile until the lifeline ends. Returns 0. ``at_end`` is called however late etcd answers."""
     setproctitle("peerd: registrar")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # its end is the supervisor's end
     os.set_blocking(report_fd, False)
-    lifeline = _Lifeline(lifeline_fd)
+    lifeline = _Lifeline(lifeline_fd, board, at_end)
     # Not at the top of the file: the supervisor imports this one, and must not import gRPC.
     from peerd.registry import Registry
 
@@ -73,14 +85,17 @@ def run(settings: SupervisorSettings, board: Scoreboard, lifeline_fd: int, repor
         while not lifeline.ended:
             reconciler.reconcile()
             lifeline.wait(ROUND_S)
+    at_end()
     return 0
 
 
 class _Lifeline:
     """The pipe from the supervisor, read by a thread, so that no call to etcd delays the notice."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, board: Scoreboard, at_end: Callable[[], None]) -> None:
         self._fd = fd
+        self._board = board
+        self._at_end = at_end
         self._changed = threading.Event()
         self.ended = False
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
@@ -92,11 +107,22 @@ class _Lifeline:
     def _watch(self) -> None:
         while os.read(self._fd, 4096):
             self._changed.set()
+        _end_process_groups(self._board)
         self.ended = True
         self._changed.set()
         time.sleep(ORPHAN_TIMEOUT_S)
         log.warning("etcd does not answer: leaving the records to their leases")
+        self._at_end()
         os._exit(0)
+
+
+def _end_process_groups(board: Scoreboard) -> None:
+    """After an orderly stop there are none."""
+    for slot in board.slots:
+        for pid in (slot.pid, slot.successor_pid):
+            if pid:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)
 
 
 class _Reconciler:

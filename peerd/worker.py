@@ -58,22 +58,21 @@ def run(settings: WorkerSettings, sock: socket.socket, slot: Slot, report: BootR
     EX_CONFIG when the app cannot be loaded.
     """
     setproctitle(f"peerd: peer {settings.peer_id}")
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the terminal's Ctrl-C is the supervisor's to judge
+    # The terminal's Ctrl-C is the supervisor's to judge.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(DUMP_STACK)  # first, for an app that hangs while it is imported
     try:
         app = load_app(settings.app)
     except AppLoadError as error:
         report.failed(_explain(error))
         return EX_CONFIG
-    faulthandler.register(DUMP_STACK)
     report.prepared()
     # Not earlier: the loop counts in the slot from its beginning, as a predecessor does to its end.
-    loop = make_loop(app, sock.fileno(), slot, settings.peer_id, settings.datagrams)
+    loop = make_loop(app, sock.fileno(), slot, settings.datagrams)
     try:
         _serve(loop, bool(app.coroutine_handlers), report, settings.drain_timeout_s)
     except SystemExit:
-        log.critical("peer=%s: a handler has called sys.exit", settings.peer_id, exc_info=True)
+        log.critical("a handler has called sys.exit", exc_info=True)
         raise
     return EX_OK
 
@@ -96,17 +95,17 @@ def _serve(
 
 
 def make_loop(
-    app: App, fd: int, slot: Slot, peer_id: str, settings: DatagramSettings
+    app: App, fd: int, slot: Slot, settings: DatagramSettings, about: str = ""
 ) -> DatagramLoop:
-    """The datagram loop of a peer, with its handlers and its logs."""
+    """The datagram loop of a peer, with its handlers and its logs, whose lines begin with ``about``."""
     return DatagramLoop(
         fd,
         app.handlers,
         app.batch_handlers,
         slot,
-        HandlerErrorLog(peer_id),
+        HandlerErrorLog(about),
         coroutine_handlers=app.coroutine_handlers,
-        on_icmp_error=IcmpErrorLog(peer_id) if log.isEnabledFor(logging.DEBUG) else None,
+        on_icmp_error=IcmpErrorLog(about) if log.isEnabledFor(logging.DEBUG) else None,
         gro=settings.offload and not is_kernel_without_gro(),
         gso=settings.offload and not is_kernel_with_broken_gso(),
         linger_s=settings.linger_us / 1e6,
@@ -116,12 +115,12 @@ def make_loop(
 class IcmpErrorLog:
     """Names the clients that cannot be reached."""
 
-    def __init__(self, peer_id: str) -> None:
-        self._peer_id = peer_id
+    def __init__(self, about: str) -> None:
+        self._about = about
 
     def __call__(self, address: tuple[str, int] | None, error: int) -> None:
         to = Address(*address) if address else "?"
-        log.debug("peer=%s to=%s: %s", self._peer_id, to, os.strerror(error))
+        log.debug("%sto=%s: %s", self._about, to, os.strerror(error))
 
 
 class HandlerErrorLog:
@@ -129,8 +128,8 @@ class HandlerErrorLog:
 
     INTERVAL_S = 1.0
 
-    def __init__(self, peer_id: str) -> None:
-        self._peer_id = peer_id
+    def __init__(self, about: str) -> None:
+        self._about = about
         self._last_s: dict[str, float] = {}
         self._left_out: dict[str, int] = {}
 
@@ -143,8 +142,8 @@ class HandlerErrorLog:
         left_out = self._left_out.pop(magic, 0)
         also = f" ({left_out} more since the last such line)" if left_out else ""
         log.error(
-            "peer=%s from=%s: the handler of %r raised %s%s",
-            self._peer_id,
+            "%sfrom=%s: the handler of %r raised %s%s",
+            self._about,
             Address(*sender) if sender else "?",
             magic,
             type(error).__name__,

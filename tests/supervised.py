@@ -73,7 +73,7 @@ class Running:
         self._err = folder / "err"
         command = [sys.executable, "-m", "peerd", "supervise", f"--peers={peers}"]
         command += [f"--base-port={base_port}", f"--prefix={prefix}", f"--etcd={etcd}"]
-        command += [f"--control={self.control}", *args]
+        command += [f"--control={self.control}", "--log-format=text", *args]
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd

@@ -48,7 +48,8 @@ cdef struct SlotData:
     int64_t restarts
     int64_t since_ns
     int64_t lost_in_flight
-    int64_t supervisor_pad[2]
+    int64_t successor_pid
+    int64_t supervisor_pad[1]
     # The registrar writes.
     int64_t lease_id
     int64_t registered_until_ns
@@ -58,17 +59,22 @@ cdef struct SlotData:
     int64_t heartbeat_ns
     uint64_t rx_queued_bytes
     uint64_t kernel_drops_raw  # as the socket counts them, modulo 2**32
-    int64_t worker_pad[5]
+    uint64_t log_dropped
+    int64_t worker_pad[4]
     uint64_t counters[32]
     uint64_t batch_datagrams[BATCH_BUCKETS]
     uint64_t turn_us[TURN_BUCKETS]
     Flight flight
 
-# The head of the mapping; the registrar writes.
+# The head of the mapping.
 cdef struct BoardData:
+    # The supervisor writes.
+    int64_t slot_count
+    int64_t supervisor_pad[7]
+    # The registrar writes.
     int64_t registry_state
     int64_t registrar_heartbeat_ns
-    int64_t pad[6]
+    int64_t registrar_pad[6]
 
 
 @cython.final
@@ -81,6 +87,8 @@ cdef class Slot:
 @cython.final
 cdef class Scoreboard:
     cdef BoardData *_board
+    cdef SlotData *_first
     cdef void *_mapping
     cdef size_t _mapping_bytes
-    cdef readonly tuple slots
+    cdef readonly int capacity
+    cdef tuple _slots

@@ -7,6 +7,10 @@ the old or the new value, never half of one, so nobody takes a lock, and a write
 leaves nothing held. The mapping outlives the workers, so a counter never goes back when one is
 replaced. It has no name and no file: it is gone with the last process that has it.
 
+A mapping cannot grow where others have it already. So it has room for as many slots as there may ever be,
+which costs addresses and no memory (pages come when they are first written), and says in its head how
+many are in use. That number only grows: a slot whose peer was scaled away keeps its counters for the next.
+
 Rejected: a pipe a worker (a full pipe stops the writer, a dead reader kills it), files (left behind),
 POSIX shared memory (a name that somebody must unlink), multiprocessing.Value (a lock that a killed
 holder never releases).
@@ -21,7 +25,7 @@ from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 from peerd.flight cimport UNTOUCHED
-from peerd.linux_udp cimport MAP_ANONYMOUS, MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+from peerd.linux_udp cimport MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from peerd.receive cimport segments
 
 import os
@@ -82,6 +86,14 @@ cdef class Slot:
     @pid.setter
     def pid(self, int64_t value):
         self.data.pid = value
+
+    @property
+    def successor_pid(self):
+        return self.data.successor_pid
+
+    @successor_pid.setter
+    def successor_pid(self, int64_t value):
+        self.data.successor_pid = value
 
     @property
     def generation(self):
@@ -167,6 +179,17 @@ cdef class Slot:
     def rx_queued_bytes(self):
         return self.data.rx_queued_bytes
 
+    @property
+    def log_dropped(self):
+        return self.data.log_dropped
+
+    @log_dropped.setter
+    def log_dropped(self, uint64_t value):
+        self.data.log_dropped = value
+
+    def new_socket(self):
+        self.data.kernel_drops_raw = 0
+
     def histograms(self):
         cdef int i
         return {
@@ -204,35 +227,53 @@ cdef class Slot:
 
 @cython.final
 cdef class Scoreboard:
-    def __init__(self, int slots):
-        cdef int i
-        cdef Slot slot
-        cdef SlotData *data
+    def __init__(self, int slots, int capacity=0):
         if self._mapping != NULL:
             raise RuntimeError("a Scoreboard cannot be initialised twice")
         if slots < 1:
             raise ValueError(f"a scoreboard needs at least 1 slot, not {slots}")
-        self._mapping_bytes = sizeof(BoardData) + <size_t>slots * sizeof(SlotData)
+        self.capacity = max(slots, capacity)
+        self._mapping_bytes = sizeof(BoardData) + <size_t>self.capacity * sizeof(SlotData)
         self._mapping = mmap(
-            NULL, self._mapping_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0
+            NULL,
+            self._mapping_bytes,
+            PROT_READ | PROT_WRITE,
+            MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE,
+            -1,
+            0,
         )
         if self._mapping == MAP_FAILED:
             self._mapping = NULL
             raise OSError(errno, f"mmap of the scoreboard: {os.strerror(errno)}")
         self._board = <BoardData *>self._mapping
-        data = <SlotData *>(<char *>self._mapping + sizeof(BoardData))
-        made = []
-        for i in range(slots):
-            slot = Slot.__new__(Slot)
-            slot.data = data + i
-            slot.index = i
-            slot._board = self
-            made.append(slot)
-        self.slots = tuple(made)
+        self._first = <SlotData *>(<char *>self._mapping + sizeof(BoardData))
+        self._slots = ()
+        self._board.slot_count = slots
 
     def __dealloc__(self):
         if self._mapping != NULL:
             munmap(self._mapping, self._mapping_bytes)
+
+    @property
+    def slots(self):
+        cdef Slot slot
+        cdef int i
+        cdef int count = self._board.slot_count
+        if len(self._slots) < count:
+            made = []
+            for i in range(len(self._slots), count):
+                slot = Slot.__new__(Slot)
+                slot.data = self._first + i
+                slot.index = i
+                slot._board = self
+                made.append(slot)
+            self._slots = (*self._slots, *made)
+        return self._slots
+
+    def grow(self, int slots):
+        if slots > self.capacity:
+            raise ValueError(f"this scoreboard has room for {self.capacity} slots, not {slots}")
+        self._board.slot_count = max(self._board.slot_count, slots)
 
     @property
     def registrar_heartbeat_ns(self):

@@ -130,6 +130,8 @@ cdef extern from "<sys/mman.h>" nogil:
     int munmap(void *, size_t)
     int PROT_READ
     int PROT_WRITE
+    int MAP_NORESERVE
+    int MAP_PRIVATE
     int MAP_SHARED
     int MAP_ANONYMOUS
     void *MAP_FAILED

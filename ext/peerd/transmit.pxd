@@ -39,6 +39,7 @@ from peerd._scoreboard cimport (
 )
 from peerd.flight cimport TX_WINDOW, UNTOUCHED, Flight, store_barrier
 from peerd.icmp cimport may_be_icmp
+from peerd.pages cimport free_pages, untouched_pages
 from peerd.wire cimport MAX_DATAGRAM_BYTES
 
 cdef enum:
@@ -70,6 +71,7 @@ cdef struct Transmitter:
     uint8_t *addresses
     uint8_t *control
     Run *runs
+    unsigned int prepared  # headers that point where they should; the others are untouched memory
     unsigned int first  # of the runs not sent yet
     unsigned int end
     unsigned int queued  # datagrams in them
@@ -84,15 +86,14 @@ cdef struct Transmitter:
 cdef inline bint transmitter_open(
     Transmitter *tx, int fd, bint gso, uint64_t *counters, Flight *flight
 ) noexcept nogil:
-    """False without memory."""
+    """False without memory. Pages that no reply ever reaches cost none."""
     cdef int i
-    cdef linux.cmsghdr *control
     tx.fd = fd
     tx.gso = gso
     tx.counters = counters
     tx.flight = flight
     flight.sending = 0
-    tx.arena = <uint8_t *>calloc(TX_ARENA_BYTES, 1)
+    tx.arena = <uint8_t *>untouched_pages(TX_ARENA_BYTES)
     tx.headers = <linux.mmsghdr *>calloc(TX_RUNS, sizeof(linux.mmsghdr))
     tx.vectors = <linux.iovec *>calloc(TX_RUNS, sizeof(linux.iovec))
     tx.addresses = <uint8_t *>calloc(TX_RUNS, TX_ADDRESS_BYTES)
@@ -103,14 +104,6 @@ cdef inline bint transmitter_open(
         or tx.addresses == NULL or tx.control == NULL or tx.runs == NULL
     ):
         return False
-    for i in range(TX_RUNS):
-        tx.headers[i].msg_hdr.msg_iov = &tx.vectors[i]
-        tx.headers[i].msg_hdr.msg_iovlen = 1
-        tx.headers[i].msg_hdr.msg_name = tx.addresses + i * TX_ADDRESS_BYTES
-        control = <linux.cmsghdr *>(tx.control + i * TX_CONTROL_BYTES)
-        control.cmsg_level = linux.SOL_UDP
-        control.cmsg_type = linux.UDP_SEGMENT
-        control.cmsg_len = linux.CMSG_LEN(sizeof(uint16_t))
     for i in range(TX_SEGMENTS):
         tx.pieces[i].msg_hdr.msg_iov = &tx.piece_vectors[i]
         tx.pieces[i].msg_hdr.msg_iovlen = 1
@@ -118,12 +111,22 @@ cdef inline bint transmitter_open(
 
 
 cdef inline void transmitter_close(Transmitter *tx) noexcept nogil:
-    free(tx.arena)
+    free_pages(tx.arena, TX_ARENA_BYTES)
     free(tx.headers)
     free(tx.vectors)
     free(tx.addresses)
     free(tx.control)
     free(tx.runs)
+
+
+cdef inline void prepare_header(Transmitter *tx, unsigned int i) noexcept nogil:
+    cdef linux.cmsghdr *control = <linux.cmsghdr *>(tx.control + i * TX_CONTROL_BYTES)
+    tx.headers[i].msg_hdr.msg_iov = &tx.vectors[i]
+    tx.headers[i].msg_hdr.msg_iovlen = 1
+    tx.headers[i].msg_hdr.msg_name = tx.addresses + i * TX_ADDRESS_BYTES
+    control.cmsg_level = linux.SOL_UDP
+    control.cmsg_type = linux.UDP_SEGMENT
+    control.cmsg_len = linux.CMSG_LEN(sizeof(uint16_t))
 
 
 cdef inline bint refuses_runs(Transmitter *tx, const void *address) noexcept nogil:
@@ -173,6 +176,9 @@ cdef inline uint8_t *transmit_room(
             return at
     if i == TX_RUNS or tx.arena_used + size > TX_ARENA_BYTES:
         return NULL
+    if i == tx.prepared:
+        prepare_header(tx, i)
+        tx.prepared += 1
     at = tx.arena + tx.arena_used
     memcpy(tx.addresses + i * TX_ADDRESS_BYTES, address, TX_ADDRESS_BYTES)
     tx.headers[i].msg_hdr.msg_namelen = address_bytes

@@ -46,11 +46,14 @@ COMMANDS = {
     "status": ("peerd.cli.status", "Show what a running supervisor and its peers do."),
     "wait": ("peerd.cli.manage", "Wait until all peers are ready."),
     "events": ("peerd.cli.events", "Show what has happened to the processes of a supervisor."),
+    "logs": ("peerd.cli.show_logs", "Show the last lines that the workers have written."),
     "reload": ("peerd.cli.manage", "Replace all workers, one at a time, losing nothing."),
     "restart": ("peerd.cli.manage", "Replace the worker of one slot, losing nothing."),
     "scale": ("peerd.cli.manage", "Change the number of peers while they run, losing nothing."),
     "stop": ("peerd.cli.manage", "Stop a supervisor in order, and wait for it."),
+    "systemd-unit": ("peerd.cli.systemd_unit", "Print a unit for systemd that runs peers."),
     "etcd": ("peerd.cli.etcd", "Run an etcd for trials, in the foreground."),
+    "chaos": ("peerd.cli.chaos", "Do harm to a supervisor under load, and check what it promises."),
     "completion": ("peerd.cli.completion", "Print what makes a shell complete peerd's commands."),
 }
 

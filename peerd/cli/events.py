@@ -24,7 +24,8 @@ def events(path: Path | None, follow: bool, as_json: bool) -> None:
     """Show what has happened to the processes of a supervisor: the last thousand events.
 
     A death says how, for how long the worker had been ready, and how many datagrams it had read and not
-    answered. With --json, one object a line; "time" is this machine's clock now minus the event's age.
+    answered; peerd logs has its last lines. With --json, one object a line; "time" is this machine's clock
+    now minus the event's age.
     """
     where = path or control.find_running()
     last = 0
@@ -50,7 +51,7 @@ def _as_text(event: dict[str, Any]) -> str:
     details = "  ".join(
         f"{name}={value}"
         for name, value in event.items()
-        if name not in ("number", "age_s", "event", "peer_id", "what")
+        if name not in ("number", "age_s", "event", "peer_id", "what", "last_lines")
     )
     time_text = _time(event).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
     return f"{time_text}  {event['event']:12}  {who}  {details}".rstrip()

@@ -10,8 +10,9 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -21,15 +22,13 @@ from peerd.cli import logs
 from peerd.cli.supervisor_options import LaunchOptions, SupervisorCommand, supervisor_options
 from peerd.errors import SettingsError
 from peerd.settings import DEFAULT_ENDPOINT, EmbeddedEtcdSettings, SupervisorSettings
-
-if TYPE_CHECKING:
-    from peerd.supervisor.workers import BootReport
+from peerd.supervisor.notify import Notifier, socket_name
+from peerd.supervisor.surroundings import Entries, Surroundings
+from peerd.supervisor.workers import BootReport
 
 log = logging.getLogger(__name__)
 
-# Its socket, the pidfd and, while it starts, the pipe of its report.
-DESCRIPTORS_PER_PEER = 3
-OTHER_DESCRIPTORS = 128
+DISCARD_TRIES = 50
 
 
 @click.command(cls=SupervisorCommand)
@@ -49,30 +48,32 @@ def supervise(ctx: click.Context, settings: SupervisorSettings, launch: LaunchOp
     Example: an app of your own on four ports, in an etcd of your own
       peerd supervise --peers 4 --base-port 6001 --app chat:app --etcd http://etcd.example:2379
     """
-    # Here, so that --help does without.
-    from peerd.supervisor.sockets import bind_all, listen
+    # Here, as below, so that --help does without.
+    from peerd.supervisor.sockets import listen
     from peerd.supervisor.supervisor import Supervisor
 
-    logs.configure(launch.log_level)
+    log_dropped = logs.configure(launch.log_level, launch.log_format)
     assert isinstance(ctx.command, SupervisorCommand)
     for line in ctx.command.misspelt_variables():
         log.warning("%s", line)
     raise_descriptor_limit(settings.peers)
-    sockets = bind_all(
-        settings.host, settings.base_port, settings.peers, settings.recv_buffer_bytes
-    )
+    notifier = Notifier.from_environment()
+    sockets = _open_sockets(settings, notifier)
     metrics_socket = listen(settings.metrics, "--metrics") if settings.metrics else None
     own_etcd = None if launch.etcd_is_named else _own_etcd()
     _print_first_screen(settings, own_etcd, launch.control_path)
     supervisor = Supervisor(
         settings,
-        sockets,
-        worker_entry=_worker_entry(settings),
-        registrar_entry=_registrar_entry(settings, own_etcd),
-        etcd=own_etcd,
-        control_path=launch.control_path,
-        metrics_socket=metrics_socket,
-        version=__version__,
+        Entries(worker=_worker_entry(settings), registrar=_registrar_entry(settings, own_etcd)),
+        Surroundings(
+            sockets=sockets,
+            control_path=launch.control_path,
+            metrics_socket=metrics_socket,
+            etcd=own_etcd,
+            notifier=notifier,
+            version=__version__,
+            log_dropped=log_dropped,
+        ),
     )
     try:
         code = supervisor.run()
@@ -81,8 +82,24 @@ def supervise(ctx: click.Context, settings: SupervisorSettings, launch: LaunchOp
     sys.exit(code)
 
 
+def _open_sockets(settings: SupervisorSettings, notifier: Notifier) -> list[socket.socket]:
+    """One a peer. What systemd has kept of an earlier run is used; what has no peer any more is dropped."""
+    from peerd.supervisor.sockets import bind_all, inherited_sockets
+
+    inherited = inherited_sockets(settings.host)
+    sockets = bind_all(
+        settings.host, settings.base_port, settings.peers, settings.recv_buffer_bytes, inherited
+    )
+    for port, sock in inherited.items():
+        notifier.discard(socket_name(port))
+        sock.close()
+    return sockets
+
+
 def raise_descriptor_limit(peers: int) -> None:
     """Up to the hard limit: the soft one is low for the sake of select(), which nobody uses here."""
+    from peerd.supervisor.operations import DESCRIPTORS_PER_PEER, OTHER_DESCRIPTORS
+
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     needed = DESCRIPTORS_PER_PEER * peers + OTHER_DESCRIPTORS
@@ -134,11 +151,14 @@ def _print_first_screen(
 
 def _worker_entry(settings: SupervisorSettings) -> Any:
     def run_worker(index: int, sock: socket.socket, slot: Slot, report: BootReport) -> int:
-        peer_id = settings.peer_id(index)
-        logs.name_process(f"peer {peer_id}")
+
+        def count_dropped(number: int) -> None:
+            slot.log_dropped += number
+
+        logs.become_worker(count_dropped)
         return worker.run(
             worker.WorkerSettings(
-                peer_id=peer_id,
+                peer_id=settings.peer_id(index),
                 app=settings.app,
                 datagrams=settings.datagrams,
                 drain_timeout_s=settings.drain_timeout_s,
@@ -155,16 +175,23 @@ def _registrar_entry(settings: SupervisorSettings, own_etcd: EmbeddedEtcdSetting
     supervisor_pid = os.getpid()
 
     def run_registrar(board: Scoreboard, lifeline_fd: int, report_fd: int) -> int:
+        def at_end() -> None:
+            if os.getppid() != supervisor_pid:
+                # Killed, so it cannot clean up; etcd was killed with it.
+                _discard(own_etcd)
+
         logs.name_process("registrar")
-        code = registrar.run(settings, board, lifeline_fd, report_fd)
-        if os.getppid() != supervisor_pid:
-            # Killed, so it cannot clean up; etcd was killed with it.
-            _discard(own_etcd)
-        return code
+        return registrar.run(settings, board, lifeline_fd, report_fd, at_end)
 
     return run_registrar
 
 
 def _discard(own_etcd: EmbeddedEtcdSettings | None) -> None:
-    if own_etcd is not None:
+    if own_etcd is None:
+        return
+    # Again while an etcd that was killed a moment ago still writes.
+    for _ in range(DISCARD_TRIES):
         shutil.rmtree(own_etcd.data_dir, ignore_errors=True)
+        if not own_etcd.data_dir.exists():
+            return
+        time.sleep(0.01)

@@ -39,13 +39,24 @@ class Pending:
     """The answer to a command that takes its time. Nobody may want it any more when it comes."""
 
     def __init__(self) -> None:
-        self._deliver: Callable[[dict[str, object]], None] = lambda _: None
+        self._answer: dict[str, object] | None = None
+        self._deliver: Callable[[dict[str, object]], None] | None = None
 
     def finish(self, result: object) -> None:
-        self._deliver({"v": VERSION, "ok": True, "result": result})
+        self._end({"v": VERSION, "ok": True, "result": result})
 
     def fail(self, error: str) -> None:
-        self._deliver({"v": VERSION, "ok": False, "error": error})
+        self._end({"v": VERSION, "ok": False, "error": error})
+
+    def _end(self, answer: dict[str, object]) -> None:
+        self._answer = answer
+        if self._deliver is not None:
+            self._deliver(answer)
+
+    def _deliver_to(self, deliver: Callable[[dict[str, object]], None]) -> None:
+        self._deliver = deliver
+        if self._answer is not None:  # it took no time at all
+            deliver(self._answer)
 
 
 def directory() -> Path:
@@ -198,7 +209,7 @@ class ControlServer:
             answer = self._answer(line)
             if isinstance(answer, Pending):
                 client.waits = True
-                answer._deliver = lambda answer: self._deliver(client, answer)
+                answer._deliver_to(lambda answer: self._deliver(client, answer))
             else:
                 client.unsent = orjson.dumps(answer) + b"\n"
 

@@ -46,10 +46,11 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from peerd._scoreboard import COUNTER_NAMES, PeerState, RegistryState, Scoreboard, Slot
-from peerd.settings import SupervisorSettings
 from peerd.supervisor.history import History
-from peerd.supervisor.sockets import QueueState, queue_state
+from peerd.supervisor.peer import Peer
+from peerd.supervisor.sockets import QueueState
 from peerd.supervisor.status import StatusReport
+from peerd.supervisor.surroundings import Surroundings
 
 MAX_REQUEST_BYTES = 8 * 1024
 MAX_CLIENTS = 32
@@ -102,11 +103,9 @@ TX_DROPPED: Mapping[str, str] = {
 }
 """The reason, by the scoreboard's counter."""
 
-RESTART_REASONS = ("signal", "exit", "stuck", "boot", "other")
+RESTART_REASONS = ("signal", "exit", "oom", "stuck", "late", "boot", "other")
 
 RELOAD_GAP_ENDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-
-UINT32_MASK = 0xFFFF_FFFF
 
 END_OF_HEADERS = re.compile(rb"\r?\n\r?\n")
 
@@ -123,6 +122,7 @@ class MetricsServer:
     ) -> None:
         """The listener must not block. It is the server's from here on."""
         self._listener = listener
+        self._collector = collector
         self._form = _Form(collector)
         self._status = status
         self._selector = selector
@@ -135,6 +135,11 @@ class MetricsServer:
             b"/healthz/ready": self._ready,
         }
         selector.register(listener, selectors.EVENT_READ, self._accept)
+
+    def peers_have_changed(self) -> None:
+        """There are more or fewer of them: the text has other lines."""
+        self._form = _Form(self._collector)
+        self._text_until_s = 0.0
 
     def close(self) -> None:
         for client in list(self._clients.values()):
@@ -322,22 +327,19 @@ class ScoreboardCollector(Collector):
 
     def __init__(
         self,
-        settings: SupervisorSettings,
-        sockets: Sequence[socket.socket],
+        peers: Mapping[int, Peer],
         board: Scoreboard,
         status: StatusReport,
         history: History,
-        version: str,
+        surroundings: Surroundings,
     ) -> None:
+        """``peers`` may grow and shrink; then the samples are others."""
         self._board = board
         self._status = status
-        self._version = version
+        self._surroundings = surroundings
         self._started_ns = time.monotonic_ns()
-        self._peers = [
-            (settings.peer_id(slot.index), slot, _KernelDrops(sock))
-            for slot, sock in zip(board.slots, sockets, strict=True)
-        ]
-        self._past = _Past(history, {peer_id: slot for peer_id, slot, _ in self._peers})
+        self._peers = peers
+        self._past = _Past(history, peers)
 
     def describe(self) -> Iterable[Metric]:
         """Nothing clashes with these names: the registry has this collector only."""
@@ -353,27 +355,41 @@ class ScoreboardCollector(Collector):
 
     def _families(self) -> Iterator[_Family | _Histogram]:
         readings = [
-            _Reading(peer_id, slot, *drops.read(), slot.counters(), slot.histograms())
-            for peer_id, slot, drops in self._peers
+            _Reading(
+                peer.peer_id,
+                peer.slot,
+                *peer.drops.read(),
+                peer.slot.counters(),
+                peer.slot.histograms(),
+            )
+            for peer in self._peers.values()
         ]
-        yield _gauge("peerd_info", "The supervisor.", ("version",), [((self._version,), 1)])
+        yield _gauge(
+            "peerd_info", "The supervisor.", ("version",), [((self._surroundings.version,), 1)]
+        )
         yield _gauge(
             "peerd_registry_state",
             "1 for the state of the connection to etcd, 0 for the others.",
             ("state",),
             _one_hot((), RegistryState, self._status.registry_state()),
         )
+        yield _counter(
+            "peerd_log_records_dropped_total",
+            "Records of the supervisor's log that nobody read.",
+            (),
+            [((), self._surroundings.log_dropped())],
+        )
         yield from _of_slots(readings, self._started_ns)
         self._past.read()
         yield _counter(
             "peerd_restarts_total",
-            "Workers that were started because another had died: by a signal, by exiting, as it was "
-            "stuck and killed, as it could not start (boot).",
+            "Workers that were started because another had died: by a signal, by exiting, by the "
+            "kernel's OOM killer, or killed as it was stuck or late; or as it could not start (boot).",
             ("peer", "reason"),
             [
-                ((peer_id, reason), count)
-                for peer_id, counts in self._past.restarts.items()
-                for reason, count in counts.items()
+                ((each.peer_id, reason), count)
+                for each in readings
+                for reason, count in self._past.restarts_of(each.peer_id).items()
             ],
         )
         yield _Histogram(
@@ -409,20 +425,6 @@ class _Form:
         return "".join([f"{before} {value}\n" for before, value in pairs]).encode()
 
 
-class _KernelDrops:
-    """The kernel's 32-bit count of a socket's drops, continued where it wraps."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._dropped = 0
-
-    def read(self) -> tuple[QueueState, int]:
-        """Raises OSError."""
-        queue = queue_state(self._sock)
-        self._dropped += (queue.dropped - self._dropped) & UINT32_MASK
-        return queue, self._dropped
-
-
 class _Past:
     """What the history tells, added up: it forgets, so each scrape takes in what is new.
 
@@ -430,47 +432,45 @@ class _Past:
     counted, for another reason.
     """
 
-    def __init__(self, history: History, slots: Mapping[str, Slot]) -> None:
+    def __init__(self, history: History, peers: Mapping[int, Peer]) -> None:
         self._history = history
-        self._slots = slots
+        self._peers = peers
         self._last = 0
-        self._stuck_pids: dict[str, int] = {}
-        self.restarts = {peer_id: dict.fromkeys(RESTART_REASONS, 0) for peer_id in slots}
-        """By peer and reason; together as many as the scoreboard has."""
-
+        self._restarts: dict[str, dict[str, int]] = {}
         self.gap_counts = [0] * (len(RELOAD_GAP_ENDS_S) + 1)
         self.gaps_s = 0.0
 
+    def restarts_of(self, peer_id: str) -> dict[str, int]:
+        """By reason; together as many as the scoreboard has."""
+        return self._restarts.setdefault(peer_id, dict.fromkeys(RESTART_REASONS, 0))
+
     def read(self) -> None:
+        slots = {peer.peer_id: peer.slot for peer in self._peers.values()}
         events: list[dict[str, Any]] = self._history.since({"after": self._last})
         for event in events:
             self._last = event["number"]
             peer_id: str = event.get("peer_id", "")
-            if peer_id not in self._slots:  # about the registrar, or all peers
-                continue
-            if event["event"] == "stuck":
-                self._stuck_pids[peer_id] = event["pid"]
-            elif event["event"] == "died":
-                self._restarted(peer_id, self._reason(event))
-            elif event["event"] == "cannot start":
-                self._restarted(peer_id, "boot")
-            elif event["event"] == "replaced":
+            if event["event"] == "replaced":
                 gap_s = event["gap_ms"] / 1e3
                 self.gap_counts[bisect_left(RELOAD_GAP_ENDS_S, gap_s)] += 1
                 self.gaps_s += gap_s
-        for peer_id in self._slots:
-            while self._restarted(peer_id, "other"):
+            elif peer_id not in slots:  # about the registrar, or a peer that was scaled away
+                continue
+            elif event["event"] == "died":
+                cause = event["cause"]
+                self._restarted(
+                    slots[peer_id], peer_id, cause if cause in RESTART_REASONS else "other"
+                )
+            elif event["event"] == "cannot start":
+                self._restarted(slots[peer_id], peer_id, "boot")
+        for peer_id, slot in slots.items():
+            while self._restarted(slot, peer_id, "other"):
                 pass
 
-    def _reason(self, death: Mapping[str, Any]) -> str:
-        if self._stuck_pids.get(death["peer_id"]) == death["pid"]:
-            return "stuck"
-        return "exit" if death["how"].startswith("exit code") else "signal"
-
-    def _restarted(self, peer_id: str, reason: str) -> bool:
+    def _restarted(self, slot: Slot, peer_id: str, reason: str) -> bool:
         """Not every death is followed by a restart: the supervisor may stop, a successor be there."""
-        counts = self.restarts[peer_id]
-        if sum(counts.values()) >= self._slots[peer_id].restarts:
+        counts = self.restarts_of(peer_id)
+        if sum(counts.values()) >= slot.restarts:
             return False
         counts[reason] += 1
         return True
@@ -513,7 +513,7 @@ def _of_slots(readings: Sequence[_Reading], started_ns: int) -> Iterator[_Family
     )
     yield _counter(
         "peerd_worker_starts_total",
-        "Workers that took the socket: the first, restarted ones, those of a reload.",
+        "Workers that were started: the first, restarted ones, those of a reload.",
         ("peer",),
         [((each.peer_id,), each.slot.generation) for each in readings],
     )
@@ -522,6 +522,12 @@ def _of_slots(readings: Sequence[_Reading], started_ns: int) -> Iterator[_Family
         "Datagrams that workers had read and not answered when they died.",
         ("peer",),
         [((each.peer_id,), each.slot.lost_in_flight) for each in readings],
+    )
+    yield _counter(
+        "peerd_output_dropped_total",
+        "Writes of workers to their output that found no room, as the supervisor had not read it yet.",
+        ("peer",),
+        [((each.peer_id,), each.slot.log_dropped) for each in readings],
     )
 
 

@@ -11,7 +11,9 @@ Facts this file rests on:
   inherited, and comes too late when the parent is dead already: so getppid() is compared with the
   pid that the parent had, not with 1 (prctl(2); a subreaper's pid is not 1).
 - SIGKILL is the death signal because it also ends a worker that is stopped.
-- A child is in a process group of its own: Ctrl-C in the terminal reaches the supervisor alone.
+- A child is in a process group of its own: Ctrl-C in the terminal reaches the supervisor alone, and what
+  a handler has started can be ended with its worker. While the dead worker is not reaped, its pid names
+  its group and nothing else, so the group is killed between waitid(WNOWAIT) and waitid.
 """
 
 from __future__ import annotations
@@ -63,7 +65,11 @@ class Child:
             signal.pidfd_send_signal(self.pidfd, number)
 
     def wait(self) -> Exit:
-        """The end of the process, once; blocks until it comes. Closes the pidfd."""
+        """The end of the process, once; blocks until it comes. Ends what it has left behind in its process
+        group, and closes the pidfd."""
+        os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOWAIT)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
         result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
         assert result is not None  # only WNOHANG makes it None
         os.close(self.pidfd)
@@ -72,19 +78,30 @@ class Child:
         return Exit(None, result.si_status)
 
 
-def spawn(entry: Callable[[], int], keep_fds: Collection[int], *, die_with_parent: bool) -> Child:
+def spawn(
+    entry: Callable[[], int],
+    keep_fds: Collection[int],
+    *,
+    die_with_parent: bool,
+    output_fd: int | None = None,
+) -> Child:
     """Fork a child that runs ``entry`` and exits with what it returns.
 
-    The child has default signal dispositions and no descriptors but 0 to 2 and ``keep_fds``. Raises
-    OSError (EAGAIN, ENOMEM, EMFILE) when there is no process to be had; then nothing is left behind.
+    The child has default signal dispositions and no descriptors but 0 to 2 and ``keep_fds``. With an
+    ``output_fd``, that is its standard output and error, and there is nothing on its standard input.
+    Raises OSError (EAGAIN, ENOMEM, EMFILE) when there is no process to be had; then nothing is left
+    behind.
     """
     parent_pid = os.getpid()
     gc.freeze()  # the child's collector then leaves the parent's pages alone, and they stay shared
-    with _signals_blocked() as unblocked:
-        pid = os.fork()
-        if pid == 0:
-            _run_child(entry, keep_fds, unblocked, parent_pid if die_with_parent else None)
-    gc.unfreeze()
+    try:
+        with _signals_blocked() as unblocked:
+            pid = os.fork()
+            if pid == 0:
+                death_of = parent_pid if die_with_parent else None
+                _run_child(entry, keep_fds, unblocked, death_of, output_fd)
+    finally:
+        gc.unfreeze()
     try:
         return Child(pid, os.pidfd_open(pid))
     except OSError:
@@ -93,13 +110,12 @@ def spawn(entry: Callable[[], int], keep_fds: Collection[int], *, die_with_paren
         raise
 
 
-def redirect_output(path: str) -> None:
-    """Send this process's standard output and error to a file, and read nothing."""
+def redirect_output(fd: int) -> None:
+    """Send this process's standard output and error there, and read nothing."""
     null = os.open(os.devnull, os.O_RDONLY)
-    out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(null, 0)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
 
 
 def _run_child(
@@ -107,6 +123,7 @@ def _run_child(
     keep_fds: Collection[int],
     unblocked: set[int | signal.Signals],
     parent_pid: int | None,
+    output_fd: int | None,
 ) -> NoReturn:
     code = EX_SOFTWARE
     try:
@@ -120,6 +137,8 @@ def _run_child(
             # SIGKILL and the like refuse; Python's own SIGPIPE and SIGXFSZ stay ignored.
             if callable(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_DFL)
+        if output_fd is not None:
+            redirect_output(output_fd)
         _close_all_but(keep_fds)
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         code = entry()

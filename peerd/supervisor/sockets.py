@@ -2,6 +2,10 @@
 
 On UDP, neither SO_REUSEADDR nor SO_REUSEPORT is set: with either, a second supervisor would bind the same
 ports and silently take a share of the datagrams (socket(7)), where it should fail.
+
+Under systemd some may be bound already (sd_listen_fds(3)): by a .socket unit, or by the run before this
+one, which had systemd keep them (notify.py). Which peer one belongs to is decided by the port that it is
+bound to; names are for messages. What was kept still holds the datagrams that nobody has read.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import errno
 import logging
 import os
 import socket
+import stat
 import struct
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +36,9 @@ MEMINFO = struct.Struct("9I")
 
 LISTEN_BACKLOG = 64
 
+FIRST_PASSED_FD = 3
+"""SD_LISTEN_FDS_START of sd-daemon.h."""
+
 Protocol = Literal["tcp", "udp"]
 
 
@@ -41,25 +49,86 @@ class QueueState:
     """Datagrams that found the buffer full since the socket was made."""
 
 
-def bind_all(host: str, base_port: int, count: int, recv_buffer_bytes: int) -> list[socket.socket]:
+def bind_all(
+    host: str,
+    base_port: int,
+    count: int,
+    recv_buffer_bytes: int,
+    inherited: dict[int, socket.socket] | None = None,
+) -> list[socket.socket]:
     """One bound UDP socket for each port; all of them or an error.
+
+    Those of ``inherited`` (by port) that fit are used, and removed from it; the others stay there, for
+    the caller to close. Raises PortInUseError, or BindError when the host does not resolve, the bind is
+    refused, or an inherited socket has another address than ``host``.
+    """
+    family, address = _resolve(host, "--host")
+    ports = range(base_port, base_port + count)
+    adopted = {port: sock for port, sock in (inherited or {}).items() if port in ports}
+    for port, sock in adopted.items():
+        _adopt(sock, family, address, port)
+    with contextlib.ExitStack() as opened:
+        sockets = []
+        for port in ports:
+            sock = adopted.get(port) or opened.enter_context(
+                _bound(host, family, address, port, "--base-port")
+            )
+            _grow_buffer(sock, recv_buffer_bytes)
+            sockets.append(sock)
+        opened.pop_all()
+    if inherited is not None:
+        for port in adopted:
+            del inherited[port]
+    _warn_of_small_buffer(sockets[0], recv_buffer_bytes)
+    _warn_of_wide_sockets(list(adopted.values()), address)
+    return sockets
+
+
+def bind_one(
+    host: str, port: int, recv_buffer_bytes: int, flag: str = "--base-port"
+) -> socket.socket:
+    """One more UDP socket; errors name the flag that the port came from.
 
     Raises PortInUseError, or BindError when the host does not resolve or the bind is refused.
     """
     family, address = _resolve(host, "--host")
-    with contextlib.ExitStack() as opened:
-        sockets = []
-        for port in range(base_port, base_port + count):
-            sock = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
-            if family == socket.AF_INET6:
-                # "::" then takes IPv4 as well, whatever net.ipv6.bindv6only says (ipv6(7)).
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            _bind(sock, host, address, port, "--base-port")
-            _grow_buffer(sock, recv_buffer_bytes)
-            sockets.append(sock)
-        opened.pop_all()
-    _warn_of_small_buffer(sockets[0], recv_buffer_bytes)
-    return sockets
+    sock = _bound(host, family, address, port, flag)
+    _grow_buffer(sock, recv_buffer_bytes)
+    return sock
+
+
+def inherited_sockets(host: str) -> dict[int, socket.socket]:
+    """The bound UDP sockets that systemd has passed, by port; of two with one port, the one for ``host``.
+
+    Whatever else it has passed is closed, with a warning. Removes LISTEN_* from the environment.
+    Raises BindError when the host does not resolve.
+    """
+    names = _passed_names()
+    if not names:
+        return {}
+    family, address = _resolve(host, "--host")
+    found: dict[int, socket.socket] = {}
+    for fd, name in enumerate(names, FIRST_PASSED_FD):
+        sock = _udp_socket(fd, name)
+        if sock is None:
+            continue
+        port = sock.getsockname()[1]
+        other = found.setdefault(port, sock)
+        if other is sock:
+            continue
+        if _fit(sock, family, address) > _fit(other, family, address):
+            found[port], sock, other = sock, other, sock
+        # The same address twice: one socket that both its .socket unit and the store have.
+        if sock.getsockname() != other.getsockname():
+            log.warning(
+                "systemd has passed two sockets for UDP port %d: %s is used, %s (%s) is closed",
+                port,
+                _name_of(other),
+                _name_of(sock),
+                name,
+            )
+        sock.close()
+    return found
 
 
 def listen(at: Address, flag: str) -> socket.socket:
@@ -120,6 +189,82 @@ def port_holder(
         return f"pid {pids[0]}"
 
 
+def _passed_names() -> list[str]:
+    """One for each descriptor from FIRST_PASSED_FD on; sd_listen_fds_with_names(3)."""
+    pid = os.environ.pop("LISTEN_PID", "")
+    count = os.environ.pop("LISTEN_FDS", "")
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    os.environ.pop("LISTEN_PIDFDID", None)
+    if pid != str(os.getpid()):
+        return []  # meant for a process before us
+    if not count.isdecimal() or not 0 <= int(count[:9]) <= os.sysconf("SC_OPEN_MAX"):
+        log.warning("LISTEN_FDS is no number of sockets, and is ignored: %.40r", count)
+        return []
+    return [name or "unknown" for name in [*names, *[""] * int(count)][: int(count)]]
+
+
+def _udp_socket(fd: int, name: str) -> socket.socket | None:
+    """What a descriptor is, if it is a bound UDP socket; anything else is closed."""
+    try:
+        what = "no socket"
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            os.set_inheritable(fd, False)
+            sock = socket.socket(fileno=fd)
+            what = f"a {sock.family.name} {sock.type.name} socket"
+            if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_DGRAM:
+                if sock.getsockname()[1] != 0:
+                    return sock
+                what = "not bound to a port"
+            sock.detach()
+        os.close(fd)
+    except OSError as error:
+        what = error.strerror or str(error)
+    log.warning(
+        "descriptor %d (%s) from systemd is no bound UDP socket: %s; closed", fd, name, what
+    )
+    return None
+
+
+def _adopt(sock: socket.socket, family: int, address: str, port: int) -> None:
+    if not _fit(sock, family, address):
+        raise BindError(
+            f"systemd has passed a socket bound to {_name_of(sock)} for UDP port {port}, and --host asks "
+            f"for {Address(address, port)}: correct --host or the .socket unit; a socket that systemd kept "
+            "from a run before goes with 'systemctl stop'"
+        )
+    # .socket units set the first (systemd.socket(5) has an option for the second).
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+    sock.setblocking(True)  # as one of our own
+
+
+def _fit(sock: socket.socket, family: int, address: str) -> int:
+    """How well a bound socket serves an address: 2 exactly, 1 as a wildcard that has it, 0 not."""
+    own = sock.getsockname()[0]
+    if sock.family == family:
+        return 2 if own == address else int(own in WILDCARDS)
+    if own != "::":
+        return 0
+    return int(not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
+
+
+def _name_of(sock: socket.socket) -> str:
+    return str(Address(*sock.getsockname()[:2]))
+
+
+def _warn_of_wide_sockets(sockets: list[socket.socket], address: str) -> None:
+    wide = [sock for sock in sockets if sock.getsockname()[0] != address]
+    if wide:
+        log.warning(
+            "systemd has passed sockets that more can reach than --host %s says, such as %s (of %d): "
+            "say --host %s if that is meant, else correct the .socket unit",
+            address,
+            _name_of(wide[0]),
+            len(wide),
+            wide[0].getsockname()[0],
+        )
+
+
 def _overlap(family: int, address: str, other_family: int, other: str) -> bool:
     wild = address in WILDCARDS or other in WILDCARDS
     if family == other_family:
@@ -146,6 +291,19 @@ def _resolve(host: str, flag: str) -> tuple[socket.AddressFamily, str]:
     # "localhost" is both ::1 and 127.0.0.1; most clients try IPv4.
     family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     return family, str(address[0])
+
+
+def _bound(
+    host: str, family: socket.AddressFamily, address: str, port: int, flag: str
+) -> socket.socket:
+    with contextlib.ExitStack() as opened:
+        sock = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+        if family == socket.AF_INET6:
+            # "::" then takes IPv4 as well, whatever net.ipv6.bindv6only says (ipv6(7)).
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        _bind(sock, host, address, port, flag)
+        opened.pop_all()
+    return sock
 
 
 def _bind(sock: socket.socket, host: str, address: str, port: int, flag: str) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-import psutil
-
-from peerd._scoreboard import PeerState, RegistryState, Scoreboard, Slot
+from peerd._scoreboard import PeerState, RegistryState, Scoreboard
 from peerd.settings import SupervisorSettings
-from peerd.supervisor.sockets import queue_state
+from peerd.supervisor.peer import Peer
+from peerd.supervisor.surroundings import Surroundings
+
+if TYPE_CHECKING:
+    import psutil
 
 REGISTRAR_STALE_S = 5.0
 """Longer than a round in which etcd answers nothing."""
@@ -24,14 +27,14 @@ class StatusReport:
     def __init__(
         self,
         settings: SupervisorSettings,
-        sockets: Sequence[socket.socket],
+        peers: Mapping[int, Peer],
         board: Scoreboard,
-        version: str,
+        surroundings: Surroundings,
     ) -> None:
         self._settings = settings
-        self._sockets = sockets
+        self._peers = peers
         self._board = board
-        self._version = version
+        self._surroundings = surroundings
         self._started_ns = time.monotonic_ns()
         self._processes: dict[int, psutil.Process] = {}
 
@@ -42,15 +45,25 @@ class StatusReport:
     def laggards(self) -> list[str]:
         """Each peer that does not get on, with its state or for how long its loop has not turned."""
         found = []
-        for slot in self._board.slots:
-            age_s = _seconds_since(slot.heartbeat_ns)
-            if slot.state is not PeerState.READY:
-                found.append(f"{self._settings.peer_id(slot.index)} ({slot.state.name.lower()})")
+        for peer in self._peers.values():
+            age_s = _seconds_since(peer.slot.heartbeat_ns)
+            if peer.slot.state is not PeerState.READY:
+                found.append(f"{peer.peer_id} ({peer.slot.state.name.lower()})")
             elif age_s >= self._settings.liveness_timeout_s:
-                found.append(
-                    f"{self._settings.peer_id(slot.index)} (has not turned for {age_s:.0f} s)"
-                )
+                found.append(f"{peer.peer_id} (has not turned for {age_s:.0f} s)")
         return found
+
+    def fresh(self, peers: Iterable[Peer]) -> int:
+        """How many of them have turned their loop lately."""
+        limit_s = self._settings.liveness_timeout_s
+        return sum(_seconds_since(peer.slot.heartbeat_ns) < limit_s for peer in peers)
+
+    def line(self) -> str:
+        """Such as "7/8 ready, 1 crashloop"."""
+        states = Counter(peer.slot.state.name.lower() for peer in self._peers.values())
+        ready = states.pop("ready", 0)
+        others = [f"{count} {state}" for state, count in sorted(states.items())]
+        return ", ".join([f"{ready}/{len(self._peers)} ready", *others])
 
     def build(self, state: str) -> dict[str, object]:
         """The document of the design's ``peerd status --json``."""
@@ -60,13 +73,15 @@ class StatusReport:
                 "pid": os.getpid(),
                 "state": state,
                 "uptime_s": _seconds_since(self._started_ns),
-                "version": self._version,
+                "version": self._surroundings.version,
+                "configured_peers": self._settings.peers,
+                "log_dropped": self._surroundings.log_dropped(),
             },
             "registry": {
                 "state": self.registry_state().name.lower(),
                 "endpoint": self._settings.registry.endpoint,
             },
-            "peers": [self._peer(slot) for slot in self._board.slots],
+            "peers": [self._peer(peer) for peer in self._peers.values()],
         }
 
     def registry_state(self) -> RegistryState:
@@ -75,17 +90,24 @@ class StatusReport:
             return RegistryState.SUSPENDED
         return self._board.registry_state
 
-    def _peer(self, slot: Slot) -> dict[str, object]:
+    def _peer(self, peer: Peer) -> dict[str, object]:
+        slot, now_s = peer.slot, time.monotonic()
         counters = slot.counters()
         rss_bytes, cpu_percent = self._usage(slot.pid)
+        queue, dropped = peer.drops.read()
         return {
             "slot": slot.index,
-            "peer_id": self._settings.peer_id(slot.index),
+            "peer_id": peer.peer_id,
             "url": self._settings.url,
-            "port": self._settings.base_port + slot.index,
+            "port": peer.port,
             "pid": slot.pid or None,
+            "generation": slot.generation,
             "state": slot.state.name.lower(),
+            "health": peer.health,
             "restarts": slot.restarts,
+            "next_start_in_s": peer.next_start_s and round(max(0.0, peer.next_start_s - now_s), 3),
+            "last_exit": _last_exit(peer, now_s),
+            "last_reload_gap_ms": peer.last_gap_ms,
             "lost_in_flight": slot.lost_in_flight,
             "uptime_s": _seconds_since(slot.since_ns) if slot.state is PeerState.READY else 0.0,
             "heartbeat_age_s": _seconds_since(slot.heartbeat_ns) if slot.heartbeat_ns else None,
@@ -93,11 +115,13 @@ class StatusReport:
             "conflict": slot.holder or None,
             "rx_messages": counters["rx_messages"],
             "rx_bytes": counters["rx_bytes"],
-            "rx_dropped": queue_state(self._sockets[slot.index]).dropped,
+            "rx_dropped": dropped,
+            "rx_queued_bytes": queue.queued_bytes,
             "decode_errors": _sum(counters, "decode_"),
             "handler_errors": counters["handler_errors"],
             "tx_messages": counters["tx_messages"],
             "tx_dropped": _sum(counters, "tx_dropped_"),
+            "log_dropped": slot.log_dropped,
             "rss_bytes": rss_bytes,
             "cpu_percent": cpu_percent,
             "counters": counters,
@@ -105,6 +129,8 @@ class StatusReport:
         }
 
     def _usage(self, pid: int) -> tuple[int, float]:
+        import psutil
+
         process = self._processes.get(pid)
         if process is not None:
             with contextlib.suppress(psutil.Error):
@@ -112,12 +138,32 @@ class StatusReport:
         return 0, 0.0
 
     def _follow_workers(self) -> None:
-        pids = {slot.pid for slot in self._board.slots if slot.pid}
+        import psutil
+
+        pids = {peer.slot.pid for peer in self._peers.values() if peer.slot.pid}
         for pid in self._processes.keys() - pids:
             del self._processes[pid]
         for pid in pids - self._processes.keys():
             with contextlib.suppress(psutil.Error):
                 self._processes[pid] = psutil.Process(pid)
+
+
+def _last_exit(peer: Peer, now_s: float) -> dict[str, object] | None:
+    death = peer.last_death
+    if death is None:
+        return None
+    return {
+        "pid": death.pid,
+        "generation": death.generation,
+        "how": death.how,
+        "cause": death.cause,
+        "oom": death.cause == "oom",
+        "age_s": round(now_s - death.at_s, 3),
+        "ready_for_s": death.ready_for_s,
+        "lost_in_flight": death.lost_in_flight,
+        "next": death.next,
+        "last_lines": death.last_lines,
+    }
 
 
 def _sum(counters: dict[str, int], prefix: str) -> int:

@@ -1,22 +1,30 @@
-"""One worker process, and what it says of its start.
+"""One worker process, and what it says.
 
-Two pipes: on one the worker tells how it gets on (P: the app is loaded; R: the loop has turned; F and
-a text: it cannot start), on the other it is told to go on after P. A worker that is started where
-nobody serves finds that word there at once; a successor waits for it while its predecessor serves.
+Two pipes for its start: on one the worker tells how it gets on (P: the app is loaded; R: the loop has
+turned; F and a text: it cannot start), on the other it is told to go on after P. A worker that is started
+where nobody serves finds that word there at once; a successor waits for it while its predecessor serves.
+
+A third pipe is its standard output and error (output.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
 
 from peerd._scoreboard import Slot
+from peerd.supervisor.loop import Callback, Loop
+from peerd.supervisor.output import PeerLog, WorkerOutput
 from peerd.supervisor.processes import EX_SOFTWARE, Child, Exit, spawn
 
 MAX_REPORT_BYTES = 32 * 1024
+
+DESCRIPTORS = 4
+"""That a worker takes of the supervisor while it starts: a pidfd and three pipes."""
 
 WorkerEntry = Callable[[int, socket.socket, Slot, "BootReport"], int]
 """(slot number, socket, slot, report) -> exit code; runs in the worker."""
@@ -48,21 +56,32 @@ class BootReport:
 class Worker:
     """The supervisor's view of it."""
 
-    def __init__(self, child: Child, report_fd: int, go_fd: int) -> None:
-        self.child = child
-        self.report_fd: int | None = report_fd
+    def __init__(
+        self, child: Child, generation: int, report_fd: int, go_fd: int, output: WorkerOutput
+    ) -> None:
+        self.pid = child.pid
+        self.generation = generation
         self.started_s = time.monotonic()
         self.ready_s: float | None = None
+        self.killed_for: str | None = None
+        """Why the supervisor has killed it."""
+
+        self._child = child
+        self._report_fd: int | None = report_fd
         self._go_fd: int | None = go_fd
         self._said = b""
+        self._output = output
+        self._loop: Loop | None = None
 
     @property
     def is_prepared(self) -> bool:
+        """It has loaded the app."""
         return self._said.startswith(b"P")
 
     @property
     def is_ready(self) -> bool:
-        return self._said.startswith(b"PR")
+        """Its loop has turned."""
+        return self.ready_s is not None
 
     @property
     def failure(self) -> str | None:
@@ -71,14 +90,19 @@ class Worker:
             return None
         return self._said[1:].decode("utf-8", "replace")
 
-    def read_report(self) -> bool:
-        """Once there is something to read. False at its end, where the pipe is closed."""
-        assert self.report_fd is not None
-        chunk = os.read(self.report_fd, MAX_REPORT_BYTES)
-        self._said += chunk
-        if self.is_ready and self.ready_s is None:
-            self.ready_s = time.monotonic()
-        return bool(chunk)
+    def watch(self, loop: Loop, on_report: Callback, on_exit: Callback) -> None:
+        """Hear of it: that it is prepared, that it is ready, that it has ended."""
+
+        def read_report() -> None:
+            if self._read_report():
+                on_report()
+
+        self._loop = loop
+        loop.watch(self._child.pidfd, on_exit)
+        if self._report_fd is not None:
+            loop.watch(self._report_fd, read_report)
+        if self._output.fd is not None:
+            loop.watch(self._output.fd, self._read_output)
 
     def go(self) -> None:
         """It may read the socket."""
@@ -88,36 +112,73 @@ class Worker:
             os.close(self._go_fd)
             self._go_fd = None
 
-    def close(self) -> None:
-        for fd in (self.report_fd, self._go_fd):
-            if fd is not None:
-                os.close(fd)
-        self.report_fd = self._go_fd = None
+    def send(self, number: int) -> None:
+        self._child.send(number)
+
+    def kill(self, why: str) -> None:
+        self.killed_for = self.killed_for or why
+        self._child.send(signal.SIGKILL)
 
     def wait(self) -> Exit:
-        return self.child.wait()
+        """The end of the process; blocks until it comes. What it has said until then is read."""
+        if self._loop is not None:
+            self._loop.unwatch(self._child.pidfd)
+        end = self._child.wait()
+        while self._report_fd is not None:
+            self._read_report()
+        if self._go_fd is not None:
+            os.close(self._go_fd)
+            self._go_fd = None
+        if self._output.fd is not None:
+            if self._loop is not None:
+                self._loop.unwatch(self._output.fd)
+            self._output.finish()
+        return end
+
+    def _read_report(self) -> bool:
+        """Whether it has said something new."""
+        assert self._report_fd is not None
+        chunk = os.read(self._report_fd, MAX_REPORT_BYTES)
+        self._said += chunk
+        if self._said.startswith(b"PR") and self.ready_s is None:
+            self.ready_s = time.monotonic()
+        if not chunk:
+            if self._loop is not None:
+                self._loop.unwatch(self._report_fd)
+            os.close(self._report_fd)
+            self._report_fd = None
+        return bool(chunk)
+
+    def _read_output(self) -> None:
+        assert self._output.fd is not None
+        fd = self._output.fd
+        self._output.read()
+        if self._output.has_ended:  # it has closed both
+            assert self._loop is not None
+            self._loop.unwatch(fd)
+            self._output.close()
 
 
-def start_worker(entry: WorkerEntry, slot: Slot, sock: socket.socket) -> Worker:
+def start_worker(
+    entry: WorkerEntry, slot: Slot, sock: socket.socket, generation: int, log: PeerLog
+) -> Worker:
     """Fork one. Raises OSError when there is no process or no descriptor to be had."""
-    report_read, report_write = os.pipe()
-    try:
+    with contextlib.ExitStack() as kept, contextlib.ExitStack() as given:
+        report_read, report_write = os.pipe()
+        kept.callback(os.close, report_read)
+        given.callback(os.close, report_write)
         go_read, go_write = os.pipe()
-    except OSError:
-        os.close(report_read)
-        os.close(report_write)
-        raise
-    try:
+        kept.callback(os.close, go_write)
+        given.callback(os.close, go_read)
+        output_read, output_write = os.pipe()
+        kept.callback(os.close, output_read)
+        given.callback(os.close, output_write)
         child = spawn(
             lambda: entry(slot.index, sock, slot, BootReport(report_write, go_read)),
             (sock.fileno(), report_write, go_read),
             die_with_parent=True,
+            output_fd=output_write,
         )
-    except OSError:
-        os.close(report_read)
-        os.close(go_write)
-        raise
-    finally:
-        os.close(report_write)
-        os.close(go_read)
-    return Worker(child, report_read, go_write)
+        kept.pop_all()
+    output = WorkerOutput(output_read, lambda record: log.take(record, child.pid, generation))
+    return Worker(child, generation, report_read, go_write, output)

@@ -304,7 +304,10 @@ def test_events_tell_what_has_happened(supervised: Supervised) -> None:
     assert (died["pid"], died["how"], died["lost_in_flight"]) == (first, "killed by SIGKILL", 0)
     assert died["ready_for_s"] > 0
     text = peerd("events", f"--control={running.control}").stdout
-    assert f"died          localhost:{running.ports[0]}  pid={first}  how=killed by SIGKILL" in text
+    assert (
+        f"died          localhost:{running.ports[0]}  pid={first}  generation=1  how=killed by SIGKILL"
+        in text
+    )
 
 
 def test_a_stopped_worker_is_not_killed(supervised: Supervised) -> None:

@@ -529,7 +529,10 @@ def test_a_handler_that_raises_is_logged_with_peer_and_traceback(
     assert raw_client.request(port, b"PING", b"x")[2] == b"x"
     assert running.peer(0)["handler_errors"] == 100
     assert running.err.count("Traceback") == 1
-    assert f"peer=localhost:{port} from=127.0.0.1:" in running.err
+    assert (
+        f"peer=localhost:{port} port={port} pid={running.peer(0)['pid']} gen=1: from="
+        in running.err
+    )
     assert "ValueError: angry" in running.err
 
 

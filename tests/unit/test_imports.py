@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {"peerd.client", "peerd.async_client", "peerd.worker", "peerd.registrar", "peerd.supervisor"},
     {"peerd.peer"},
     {"peerd"},
+    {"peerd.chaos"},
     {"peerd.cli", "peerd.__main__"},
 ]
 # These three are handed to each other by the command line.

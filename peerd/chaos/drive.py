@@ -1,0 +1,533 @@
+"""Does the schedule to a supervisor under load, lets it settle, and checks what must hold then.
+
+What is done at once is done by the main thread at its time: signals, and datagrams that harm. What
+takes its time runs beside it: commands each in a thread of their own; changes of the number of peers
+one after the other, since the load has to stop sending to a port before it is closed; and etcd's
+stops and starts in the thread that has started it, with which it would die.
+
+The promises are about the end, when nobody disturbs it any more: every peer ready again, every loss
+reported, nothing left over. That it serves meanwhile is what the load shows.
+
+A slot that dies too often is parked by design (restart.py); it is restarted here, as an operator would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import heapq
+import itertools
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peerd.chaos.app import DIE_CODE, HANDLER_VARIABLE
+from peerd.chaos.load import Load, LoadReport
+from peerd.chaos.schedule import SPARE_PEERS, Action, Kind, schedule
+from peerd.chaos.subject import COMMAND_TIMEOUT_S, Subject, is_free
+from peerd.embedded_etcd import EmbeddedEtcd
+from peerd.errors import ControlError, NotRunningError, PeerdError, RegistryError
+
+LEASE_TTL_S = 4
+RECV_BUFFER_BYTES = 64 * 1024 * 1024
+"""Room for what arrives while a slot is parked: at 1,000 a second, more than a minute."""
+
+STARTED_WITHIN_S = 20.0
+READY_WITHIN_S = 15.0 * 1.2 + 5.0
+"""The longest that a worker's start is put off (restart.py, with its jitter), and a start."""
+
+STOPPED_WITHIN_S = 9.0
+"""--stop-timeout, and what it takes to say so."""
+
+SETTLED_WITHIN_S = 5.0
+ANSWERED_WITHIN_S = 60.0
+LOOK_S = 0.25
+POLL_S = 0.05
+
+Tell = Callable[[float, str], None]
+"""Gets the seconds since the load has begun, and what happens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChaosSettings:
+    seed: int
+    seconds: float = 20.0
+    peers: int = 4
+    rate: float = 4000.0
+    """Datagrams a second, to all peers together."""
+
+    handler_s: float = 0.0002
+    """What a handler sleeps, so that queues are seldom empty."""
+
+    kinds: frozenset[Kind] = frozenset(Kind)
+
+
+@dataclass(frozen=True)
+class Invariant:
+    name: str
+    holds: bool
+    counted: str
+    """The numbers that it is about; of a broken one, those that show it."""
+
+
+@dataclass(frozen=True)
+class ChaosReport:
+    seed: int
+    done: dict[str, int]
+    """How often each kind of action was done."""
+
+    invariants: tuple[Invariant, ...]
+
+    @property
+    def broken(self) -> list[Invariant]:
+        return [invariant for invariant in self.invariants if not invariant.holds]
+
+
+def run(settings: ChaosSettings, folder: Path, tell: Tell) -> ChaosReport:
+    """``folder`` exists and is empty, and keeps what the supervisor has written.
+
+    Raises RegistryUnavailableError without an etcd to be had, and PeerdError when the supervisor does
+    not even start.
+    """
+    with contextlib.ExitStack() as opened:
+        etcd_thread = opened.enter_context(ThreadPoolExecutor(1))
+        etcd = EmbeddedEtcd()
+        etcd_thread.submit(etcd.start).result()
+        opened.callback(lambda: etcd_thread.submit(etcd.stop).result())
+        subject = Subject(
+            folder,
+            etcd.endpoint,
+            peers=settings.peers,
+            most_peers=settings.peers + SPARE_PEERS,
+            arguments=[f"--ttl={LEASE_TTL_S}", f"--recv-buffer={RECV_BUFFER_BYTES}"],
+            environment={HANDLER_VARIABLE: str(settings.handler_s)},
+        )
+        opened.callback(subject.kill)
+        return _Chaos(settings, subject, etcd, etcd_thread, tell).run()
+
+
+@dataclass
+class _Seen:
+    """What has been done, and what the supervisor has said of it."""
+
+    done: Counter[str] = field(default_factory=Counter)
+    harmed: set[int] = field(default_factory=set)
+    """Workers that were killed or stopped."""
+
+    deaths: list[dict[str, Any]] = field(default_factory=list)
+    last_event: int = 0
+    unanswered: list[str] = field(default_factory=list)
+    """Commands."""
+
+
+class _Chaos:
+    def __init__(
+        self,
+        settings: ChaosSettings,
+        subject: Subject,
+        etcd: EmbeddedEtcd,
+        etcd_thread: ThreadPoolExecutor,
+        tell: Tell,
+    ) -> None:
+        self._settings = settings
+        self._subject = subject
+        self._etcd = etcd
+        self._etcd_thread = etcd_thread
+        self._begun_s = time.monotonic()
+        self._tell_of = tell
+        self._seen = _Seen()
+        self._stopped: set[int] = set()
+        self._futures: list[Future[None]] = []
+        self._invariants: list[Invariant] = []
+        self._order = itertools.count()
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+
+    def run(self) -> ChaosReport:
+        self._wait_for_the_start()
+        with (
+            ThreadPoolExecutor(1) as self._resizing,
+            ThreadPoolExecutor(32) as self._commands,
+            Load(self._all_ports(), rate=self._settings.rate) as self._load,
+        ):
+            try:
+                descriptors = self._settled_descriptors()
+                self._do_everything()
+                self._settle(descriptors)
+            except (ControlError, NotRunningError) as error:
+                self._check("the supervisor lives and answers", False, self._why_no_answer(error))
+        self._stop()
+        return ChaosReport(self._settings.seed, dict(self._seen.done), tuple(self._invariants))
+
+    # The schedule
+
+    def _do_everything(self) -> None:
+        self._begun_s = time.monotonic()
+        settings = self._settings
+        for action in schedule(settings.seed, settings.seconds, settings.peers, settings.kinds):
+            self._plan(action.at_s, functools.partial(self._do, action))
+        while self._due:
+            at_s, _, do = heapq.heappop(self._due)
+            self._wait_until(at_s)
+            do()
+        self._wait_until(settings.seconds)
+
+    def _plan(self, at_s: float, do: Callable[[], None]) -> None:
+        heapq.heappush(self._due, (at_s, next(self._order), do))
+
+    def _wait_until(self, at_s: float) -> None:
+        while (left_s := self._begun_s + at_s - time.monotonic()) > 0:
+            if left_s > LOOK_S:
+                self._look()
+            time.sleep(max(0.0, min(LOOK_S, self._begun_s + at_s - time.monotonic())))
+
+    def _look(self) -> None:
+        """Note who has died since, and restart who is parked."""
+        for event in self._subject.events(self._seen.last_event):
+            self._seen.last_event = event["number"]
+            if event["event"] == "died" and "peer_id" in event:
+                self._seen.deaths.append(event)
+        for peer in self._subject.peers():
+            if peer["state"] == "crashloop":
+                self._tell(f"slot {peer['slot']} is parked")
+                self._do(Action(at_s=0.0, kind=Kind.RESTART, slot=peer["slot"]))
+
+    def _do(self, action: Action) -> None:
+        self._seen.done[action.kind] += 1
+        slot, for_s = action.slot or 0, action.for_s or 0.0
+        match action.kind:
+            case Kind.KILL:
+                self._harm(action, signal.SIGKILL)
+            case Kind.STOP:
+                pid = self._harm(action, signal.SIGSTOP)
+                if pid is not None:
+                    self._stopped.add(pid)
+                    now_s = time.monotonic() - self._begun_s
+                    self._plan(now_s + for_s, functools.partial(self._continue, pid))
+            case Kind.SPIN | Kind.DIE:
+                self._tell(f"{action}")
+                self._load.send(self._subject.port(slot), action.kind.upper())
+            case Kind.RESTART:
+                self._tell(f"{action}")
+                self._beside(self._commands, f"{action}", self._command, "restart", slot=slot)
+            case Kind.HUP:
+                self._tell("hup")
+                self._subject.send(signal.SIGHUP)
+            case Kind.SCALE | Kind.TTIN | Kind.TTOU:
+                self._beside(self._resizing, f"{action}", self._resize, action)
+            case Kind.REGISTRAR:
+                pid = self._subject.registrar()
+                killed = pid is not None and self._subject.send_child(pid, signal.SIGKILL)
+                self._tell(f"registrar: {f'pid {pid}: SIGKILL' if killed else 'there is none'}")
+            case Kind.ETCD_STOP | Kind.ETCD_KILL:
+                self._beside(self._etcd_thread, f"{action}", self._disturb_etcd, action)
+
+    def _harm(self, action: Action, number: signal.Signals) -> int | None:
+        assert action.slot is not None
+        pid = self._subject.worker(action.slot)
+        if pid is None or not self._subject.send_child(pid, number):
+            self._tell(f"{action}: there is no worker")
+            return None
+        self._seen.harmed.add(pid)
+        self._tell(f"{action}: pid {pid}: {number.name}")
+        return pid
+
+    def _continue(self, pid: int) -> None:
+        self._stopped.discard(pid)
+        gone = "" if self._subject.send_child(pid, signal.SIGCONT) else ", which is gone"
+        self._tell(f"stop is over: pid {pid}: SIGCONT{gone}")
+
+    def _disturb_etcd(self, action: Action) -> None:
+        assert action.for_s is not None
+        self._tell(f"{action}")
+        if action.kind is Kind.ETCD_STOP:
+            os.kill(self._etcd.pid, signal.SIGSTOP)
+            time.sleep(action.for_s)
+            os.kill(self._etcd.pid, signal.SIGCONT)
+        else:
+            self._etcd.kill()
+            time.sleep(action.for_s)
+            self._etcd.start()
+        self._tell(f"{action.kind} is over")
+
+    def _resize(self, action: Action) -> None:
+        """The load leaves a port before it closes, and comes when it is open."""
+        before = len(self._subject.peers())
+        most = self._settings.peers + SPARE_PEERS
+        wanted = action.peers or before + (1 if action.kind is Kind.TTIN else -1)
+        wanted = max(wanted, 1)
+        if wanted > most:
+            self._tell(f"{action}: there are no more ports")
+            return
+        self._tell(f"{action} ({before} now)")
+        self._load.remove(self._subject.port(slot) for slot in range(wanted, before))
+        try:
+            if action.kind is Kind.SCALE:
+                self._command("scale", peers=wanted)
+            else:
+                number = signal.SIGTTIN if action.kind is Kind.TTIN else signal.SIGTTOU
+                self._subject.send(number)
+                _wait_for(lambda: len(self._subject.peers()) == wanted, COMMAND_TIMEOUT_S)
+        finally:
+            self._load.add(self._all_ports())
+
+    def _command(self, name: str, **arguments: object) -> None:
+        self._subject.command(name, **arguments)
+
+    def _beside(
+        self,
+        pool: ThreadPoolExecutor,
+        what: str,
+        do: Callable[..., None],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        def run() -> None:
+            begun_s = time.monotonic()
+            try:
+                do(*args, **kwargs)
+            except (ControlError, NotRunningError, TimeoutError) as error:
+                self._tell(f"{what} failed: {str(error).partition(chr(10))[0]}")
+                if time.monotonic() - begun_s >= COMMAND_TIMEOUT_S:
+                    self._seen.unanswered.append(what)
+
+        self._futures.append(pool.submit(run))
+
+    # The end
+
+    def _settle(self, descriptors: list[str]) -> None:
+        self._tell("settling")
+        begun_s = time.monotonic()
+        for pid in self._stopped:
+            self._subject.send_child(pid, signal.SIGCONT)
+        for future in self._futures:
+            _wait_for(future.done, COMMAND_TIMEOUT_S + 10)
+            future.result(0)
+        self._check(
+            "every command is answered",
+            not self._seen.unanswered,
+            f"within {COMMAND_TIMEOUT_S:g} s, not: {', '.join(self._seen.unanswered) or 'none'}",
+        )
+        ready = _wait_for(self._all_ready, READY_WITHIN_S)
+        waited_s = time.monotonic() - begun_s
+        states = Counter(peer["state"] for peer in self._subject.peers())
+        self._check("every peer is ready again", ready, f"{dict(states)} after {waited_s:.1f} s")
+        self._check_commands()
+        answered = self._load.finish(ANSWERED_WITHIN_S)
+        self._look()
+        self._check_loss(answered)
+        self._check_deaths()
+        self._check_records()
+        self._check_processes(descriptors)
+
+    def _check_commands(self) -> None:
+        """That they still work; a reload is also answered behind everything that was asked before."""
+        name, result = "scale and reload work afterwards", "done"
+        try:
+            if self._settings.kinds & {Kind.SCALE, Kind.TTIN, Kind.TTOU}:
+                # All there are once more: so what each has lost can be read.
+                most = self._settings.peers + SPARE_PEERS
+                self._resize(Action(at_s=0.0, kind=Kind.SCALE, peers=most))
+            self._command("reload")
+        except ControlError as error:
+            result = str(error)
+        self._check(name, result == "done", result)
+
+    def _check_loss(self, load: LoadReport) -> None:
+        peers = self._subject.peers()
+        self._check(
+            "all is answered or lost",
+            load.finished and not load.dropped and not load.foreign,
+            f"{load.sent} sent, {load.sent - load.missing} answered, {load.missing} lost; by the "
+            f"client itself {load.dropped}, strangers' {load.foreign}",
+        )
+        wrong = []
+        for peer in peers:
+            missing = load.of(peer["port"]).missing
+            if missing != peer["lost_in_flight"] + peer["rx_dropped"]:
+                wrong.append(
+                    f"slot {peer['slot']}: {missing} missing, {peer['lost_in_flight']} lost in "
+                    f"flight and {peer['rx_dropped']} dropped"
+                )
+        lost, dropped = _sum(peers, "lost_in_flight"), _sum(peers, "rx_dropped")
+        said = f"{load.missing} missing, {lost} lost in flight and {dropped} dropped reported"
+        self._check(
+            "the loss is what is reported",
+            not wrong and load.missing == lost + dropped,
+            "; ".join([said, *wrong]),
+        )
+        self._check("nothing is doubled", not load.doubled, str(load.doubled))
+        self._check("nothing is out of order", not load.out_of_order, str(load.out_of_order))
+        errors = {
+            name: _sum(peers, name) for name in ("decode_errors", "handler_errors", "tx_dropped")
+        }
+        said = ", ".join(f"{name} {count}" for name, count in errors.items())
+        self._check("no datagram is an error", not any(errors.values()), said)
+
+    def _check_deaths(self) -> None:
+        asked = self._seen.done[Kind.DIE]
+        died = sum(death["how"] == f"exit code {DIE_CODE}" for death in self._seen.deaths)
+        strange = [
+            f"pid {death['pid']} ({death['how']})"
+            for death in self._seen.deaths
+            if death["pid"] not in self._seen.harmed and death["how"] != f"exit code {DIE_CODE}"
+        ]
+        self._check(
+            "only who was harmed has died",
+            not strange and died <= asked,
+            f"{len(self._seen.deaths)} deaths, {died} of them by themselves of {asked} asked to; "
+            f"of no cause: {', '.join(strange) or 'none'}",
+        )
+
+    def _check_records(self) -> None:
+        name = "records and ready peers are the same"
+        records, peers = set[str](), set[str]()
+        from peerd.registry import Registry
+
+        def same() -> bool:
+            nonlocal records, peers
+            with contextlib.suppress(RegistryError):
+                records = {f"{node.peer_id} {node.port}" for node in registry.nodes()}
+            peers = {
+                f"{peer['peer_id']} {peer['port']}"
+                for peer in self._subject.peers()
+                if peer["state"] == "ready"
+            }
+            return records == peers
+
+        with Registry(self._etcd.endpoint, self._subject.prefix) as registry:
+            begun_s = time.monotonic()
+            held = _wait_for(same, LEASE_TTL_S + 1.0)
+            waited_s = time.monotonic() - begun_s
+        self._check(
+            name,
+            held,
+            f"{len(records)} records, {len(peers)} ready after {waited_s:.1f} s"
+            + (f"; differ: {sorted(records ^ peers)}" if records != peers else ""),
+        )
+
+    def _check_processes(self, descriptors: list[str]) -> None:
+        said = ""
+
+        def exact() -> bool:
+            nonlocal said
+            children = self._subject.children()
+            zombies = [child.pid for child in children if child.status() == "zombie"]
+            workers = {peer["pid"] for peer in self._subject.peers()}
+            expected = {self._subject.pid, *workers, self._subject.registrar()}
+            found = set(self._subject.processes())
+            said = f"{len(workers)} workers and a registrar"
+            if zombies or found != expected:
+                said += f"; zombies {zombies}, more {found - expected}, gone {expected - found}"
+            return not zombies and found == expected and len(children) == len(workers) + 1
+
+        self._check("no orphan, no zombie", _wait_for(exact, SETTLED_WITHIN_S), said)
+        now: list[str] = []
+
+        def as_before() -> bool:
+            nonlocal now
+            now = self._subject.descriptors()
+            return now == descriptors
+
+        if len(self._subject.peers()) != self._settings.peers:
+            self._command("scale", peers=self._settings.peers)
+        held = _wait_for(as_before, SETTLED_WITHIN_S)
+        more, fewer = Counter(now) - Counter(descriptors), Counter(descriptors) - Counter(now)
+        said = f"{len(descriptors)} before, {len(now)} after"
+        if not held:
+            said += f"; more {dict(more)}, fewer {dict(fewer)}"
+        self._check("the supervisor's descriptors are as before", held, said)
+
+    def _stop(self) -> None:
+        subject = self._subject
+        begun_s = time.monotonic()
+        code: int | str = "still running"
+        with contextlib.suppress(Exception):
+            subject.send(signal.SIGTERM)
+            code = subject.process.wait(STOPPED_WITHIN_S)
+        took_s = time.monotonic() - begun_s
+        self._tell(f"stopped: {code}")
+        self._check("it stops in order", code == 0, f"exit code {code} after {took_s:.1f} s")
+        left: list[str] = []
+
+        def gone() -> bool:
+            left[:] = [f"process {pid}" for pid in subject.processes()]
+            ports = range(subject.base_port, subject.port(self._settings.peers + SPARE_PEERS))
+            left.extend(f"port {port}" for port in ports if not is_free(port))
+            left.extend(f"file {path}" for path in subject.temporary.iterdir())
+            left.extend(["control socket"] * subject.control.exists())
+            left.extend(f"record {peer_id}" for peer_id in self._records())
+            return not left
+
+        held = _wait_for(gone, SETTLED_WITHIN_S)
+        self._check("nothing is left", held, ", ".join(left) or "no process, port, record, file")
+        log = (subject.folder / "err").read_text(errors="replace")
+        count = log.count("Traceback")
+        self._check("no traceback in the log", not count, str(count))
+
+    def _records(self) -> Iterator[str]:
+        from peerd.registry import Registry
+
+        with Registry(self._etcd.endpoint, self._subject.prefix) as registry:
+            yield from (node.peer_id for node in registry.nodes())
+
+    # Facts
+
+    def _why_no_answer(self, error: PeerdError) -> str:
+        """A process that is killed closes its sockets a moment before it can be waited for."""
+        _wait_for(lambda: self._subject.process.poll() is not None, SETTLED_WITHIN_S)
+        code = self._subject.process.poll()
+        return str(error) if code is None else f"exit code {code}"
+
+    def _wait_for_the_start(self) -> None:
+        def registered() -> bool:
+            with contextlib.suppress(PeerdError):
+                return all(peer["registered"] for peer in self._subject.peers())
+            return self._subject.process.poll() is not None
+
+        _wait_for(registered, STARTED_WITHIN_S)
+        if self._subject.process.poll() is not None or not self._all_ready():
+            raise PeerdError(f"the supervisor has not started: {self._subject.folder}/err says why")
+
+    def _settled_descriptors(self) -> list[str]:
+        """Once the connections of the questions so far are closed."""
+        found: list[list[str]] = []
+
+        def same() -> bool:
+            found.append(self._subject.descriptors())
+            return len(found) > 3 and found[-1] == found[-2] == found[-3]
+
+        _wait_for(same, SETTLED_WITHIN_S)
+        return found[-1]
+
+    def _all_ports(self) -> list[int]:
+        return [peer["port"] for peer in self._subject.peers()]
+
+    def _all_ready(self) -> bool:
+        self._look()
+        return all(peer["state"] == "ready" for peer in self._subject.peers())
+
+    def _tell(self, text: str) -> None:
+        self._tell_of(time.monotonic() - self._begun_s, text)
+
+    def _check(self, name: str, holds: bool, counted: str) -> None:
+        self._invariants.append(Invariant(name, holds, counted))
+
+
+def _wait_for(fact: Callable[[], bool], within_s: float) -> bool:
+    """Whether it came true in time."""
+    until_s = time.monotonic() + within_s
+    while not fact():
+        if time.monotonic() >= until_s:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def _sum(peers: Iterable[dict[str, Any]], name: str) -> int:
+    return sum(peer[name] for peer in peers)

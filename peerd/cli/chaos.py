@@ -1,0 +1,149 @@
+"""``peerd chaos``"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import orjson
+
+from peerd.chaos.schedule import Kind
+from peerd.cli.options import SECONDS, json_option
+from peerd.cli.table import print_table
+from peerd.settings import MAX_PEERS
+
+if TYPE_CHECKING:
+    from peerd.chaos.drive import ChaosReport, ChaosSettings
+
+DEFAULT_SECONDS = 20.0
+DEFAULT_PEERS = 4
+DEFAULT_RATE = 4000.0
+KINDS = ", ".join(Kind)
+
+
+class _Kinds(click.ParamType):  # type: ignore[type-arg]
+    name = "kinds"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> frozenset[Kind]:
+        if isinstance(value, frozenset):
+            return value
+        names = {name.strip() for name in str(value).split(",")}
+        if unknown := names - set(Kind):
+            self.fail(
+                f"no such action: {', '.join(sorted(unknown))}; there are: {KINDS}", param, ctx
+            )
+        return frozenset(Kind(name) for name in names)
+
+
+@click.command()
+@click.option(
+    "--seconds", type=SECONDS, default=DEFAULT_SECONDS, show_default=True, help="How long."
+)
+@click.option("--seed", type=click.IntRange(min=0), help="What to repeat.  [default: a random one]")
+@click.option(
+    "--peers",
+    type=click.IntRange(1, MAX_PEERS),
+    default=DEFAULT_PEERS,
+    show_default=True,
+    help="How many peers at the beginning.",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=1),
+    default=DEFAULT_RATE,
+    show_default=True,
+    help="Datagrams a second, to all peers together.",
+)
+@click.option(
+    "--actions",
+    "kinds",
+    type=_Kinds(),
+    default=frozenset(Kind),
+    metavar="KIND[,KIND...]",
+    help=f"Do these only, of {KINDS}.",
+)
+@click.option("--keep", is_flag=True, help="Keep the supervisor's log when all is well, too.")
+@click.option(
+    "--log-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep it here.  [default: a new directory, if it is kept]",
+)
+@json_option
+def chaos(
+    seconds: float,
+    seed: int | None,
+    peers: int,
+    rate: float,
+    kinds: frozenset[Kind],
+    keep: bool,
+    log_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Do harm to a supervisor of its own under load, and check what it promises.
+
+    Workers and the registrar are killed, stopped and replaced, peers come and go, etcd stops and dies,
+    all at random times that the seed decides. Then every peer must be ready again, every loss be
+    reported, and nothing be left over. The exit code is 1 if not, and the supervisor's log is kept.
+    """
+    # Not at the top: --help does not wait for it.
+    from peerd.chaos.drive import ChaosSettings, run
+
+    settings = ChaosSettings(
+        seed=random.randrange(1 << 32) if seed is None else seed,
+        seconds=seconds,
+        peers=peers,
+        rate=rate,
+        kinds=kinds,
+    )
+    click.echo(f"again: {_command_line(settings)}", err=True)
+    if log_dir is None:
+        folder = Path(tempfile.mkdtemp(prefix="peerd-chaos-"))
+    else:
+        folder = log_dir / f"seed-{settings.seed}"
+        folder.mkdir(parents=True)
+    broken = True
+    try:
+        report = run(settings, folder, _tell)
+        broken = bool(report.broken)
+    finally:
+        if broken or keep or log_dir is not None:
+            click.echo(f"the supervisor's log is {folder / 'err'}", err=True)
+        else:
+            shutil.rmtree(folder)
+    _show(report, as_json)
+    if broken:
+        for row in report.broken:
+            click.echo(f"peerd chaos: seed {report.seed}: {row.name}: {row.counted}", err=True)
+        sys.exit(1)
+
+
+def _tell(at_s: float, text: str) -> None:
+    click.echo(f"{at_s:7.2f}  {text}", err=True)
+
+
+def _show(report: ChaosReport, as_json: bool) -> None:
+    if as_json:
+        document = {"holds": not report.broken, **dataclasses.asdict(report)}
+        click.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2))
+        return
+    print_table(
+        ("INVARIANT", "HOLDS", "COUNTED"),
+        [(row.name, "yes" if row.holds else "NO", row.counted) for row in report.invariants],
+    )
+
+
+def _command_line(settings: ChaosSettings) -> str:
+    """What does the same again."""
+    words = [f"peerd chaos --seed {settings.seed} --seconds {settings.seconds:g}"]
+    words.append(f"--peers {settings.peers} --rate {settings.rate:g}")
+    if settings.kinds != frozenset(Kind):
+        words.append(f"--actions {','.join(kind for kind in Kind if kind in settings.kinds)}")
+    return " ".join(words)

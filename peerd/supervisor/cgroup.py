@@ -1,0 +1,3 @@
+class OomKills:
+    def new(self) -> int:
+        return 0

@@ -1,0 +1,186 @@
+"""What a service tells systemd: sd_notify(3), over $NOTIFY_SOCKET, without libsystemd.
+
+A message is one datagram of lines, and may carry a descriptor for the manager to keep (its descriptor
+store), which the next start of the service inherits: so a supervisor that is restarted or killed
+keeps its ports and what is queued in them.
+
+The supervisor must not wait for its manager. The manager's queue is short (net.unix.max_dgram_qlen: 10
+datagrams, 512 where systemd has set it), and one socket a peer makes more messages than that. What the
+queue does not take waits here, and goes in order with the next call, whatever it is: the supervisor
+tells its status often. What waits is bounded: of each kind, only the newest.
+
+- A ping of the watchdog never waits. Sent late, it would vouch for a time that nobody looked at.
+- FDPOLL=0, because the manager otherwise drops a socket at the first EPOLLERR (sd_notify(3)), and an
+  ICMP error about any client is one (IP_RECVERR).
+- FDSTORE of a socket that is in the store already changes nothing, so a start may store all of them.
+- A socket that systemd keeps stays bound when we close it. discard() first.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
+
+TEMPORARY = frozenset(
+    # The manager's queue or ours is full; too many descriptors are under way (unix(7)).
+    {errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS}
+)
+
+MAX_STATUS_CHARS = 200
+
+LATE_S = 2.0
+"""A manager that has not read for so long is worth a warning; a full queue is not."""
+
+
+@dataclass(frozen=True)
+class _Message:
+    text: str
+    sock: socket.socket | None = None
+
+
+class Notifier:
+    """sd_notify(3) from a supervisor; does nothing without NOTIFY_SOCKET.
+
+    No method blocks or raises. The first failure is logged as a warning. What was told already may be
+    told again: it is sent only where that changes something.
+    """
+
+    def __init__(self, address: str | None, watchdog_interval_s: float | None = None) -> None:
+        """``address``: a path, or ``@`` and an abstract name; None: nobody is told."""
+        self.watchdog_interval_s = watchdog_interval_s
+        self._address: str | bytes = b""
+        self._socket: socket.socket | None = None
+        self._waiting: dict[str, _Message] = {}
+        self._status = ""
+        self._is_ready = False
+        self._full_since_s: float | None = None
+        self._warned = False
+        if address is None:
+            return
+        if not address.startswith(("/", "@")):  # vsock: is for virtual machines
+            self._warn(f"{address!r} is neither a path nor an abstract socket")
+            return
+        self._address = b"\0" + os.fsencode(address[1:]) if address[0] == "@" else address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+
+    @classmethod
+    def from_environment(cls) -> Notifier:
+        """Removes what it reads (NOTIFY_SOCKET, WATCHDOG_*), so that no child speaks to systemd."""
+        address = os.environ.pop("NOTIFY_SOCKET", None) or None
+        period_us = os.environ.pop("WATCHDOG_USEC", "")
+        pid = os.environ.pop("WATCHDOG_PID", "") or str(os.getpid())
+        interval_s = None
+        if pid == str(os.getpid()) and period_us.isdecimal() and len(period_us) <= 20:
+            # Half of it, as sd_watchdog_enabled(3) recommends. 0: no watchdog.
+            interval_s = int(period_us) / 2e6 or None
+        return cls(address, interval_s)
+
+    def ready(self, status: str) -> None:
+        """The start, or a reload, is complete."""
+        if self._is_ready:
+            self.status(status)
+            return
+        self._is_ready = True
+        self._status = status
+        self._tell("READY", f"READY=1\n{_status_line(status)}")
+
+    def status(self, text: str) -> None:
+        """One line for ``systemctl status``."""
+        if text == self._status:
+            self._flush()
+        else:
+            self._status = text
+            self._tell("STATUS", _status_line(text))
+
+    def reloading(self) -> None:
+        """A reload is under way; ready() is to follow, however it ends."""
+        # Type=notify-reload: systemd waits for a time after its SIGHUP. So it is sent each time, since
+        # that may have come while another reload was under way.
+        self._is_ready = False
+        now_us = time.monotonic_ns() // 1000
+        self._tell("RELOADING", f"RELOADING=1\nMONOTONIC_USEC={now_us}")
+
+    def stopping(self, status: str) -> None:
+        self._status = status
+        self._tell("STOPPING", f"STOPPING=1\n{_status_line(status)}")
+
+    def watchdog(self) -> None:
+        """A sign of life, due every ``watchdog_interval_s``."""
+        self._flush()
+        if self._socket is not None and not self._waiting:
+            self._send(_Message("WATCHDOG=1"))
+
+    def store(self, name: str, sock: socket.socket) -> None:
+        """Have systemd keep a socket for the next start. It must stay open here until discard()."""
+        self._tell(f"FD {name}", f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", sock)
+
+    def discard(self, name: str) -> None:
+        """The opposite of store(). A name that is not there is no error."""
+        self._tell(f"FD {name}", f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def close(self) -> None:
+        self._waiting.clear()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _tell(self, kind: str, text: str, sock: socket.socket | None = None) -> None:
+        if self._socket is None:
+            return
+        self._waiting.pop(kind, None)  # the newest goes last: RELOADING after the READY before it
+        self._waiting[kind] = _Message(text, sock)
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._waiting:
+            key, message = next(iter(self._waiting.items()))
+            if not self._send(message):
+                return
+            # Also what cannot be sent at all: it would not be sent later either.
+            self._waiting.pop(key, None)
+
+    def _send(self, message: _Message) -> bool:
+        """False when it can be sent later."""
+        assert self._socket is not None
+        descriptors = [] if message.sock is None else [message.sock.fileno()]
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        try:
+            self._socket.sendmsg(
+                [message.text.encode(errors="replace")],
+                ancillary if descriptors else [],
+                0,
+                self._address,
+            )
+        except OSError as error:
+            if error.errno in TEMPORARY:
+                now_s = time.monotonic()
+                self._full_since_s = self._full_since_s or now_s
+                if now_s >= self._full_since_s + LATE_S:
+                    self._warn(f"it does not read ({error.strerror})")
+                return False
+            self._warn(error.strerror or str(error))
+        self._full_since_s = None
+        return True
+
+    def _warn(self, why: str) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning("cannot notify systemd at $NOTIFY_SOCKET: %s; going on without", why)
+
+
+def socket_name(port: int) -> str:
+    """The name of a peer's socket in systemd's store; ``:`` is not allowed there."""
+    return f"peer-{port}"
+
+
+def _status_line(text: str) -> str:
+    """One line: a line break would begin another assignment."""
+    return "STATUS=" + " ".join(text.split())[:MAX_STATUS_CHARS]

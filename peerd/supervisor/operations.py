@@ -1,0 +1,362 @@
+"""What changes a running set of peers: reloads, scaling, recycling.
+
+Nothing here answers "busy". What concerns one peer waits in that peer's own queue (peer.py), so a restart
+of one does not wait for the reload of another; scalings wait for each other; a reload that has not
+begun is joined by those that are asked for meanwhile, as one will do for all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+from peerd._scoreboard import PeerState
+from peerd.address import MAX_PORT
+from peerd.errors import BindError, ControlError
+from peerd.settings import MAX_PEERS, SupervisorSettings
+from peerd.supervisor.history import History
+from peerd.supervisor.loop import Callback, Loop
+from peerd.supervisor.peer import Peer, Replaced
+from peerd.supervisor.sockets import bind_one
+from peerd.supervisor.workers import DESCRIPTORS
+
+log = logging.getLogger(__name__)
+
+Answer = Callable[[dict[str, object] | str], None]
+"""Gets the result, or why there is none. Called once."""
+
+DESCRIPTORS_PER_PEER = 1 + 2 * DESCRIPTORS
+"""Its socket, a worker, and a successor."""
+
+OTHER_DESCRIPTORS = 160
+"""Control and metrics clients, the registrar, etcd, what Python has open."""
+
+WITHDRAW_TIMEOUT_S = 2.0
+"""For how long a peer that is scaled away serves on while its record is not revoked: etcd may be away."""
+
+
+class Reloads:
+    """Replaces all workers, one at a time; the first that cannot be ends it, and the rest stay."""
+
+    def __init__(self, peers: Mapping[int, Peer], on_change: Callback) -> None:
+        self._peers = peers
+        self._on_change = on_change
+        self._waiting: list[Answer] = []
+        self._answers: list[Answer] = []
+        self._todo: deque[Peer] = deque()
+        self._done: list[Replaced] = []
+        self._total = 0
+
+    @property
+    def is_under_way(self) -> bool:
+        return bool(self._answers)
+
+    def ask(self, answer: Answer) -> None:
+        self._waiting.append(answer)
+        if not self._answers:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._answers, self._waiting = self._waiting, []
+        self._todo = deque(self._peers.values())
+        self._total, self._done = len(self._todo), []
+        if self._answers:
+            self._on_change()
+            self._next()
+
+    def _next(self) -> None:
+        while self._todo and self._todo[0].slot.state in (PeerState.STOPPING, PeerState.STOPPED):
+            self._todo.popleft()  # scaled away meanwhile
+        if self._todo:
+            self._todo.popleft().replace(self._told)
+        else:
+            self._end({"replaced": [asdict(each) for each in self._done]})
+
+    def _told(self, result: Replaced | str) -> None:
+        if isinstance(result, Replaced):
+            self._done.append(result)
+            self._next()
+            return
+        kept = f"; {len(self._done)} of {self._total} were replaced before" if self._done else ""
+        log.error("reload: not replaced%s: %s", kept, result)
+        self._end(result + kept)
+
+    def _end(self, result: dict[str, object] | str) -> None:
+        answers, self._answers = self._answers, []
+        self._on_change()
+        for answer in answers:
+            answer(result)
+        if self._waiting and not self._answers:
+            self._begin()
+
+
+@dataclass
+class _Scaling:
+    target: Callable[[int], int]
+    answer: Answer
+
+
+class Scaler:
+    """More peers on the ports behind the last one, or fewer, the highest first."""
+
+    def __init__(
+        self,
+        settings: SupervisorSettings,
+        loop: Loop,
+        peers: Mapping[int, Peer],
+        add: Callable[[int, socket.socket], Peer],
+        remove: Callable[[Peer], None],
+        history: History,
+        on_change: Callback,
+    ) -> None:
+        """``add`` makes a peer of a slot and its socket, ``remove`` forgets one that has ended."""
+        self._settings = settings
+        self._loop = loop
+        self._peers = peers
+        self._add = add
+        self._remove = remove
+        self._history = history
+        self._on_change = on_change
+        self._waiting: deque[_Scaling] = deque()
+        self._current: _Scaling | None = None
+        self._before = 0
+        self._starting: dict[int, Peer] = {}
+        self._ending: dict[int, float] = {}
+        self._started: list[Peer] = []
+        self._stopped: list[dict[str, object]] = []
+        self._failure: str | None = None
+        self._by_signals: _Scaling | None = None
+        self._signalled = 0
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._current is not None
+
+    def scale_to(self, peers: int, answer: Answer) -> None:
+        self._ask(_Scaling(lambda _: peers, answer))
+
+    def scale_by(self, difference: int) -> None:
+        """SIGTTIN and SIGTTOU, which add up while an earlier scaling is under way. Never below one peer."""
+        self._signalled += difference
+        if self._by_signals is None:
+            self._by_signals = _Scaling(self._after_signals, _log_failure)
+            self._ask(self._by_signals)
+
+    def abandon(self) -> None:
+        """The supervisor stops."""
+        waiting, self._waiting = self._waiting, deque()
+        current, self._current = self._current, None
+        for each in (*waiting, *([current] if current else [])):
+            each.answer("the supervisor is stopping")
+
+    def is_ready(self, peer: Peer) -> None:
+        if self._starting.pop(peer.slot.index, None) is not None:
+            self._advance()
+
+    def cannot_start(self, peer: Peer, why: str) -> bool:
+        """Whether it was one that this is adding: then none of them stays."""
+        if self._starting.pop(peer.slot.index, None) is None:
+            return False
+        self._failure = self._failure or why
+        for each in self._started:
+            self._end(each)
+        return True
+
+    def is_withdrawn(self) -> None:
+        """Records have been revoked."""
+        for index in list(self._ending):
+            peer = self._peers[index]
+            if not peer.slot.lease_id:
+                peer.drain()
+
+    def has_ended(self, peer: Peer) -> None:
+        begun_s = self._ending.pop(peer.slot.index, None)
+        if begun_s is None:
+            return
+        took_ms = round((time.monotonic() - begun_s) * 1e3, 3)
+        self._stopped.append({"slot": peer.slot.index, "peer_id": peer.peer_id, "took_ms": took_ms})
+        self._remove(peer)
+        self._advance()
+
+    def _after_signals(self, now: int) -> int:
+        self._by_signals = None
+        difference, self._signalled = self._signalled, 0
+        return max(1, min(now + difference, MAX_PEERS))
+
+    def _ask(self, scaling: _Scaling) -> None:
+        self._waiting.append(scaling)
+        self._next()
+
+    def _next(self) -> None:
+        while self._current is None and self._waiting:
+            scaling = self._current = self._waiting.popleft()
+            self._before, self._failure = len(self._peers), None
+            self._started, self._stopped = [], []
+            target = scaling.target(self._before)
+            try:
+                self._begin(target)
+            except (BindError, ControlError) as error:
+                self._current = None
+                scaling.answer(str(error))
+            else:
+                self._advance()
+
+    def _begin(self, target: int) -> None:
+        self._check(target)
+        # All of them, before anything changes.
+        sockets: dict[int, socket.socket] = {}
+        try:
+            for index in range(self._before, target):
+                sockets[index] = bind_one(
+                    self._settings.host,
+                    self._settings.base_port + index,
+                    self._settings.recv_buffer_bytes,
+                    "number of peers",
+                )
+        except BindError:
+            for sock in sockets.values():
+                sock.close()
+            raise
+        for index, sock in sockets.items():
+            peer = self._starting[index] = self._add(index, sock)
+            self._started.append(peer)
+        self._on_change()
+        for peer in self._started:
+            peer.start()
+        for index in range(self._before - 1, target - 1, -1):
+            self._end(self._peers[index])
+
+    def _check(self, target: int) -> None:
+        last_port = self._settings.base_port + target - 1
+        if not 1 <= target <= MAX_PEERS:
+            raise ControlError(
+                f"cannot scale to {target} peers: give a number from 1 to {MAX_PEERS}"
+            )
+        if last_port > MAX_PORT:
+            most = MAX_PORT - self._settings.base_port + 1
+            raise ControlError(
+                f"cannot scale to {target} peers: the last port would be {last_port}; {most} fit"
+            )
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        needed = DESCRIPTORS_PER_PEER * target + OTHER_DESCRIPTORS
+        if limit != resource.RLIM_INFINITY and needed > limit:
+            raise ControlError(
+                f"cannot scale to {target} peers: that takes {needed} open files, and the limit is "
+                f"{limit} (ulimit -n)"
+            )
+
+    def _end(self, peer: Peer) -> None:
+        index = peer.slot.index
+        if index in self._ending:
+            return
+        self._starting.pop(index, None)
+        self._ending[index] = time.monotonic()
+
+        def drain() -> None:
+            if index in self._ending and self._peers.get(index) is peer:
+                peer.drain()
+
+        def kill() -> None:
+            if index in self._ending and self._peers.get(index) is peer:
+                log.warning("the worker of %s has not stopped in time: SIGKILL", peer.peer_id)
+                peer.kill()
+
+        self._loop.call_later(WITHDRAW_TIMEOUT_S, drain)
+        self._loop.call_later(self._settings.stop_timeout_s, kill)
+        peer.stop()
+        self.is_withdrawn()  # where there was no record
+
+    def _advance(self) -> None:
+        if self._starting or self._ending or self._current is None:
+            return
+        scaling, self._current = self._current, None
+        self._on_change()
+        if self._failure is not None:
+            self._history.note("not scaled", why=self._failure.partition("\n")[0])
+            scaling.answer(f"still {len(self._peers)} peers: {self._failure}")
+        else:
+            if self._before != len(self._peers):
+                self._history.note("scaled", before=self._before, peers=len(self._peers))
+                log.info("scaled from %d to %d peers", self._before, len(self._peers))
+            started = [
+                {"slot": each.slot.index, "peer_id": each.peer_id, "pid": each.slot.pid}
+                for each in self._started
+            ]
+            scaling.answer(
+                {
+                    "before": self._before,
+                    "peers": len(self._peers),
+                    "started": started,
+                    "stopped": sorted(self._stopped, key=_slot, reverse=True),
+                }
+            )
+        self._next()
+
+
+def _log_failure(result: dict[str, object] | str) -> None:
+    if isinstance(result, str):
+        log.error("not scaled: %s", result)
+
+
+def _slot(row: dict[str, object]) -> int:
+    slot = row["slot"]
+    assert isinstance(slot, int)
+    return slot
+
+
+class Recycler:
+    """Replaces workers that are too old or too large, one at a time: each has loaded the app anew."""
+
+    def __init__(self, settings: SupervisorSettings, peers: Mapping[int, Peer]) -> None:
+        self._settings = settings
+        self._peers = peers
+        self._is_busy = False
+        self._large: dict[int, int] = {}
+
+    def look(self) -> None:
+        """To be called every few seconds."""
+        for peer in self._peers.values():
+            if self._is_busy:
+                return
+            why = None if peer.is_replacing else self._reason(peer)
+            if why is not None:
+                log.info("peer %s: its worker is replaced, %s", peer.peer_id, why)
+                self._is_busy = True
+                peer.replace(self._told)
+
+    def _told(self, _result: Replaced | str) -> None:
+        self._is_busy = False
+
+    def _reason(self, peer: Peer) -> str | None:
+        ready_for_s, limit_s = peer.ready_for_s, self._settings.max_age_s
+        if ready_for_s is None or peer.worker is None:
+            return None
+        if limit_s is not None and ready_for_s >= limit_s:
+            return f"having been ready for {ready_for_s:.0f} s (--max-age)"
+        limit_bytes = self._settings.max_rss_bytes
+        if limit_bytes is None:
+            return None
+        pid, rss_bytes = peer.worker.pid, _rss_bytes(peer.worker.pid)
+        if rss_bytes <= limit_bytes:
+            self._large.pop(peer.slot.index, None)
+            return None
+        # Twice in a row: a handler may need much for a moment.
+        if self._large.get(peer.slot.index) != pid:
+            self._large[peer.slot.index] = pid
+            return None
+        return f"having {rss_bytes} bytes of memory (--max-rss)"
+
+
+def _rss_bytes(pid: int) -> int:
+    """proc(5); 0 for a process that is gone."""
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0

@@ -1,0 +1,565 @@
+"""One peer: its slot, its socket, and the workers that read it one after the other.
+
+Restarting. A worker that dies is followed by another as restart.py says; what the dead one had in hand is
+counted exactly (``Slot.unfinished``), and the socket is kept, so what came meanwhile is waiting there.
+
+Replacing loses nothing. A successor loads the app beside the worker, which serves on, and waits. Then the
+worker gets HAND_OVER, answers what it has read and exits, and the successor is told to go on: both never
+read at once, so nothing is doubled or reordered. A successor that cannot start leaves the worker as it
+was. One that asks while another replacement is under way waits its turn.
+
+A worker that dies while its successor loads has it taking over sooner. HAND_OVER is sent to a worker that
+is not ready yet as well: it installs the handler before it reads, so either it answers what it has
+read, or it is ended by the signal and has read nothing.
+
+Stuck workers (liveness.py) write their Python stack into the log and are killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from peerd._scoreboard import PeerState, Slot
+from peerd.settings import SupervisorSettings
+from peerd.signals import DUMP_STACK, HAND_OVER
+from peerd.supervisor.history import History
+from peerd.supervisor.kernel_drops import KernelDrops
+from peerd.supervisor.lifecycle import TRANSITIONS, Event
+from peerd.supervisor.liveness import Liveness, Verdict
+from peerd.supervisor.loop import Loop, Timer
+from peerd.supervisor.output import PeerLog, RecentLines
+from peerd.supervisor.processes import Exit
+from peerd.supervisor.restart import Failure, RestartPolicy, next_restart
+from peerd.supervisor.sockets import queue_state
+from peerd.supervisor.workers import Worker, WorkerEntry, start_worker
+
+EX_OK = 0
+
+HAND_OVER_GRACE_S = 1.0
+"""What a worker has beyond its drain timeout to leave the socket to its successor."""
+
+STACK_S = 0.5
+"""How long a worker that is about to be killed has to write its stack."""
+
+OLD_HEARTBEAT_NS = 1_000_000_000
+"""Four times as old as an idle loop lets it become."""
+
+LAST_LINES = 20
+"""Of a worker, in its death certificate."""
+
+
+@dataclass(frozen=True)
+class Death:
+    """The certificate of a worker that ended without having been asked to."""
+
+    pid: int
+    generation: int
+    at_s: float
+    how: str
+    """The exit code, or the signal by name."""
+
+    cause: str
+    """``exit``, ``signal``, ``oom``; or what the supervisor killed it for: ``stuck``, ``late``, ``stop``."""
+
+    ready_for_s: float | None
+    """None: it was never ready."""
+
+    lost_in_flight: int
+    """Datagrams that it had read and not answered."""
+
+    next: str
+    last_lines: tuple[str, ...]
+
+    @property
+    def sentence(self) -> str:
+        cause = {
+            "oom": " (out of memory: the kernel's OOM killer)",
+            "stuck": " (by the supervisor, as it was stuck)",
+            "late": " (by the supervisor, as it was late)",
+        }.get(self.cause, "")
+        age = (
+            "before it was ready"
+            if self.ready_for_s is None
+            else f"after {self.ready_for_s:.1f} s of service"
+        )
+        return (
+            f"worker pid {self.pid}: {self.how}{cause} {age}; datagrams in hand and lost: "
+            f"{self.lost_in_flight}; next: {self.next}"
+        )
+
+
+Told = Callable[["Replaced | str"], None]
+"""Gets what happened, or why nothing did. Called once."""
+
+
+@dataclass(frozen=True)
+class Replaced:
+    slot: int
+    peer_id: str
+    old_pid: int | None
+    pid: int
+    gap_ms: float
+    """For how long nobody has read the socket."""
+
+
+@dataclass
+class _Replacement:
+    told: Told
+    old_pid: int = 0
+    handed_over_s: float | None = None
+    """When the worker was told to leave the socket, or was found to have left it."""
+
+
+class Host(Protocol):
+    """What a peer needs of its supervisor."""
+
+    settings: SupervisorSettings
+    loop: Loop
+    history: History
+    worker_entry: WorkerEntry
+    recent_lines: RecentLines
+
+    def slot_has_changed(self) -> None: ...
+    def peer_is_ready(self, peer: Peer) -> None: ...
+    def peer_cannot_start(self, peer: Peer, why: str) -> bool:
+        """Whether another try makes sense."""
+
+    def peer_is_parked(self, peer: Peer) -> None: ...
+    def peer_has_ended(self, peer: Peer) -> None: ...
+    def oom_kills(self) -> int:
+        """How many there were since the last call."""
+
+
+class Peer:
+    def __init__(self, host: Host, slot: Slot, sock: socket.socket, drops: KernelDrops) -> None:
+        self._host = host
+        self.slot = slot
+        self.sock = sock
+        self.drops = drops
+        self.peer_id = host.settings.peer_id(slot.index)
+        self.port = host.settings.base_port + slot.index
+        self.worker: Worker | None = None
+        """Who serves, or starts where nobody serves."""
+
+        self.successor: Worker | None = None
+        """Who loads the app beside it."""
+
+        self.health: str | None = None
+        self.last_death: Death | None = None
+        self.last_gap_ms: float | None = None
+        self.next_start_s: float | None = None
+        self._log = PeerLog(slot, self.peer_id, self.port, host.recent_lines)
+        self._generations = slot.generation
+        self._policy = RestartPolicy()
+        self._failures: deque[Failure] = deque(maxlen=64)
+        self._restart: Timer | None = None
+        self._boot: Timer | None = None
+        self._deadline: Timer | None = None
+        self._replacement: _Replacement | None = None
+        self._waiting: deque[_Replacement] = deque()
+        self._stops = False
+        self._drains = False
+        self._liveness = Liveness(host.settings.stuck_timeout_s)
+        self._seen_messages = 0
+
+    # What it is told
+
+    def start(self) -> None:
+        """Fork a worker for a socket that nobody reads."""
+        self._cancel_restart()
+        try:
+            worker = self._fork()
+        except OSError as error:
+            self._host.history.note("cannot fork", peer_id=self.peer_id, why=str(error))
+            self._say(logging.ERROR, "cannot fork a worker: %s; %s", error, self._plan_restart())
+            return
+        self._serve_with(worker)
+        worker.watch(self._host.loop, lambda: self._reported(worker), lambda: self._exited(worker))
+        worker.go()
+
+    def replace(self, told: Told) -> None:
+        """By a worker that has loaded the app anew; also starts one where none serves."""
+        if self._stops:
+            told(f"peer {self.peer_id} is stopping")
+            return
+        self._waiting.append(_Replacement(told))
+        self._next_replacement()
+
+    def stop(self) -> None:
+        """Serve on, but become nothing new: the record goes. ``drain`` is next."""
+        if self._stops:
+            return
+        self._stops = True
+        self._cancel_restart()
+        waiting, self._waiting = self._waiting, deque()
+        for replacement in waiting:
+            replacement.told(f"peer {self.peer_id} is stopping")
+        if self._replacement is not None and self._replacement.handed_over_s is None:
+            assert self.successor is not None
+            self.successor.kill("stop")
+        self._becomes(Event.STOP)
+        self._has_perhaps_ended()
+
+    def drain(self) -> None:
+        """Answer what the queue holds, and exit. A worker that starts with a queue before it is let begin."""
+        self._drains = True
+        worker = self.worker
+        if worker is not None and (worker.is_ready or not self.queued_bytes):
+            worker.send(signal.SIGTERM)
+
+    def kill(self, why: str = "stop") -> None:
+        for worker in (self.worker, self.successor):
+            if worker is not None:
+                worker.kill(why)
+
+    def look(self, now_s: float) -> None:
+        """Judge the worker, and end one that is stuck. To be called about twice a second."""
+        worker, slot = self.worker, self.slot
+        messages = slot.counters()["rx_messages"]
+        moves, self._seen_messages = messages != self._seen_messages, messages
+        if worker is None or slot.state is not PeerState.READY:
+            self.health = None
+        elif slot.heartbeat_ns > time.monotonic_ns() - OLD_HEARTBEAT_NS:
+            self.health = "ok" if moves else "idle"
+        else:
+            verdict = self._liveness.judge(slot, now_s)
+            self.health = "ok" if verdict is Verdict.GETS_ON else verdict.value
+            if verdict is Verdict.STUCK and worker.killed_for is None:
+                own_s = self._liveness.own_s(slot)
+                self._host.history.note(
+                    "stuck", peer_id=self.peer_id, pid=worker.pid, for_s=round(own_s, 3)
+                )
+                self._say(
+                    logging.ERROR,
+                    "worker pid %d is stuck: for %.0f s it could turn its loop and has not; its "
+                    "stack follows, then SIGKILL",
+                    worker.pid,
+                    own_s,
+                )
+                self._kill_with_stack(worker, "stuck")
+
+    @property
+    def has_ended(self) -> bool:
+        return self._stops and self.worker is None and self.successor is None
+
+    @property
+    def is_replacing(self) -> bool:
+        return self._replacement is not None
+
+    @property
+    def ready_for_s(self) -> float | None:
+        if self.worker is None or self.worker.ready_s is None:
+            return None
+        return time.monotonic() - self.worker.ready_s
+
+    @property
+    def queued_bytes(self) -> int:
+        return queue_state(self.sock).queued_bytes
+
+    def close(self) -> None:
+        """After its end: the port is free. Says what is lost with it."""
+        if left := self.queued_bytes:
+            self._say(logging.WARNING, "%d bytes in the queue of the socket were not read", left)
+        self.sock.close()
+
+    # Its worker
+
+    def _fork(self) -> Worker:
+        worker = start_worker(
+            self._host.worker_entry, self.slot, self.sock, self._generations + 1, self._log
+        )
+        self._generations += 1
+        return worker
+
+    def _serve_with(self, worker: Worker) -> None:
+        self.worker = worker
+        self.slot.pid = worker.pid
+        self.slot.generation = worker.generation
+        if self.slot.state is not PeerState.READY:
+            self._becomes(Event.START)
+        limit_s = self._host.settings.boot_timeout_s
+        self._boot = self._host.loop.call_later(limit_s, lambda: self._is_late(worker))
+
+    def _reported(self, worker: Worker) -> None:
+        if worker is not self.worker or not worker.is_ready or worker.ready_s is None:
+            return
+        self._cancel_boot()
+        self._becomes(Event.SERVE)
+        self._host.history.note("ready", peer_id=self.peer_id, pid=worker.pid)
+        if self._replacement is not None:
+            self._replaced(self._replacement, worker.pid)
+        if self._drains:
+            worker.send(signal.SIGTERM)
+        self._host.peer_is_ready(self)
+        self._next_replacement()
+
+    def _exited(self, worker: Worker) -> None:
+        end = worker.wait()
+        self._cancel_boot()
+        self.worker = None
+        self.slot.pid = 0
+        lost = self.slot.unfinished
+        self.slot.lost_in_flight += lost
+        if self._replacement is not None and self.successor is not None:
+            self._predecessor_has_ended(worker, end, lost)
+        elif self._stops:
+            if end.code != EX_OK and worker.killed_for != "stop" and worker.is_ready:
+                self._certify(worker, end, lost, "stopping")
+            self._fail_replacement(f"the worker: {end}")
+            self._has_perhaps_ended()
+        elif worker.failure is not None:
+            self._host.history.note(
+                "cannot start", peer_id=self.peer_id, why=worker.failure.partition("\n")[0]
+            )
+            if self._host.peer_cannot_start(self, worker.failure):
+                self._say(
+                    logging.ERROR, "cannot start: %s; %s", worker.failure, self._plan_restart()
+                )
+        else:
+            ready_for_s = 0.0 if worker.ready_s is None else time.monotonic() - worker.ready_s
+            self._certify(worker, end, lost, self._plan_restart(ready_for_s))
+            self._fail_replacement(f"the successor: {end}")
+            self._next_replacement()
+
+    def _certify(self, worker: Worker, end: Exit, lost: int, then: str) -> None:
+        cause = worker.killed_for or ("exit" if end.signal is None else "signal")
+        if worker.killed_for is None and end.signal == signal.SIGKILL and self._host.oom_kills():
+            cause = "oom"
+        now_s = time.monotonic()
+        death = Death(
+            pid=worker.pid,
+            generation=worker.generation,
+            at_s=now_s,
+            how=str(end),
+            cause=cause,
+            ready_for_s=None if worker.ready_s is None else round(now_s - worker.ready_s, 3),
+            lost_in_flight=lost,
+            next=then,
+            last_lines=tuple(self._log.last_of(worker.generation, LAST_LINES)),
+        )
+        self.last_death = death
+        self._host.history.note(
+            "died",
+            peer_id=self.peer_id,
+            pid=death.pid,
+            generation=death.generation,
+            how=death.how,
+            cause=death.cause,
+            oom=death.cause == "oom",
+            ready_for_s=death.ready_for_s,
+            lost_in_flight=death.lost_in_flight,
+            next=death.next,
+            last_lines=death.last_lines,
+        )
+        self._log.log(
+            logging.ERROR,
+            "%s",
+            death.sentence,
+            pid=worker.pid,
+            generation=worker.generation,
+        )
+
+    def _plan_restart(self, ready_for_s: float = 0.0) -> str:
+        """When, in words."""
+        now_s = time.monotonic()
+        self._failures.append(Failure(now_s, ready_for_s))
+        restart = next_restart(self._policy, list(self._failures), random.random())
+        self.slot.restarts += 1
+        self.next_start_s = now_s + restart.delay_s
+        self._restart = self._host.loop.call_at(self.next_start_s, self.start)
+        self._becomes(Event.PARK if restart.crashloop else Event.FAIL)
+        if not restart.crashloop:
+            if not restart.delay_s:
+                return "restarted at once"
+            return f"restarted in {restart.delay_s:.2g} s"
+        self._host.history.note(
+            "parked", peer_id=self.peer_id, retry_in_s=round(restart.delay_s, 3)
+        )
+        self._host.peer_is_parked(self)
+        if self._stops:
+            return "stopping"
+        return (
+            f"parked, as it failed {self._policy.max_failures + 1} times within "
+            f"{self._policy.window_s:g} s; tried again in {restart.delay_s:g} s, or by "
+            f"'peerd restart {self.slot.index}'"
+        )
+
+    def _is_late(self, worker: Worker) -> None:
+        limit_s = self._host.settings.boot_timeout_s
+        self._say(
+            logging.ERROR,
+            "worker pid %d is not ready after %g s (--boot-timeout); its stack follows, then SIGKILL",
+            worker.pid,
+            limit_s,
+        )
+        self._kill_with_stack(worker, "late")
+
+    def _kill_with_stack(self, worker: Worker, why: str) -> None:
+        worker.killed_for = why
+        worker.send(DUMP_STACK)
+
+        def kill() -> None:
+            if worker in (self.worker, self.successor):
+                worker.kill(why)
+
+        self._host.loop.call_later(STACK_S, kill)
+
+    # Replacing it
+
+    def _next_replacement(self) -> None:
+        if self._replacement is not None or not self._waiting or self._stops:
+            return
+        replacement = self._replacement = self._waiting.popleft()
+        self._cancel_restart()  # this is it
+        replacement.old_pid = self.slot.pid
+        try:
+            successor = self.successor = self._fork()
+            self.slot.successor_pid = successor.pid
+        except OSError as error:
+            self._host.history.note("cannot fork", peer_id=self.peer_id, why=str(error))
+            self._not_replaced(f"cannot fork a successor: {error}")
+            return
+        successor.watch(
+            self._host.loop,
+            lambda: self._successor_reported(successor),
+            lambda: self._successor_exited(successor),
+        )
+        limit_s = self._host.settings.boot_timeout_s
+        self._deadline = self._host.loop.call_later(limit_s, lambda: self._is_late(successor))
+
+    def _successor_reported(self, successor: Worker) -> None:
+        replacement = self._replacement
+        if successor is not self.successor:
+            self._reported(successor)  # it has taken over
+        elif not successor.is_prepared or replacement is None:
+            return
+        elif self.worker is None:
+            self._take_over()
+        elif replacement.handed_over_s is None:
+            worker = self.worker
+            worker.send(HAND_OVER)
+            replacement.handed_over_s = time.monotonic()
+            self._cancel_deadline()
+            self._deadline = self._host.loop.call_later(
+                self._host.settings.drain_timeout_s + HAND_OVER_GRACE_S,
+                lambda: self._does_not_leave(worker),
+            )
+
+    def _predecessor_has_ended(self, worker: Worker, end: Exit, lost: int) -> None:
+        """As it was told to, or because it died."""
+        replacement, successor = self._replacement, self.successor
+        assert replacement is not None
+        assert successor is not None
+        was_told = replacement.handed_over_s is not None
+        is_clean = was_told and (end.code == EX_OK or end.signal == HAND_OVER)
+        if not is_clean and worker.killed_for != "stop":
+            self._certify(worker, end, lost, "its successor, which was starting, takes over")
+        if not was_told:
+            replacement.handed_over_s = time.monotonic()
+            self.slot.restarts += 1
+            self._becomes(Event.START)
+        if successor.is_prepared:
+            self._take_over()
+
+    def _take_over(self) -> None:
+        worker, self.successor = self.successor, None
+        assert worker is not None
+        self._cancel_deadline()
+        self._serve_with(worker)
+        self.slot.successor_pid = 0
+        worker.go()
+
+    def _successor_exited(self, successor: Worker) -> None:
+        if successor is not self.successor:
+            self._exited(successor)
+            return
+        self._cancel_deadline()
+        end = successor.wait()
+        self.successor = None
+        self.slot.successor_pid = 0
+        why = successor.failure or f"the successor ended before it was ready: {end}"
+        if self._stops and successor.killed_for == "stop":
+            why = "the supervisor is stopping"
+        self._not_replaced(why)
+        self._has_perhaps_ended()
+
+    def _does_not_leave(self, worker: Worker) -> None:
+        if worker is self.worker:
+            self._say(logging.ERROR, "worker pid %d does not leave its socket: SIGKILL", worker.pid)
+            worker.kill("late")
+
+    def _replaced(self, replacement: _Replacement, pid: int) -> None:
+        self._replacement = None
+        now_s = time.monotonic()
+        gap_s = now_s - (replacement.handed_over_s or now_s)
+        done = Replaced(
+            slot=self.slot.index,
+            peer_id=self.peer_id,
+            old_pid=replacement.old_pid or None,
+            pid=pid,
+            gap_ms=round(gap_s * 1e3, 3),
+        )
+        self.last_gap_ms = done.gap_ms
+        self._host.history.note(
+            "replaced", peer_id=self.peer_id, pid=pid, old_pid=done.old_pid, gap_ms=done.gap_ms
+        )
+        self._say(
+            logging.INFO,
+            "worker pid %d has taken over from %s; gap %.1f ms",
+            pid,
+            f"pid {done.old_pid}" if done.old_pid else "nobody",
+            done.gap_ms,
+        )
+        replacement.told(done)
+
+    def _not_replaced(self, why: str) -> None:
+        self._fail_replacement(why)
+        if self.worker is None and not self._stops and self._restart is None:
+            self._say(logging.ERROR, "no worker: %s", self._plan_restart())
+        self._next_replacement()
+
+    def _fail_replacement(self, why: str) -> None:
+        replacement, self._replacement = self._replacement, None
+        if replacement is not None:
+            self._host.history.note(
+                "not replaced", peer_id=self.peer_id, why=why.partition("\n")[0]
+            )
+            replacement.told(f"peer {self.peer_id}: {why}")
+
+    # Its state
+
+    def _becomes(self, event: Event) -> None:
+        self.slot.since_ns = time.monotonic_ns()
+        self.slot.state = TRANSITIONS[self.slot.state, event]
+        self._host.slot_has_changed()
+
+    def _has_perhaps_ended(self) -> None:
+        if self.has_ended and self.slot.state is not PeerState.STOPPED:
+            self._becomes(Event.END)
+            self._host.peer_has_ended(self)
+
+    def _cancel_restart(self) -> None:
+        if self._restart is not None:
+            self._restart.cancel()
+        self._restart = self.next_start_s = None
+
+    def _cancel_boot(self) -> None:
+        if self._boot is not None:
+            self._boot.cancel()
+        self._boot = None
+
+    def _cancel_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = None
+
+    def _say(self, level: int, message: str, *args: object) -> None:
+        self._log.log(level, message, *args)

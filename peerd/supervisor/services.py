@@ -1,0 +1,236 @@
+"""The children beside the workers: the registrar and, if asked, an etcd. Both are started again when they
+end, as restart.py says, and never parked: a registrar is back before the leases that its predecessor
+kept have run out.
+
+The registrar has no death signal but a lifeline, the pipe that it is also woken by: it outlives the
+supervisor for as long as it takes to revoke the records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+
+from peerd._scoreboard import RegistryState, Scoreboard
+from peerd.embedded_etcd import is_listening
+from peerd.settings import EmbeddedEtcdSettings, RegistrySettings
+from peerd.supervisor.history import History
+from peerd.supervisor.loop import Callback, Loop, Timer
+from peerd.supervisor.processes import Child, Exit, redirect_output, spawn
+from peerd.supervisor.restart import Failure, RestartPolicy, next_restart
+
+log = logging.getLogger(__name__)
+
+RegistrarEntry = Callable[[Scoreboard, int, int], int]
+"""(scoreboard, lifeline, report) -> exit code; runs in the registrar.
+
+The lifeline can be read: a byte means that a slot has changed, its end that the supervisor is gone.
+A byte written to the report means that a registration has changed.
+"""
+
+
+class _Service:
+    """Starts a child, and starts it again until it is told not to."""
+
+    name = "service"
+
+    def __init__(self, loop: Loop, history: History, max_delay_s: float) -> None:
+        self._loop = loop
+        self._history = history
+        self._child: Child | None = None
+        self._policy = RestartPolicy(max_failures=sys.maxsize, max_delay_s=max_delay_s)
+        self._failures: deque[Failure] = deque(maxlen=64)
+        self._restart: Timer | None = None
+        self._started_s = 0.0
+        self.keeps_running = True
+        self.on_end: Callback = lambda: None
+        """Called when it has ended and will not come back."""
+
+    @property
+    def is_running(self) -> bool:
+        return self._child is not None
+
+    def start(self) -> None:
+        if self._restart is not None:
+            self._restart.cancel()
+        self._started_s = time.monotonic()
+        try:
+            child = self._child = self._spawn()
+        except OSError as error:
+            self._history.note("cannot fork", what=self.name, why=str(error))
+            log.error("cannot start the %s: %s", self.name, error)
+            self._start_again()
+            return
+        self._loop.watch(child.pidfd, lambda: self._exited(child))
+
+    def send(self, number: int) -> None:
+        if self._child is not None:
+            self._child.send(number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+
+    def no_more(self) -> None:
+        """Do not start it again when it ends."""
+        self.keeps_running = False
+        if self._restart is not None:
+            self._restart.cancel()
+
+    def release(self) -> None:
+        """What ``run`` leaves when it fails."""
+        self.no_more()
+        if self._child is not None:
+            self.kill()
+            self._child.wait()
+
+    def _exited(self, child: Child) -> None:
+        self._loop.unwatch(child.pidfd)
+        end = child.wait()
+        self._child = None
+        self._has_ended(child.pid, end)
+        if not self.keeps_running:
+            self.on_end()
+
+    def _start_again(self) -> None:
+        now_s = time.monotonic()
+        self._failures.append(Failure(now_s, now_s - self._started_s))
+        restart = next_restart(self._policy, list(self._failures), random.random())
+        self._restart = self._loop.call_later(restart.delay_s, self.start)
+        when = f"in {restart.delay_s:.2g} s" if restart.delay_s else "now"
+        log.info("restarting the %s %s", self.name, when)
+
+    def _spawn(self) -> Child:
+        raise NotImplementedError
+
+    def _has_ended(self, pid: int, end: Exit) -> None:
+        raise NotImplementedError
+
+
+class RegistrarService(_Service):
+    name = "registrar"
+
+    def __init__(
+        self,
+        loop: Loop,
+        history: History,
+        entry: RegistrarEntry,
+        board: Scoreboard,
+        settings: RegistrySettings,
+        on_report: Callback,
+    ) -> None:
+        super().__init__(loop, history, settings.lease_ttl_s / 4)
+        self._entry = entry
+        self._board = board
+        self._on_report = on_report
+        self._lifeline_fd: int | None = None
+        self._report_fd: int | None = None
+
+    def wake(self) -> None:
+        """A slot has changed."""
+        if self._lifeline_fd is not None:
+            # Full: it has not read the last wake-ups yet. Broken: its end is about to be noticed.
+            with contextlib.suppress(BlockingIOError, BrokenPipeError):
+                os.write(self._lifeline_fd, b"\n")
+
+    def cut_lifeline(self) -> None:
+        """It revokes what is left, and exits within a second."""
+        self.no_more()
+        self._close_lifeline()
+
+    def release(self) -> None:
+        self.cut_lifeline()
+        if self._child is not None:
+            self._child.wait()
+        self._close_report()
+
+    def _spawn(self) -> Child:
+        with contextlib.ExitStack() as kept, contextlib.ExitStack() as given:
+            lifeline_read, lifeline_write = os.pipe()
+            kept.callback(os.close, lifeline_write)
+            given.callback(os.close, lifeline_read)
+            report_read, report_write = os.pipe()
+            kept.callback(os.close, report_read)
+            given.callback(os.close, report_write)
+            os.set_blocking(lifeline_write, False)
+            os.set_blocking(report_read, False)
+            child = spawn(
+                lambda: self._entry(self._board, lifeline_read, report_write),
+                (lifeline_read, report_write),
+                die_with_parent=False,
+            )
+            kept.pop_all()
+        self._lifeline_fd, self._report_fd = lifeline_write, report_read
+        self._loop.watch(report_read, self._read_report)
+        return child
+
+    def _read_report(self) -> None:
+        assert self._report_fd is not None
+        if not os.read(self._report_fd, 4096):
+            self._close_report()
+        self._on_report()
+
+    def _has_ended(self, pid: int, end: Exit) -> None:
+        self._close_lifeline()
+        self._close_report()
+        self._board.registry_state = RegistryState.SUSPENDED
+        if self.keeps_running:
+            self._history.note("died", what=self.name, pid=pid, how=str(end))
+            log.error("the registrar, pid %d: %s", pid, end)
+            self._start_again()
+
+    def _close_lifeline(self) -> None:
+        if self._lifeline_fd is not None:
+            os.close(self._lifeline_fd)
+            self._lifeline_fd = None
+
+    def _close_report(self) -> None:
+        if self._report_fd is not None:
+            self._loop.unwatch(self._report_fd)
+            os.close(self._report_fd)
+            self._report_fd = None
+
+
+class EtcdService(_Service):
+    name = "etcd"
+
+    def __init__(
+        self, loop: Loop, history: History, settings: EmbeddedEtcdSettings, endpoint: str
+    ) -> None:
+        super().__init__(loop, history, max_delay_s=5.0)
+        self._settings = settings
+        self._endpoint = endpoint
+
+    def _spawn(self) -> Child:
+        command, data_dir = self._settings.command, self._settings.data_dir
+
+        def run_etcd() -> int:
+            os.makedirs(data_dir, mode=0o700, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            redirect_output(os.open(data_dir / "etcd.log", flags, 0o600))
+            os.execv(command[0], command)
+
+        return spawn(run_etcd, (), die_with_parent=True)
+
+    def _has_ended(self, pid: int, end: Exit) -> None:
+        if not self.keeps_running:
+            return
+        if is_listening(self._endpoint):
+            # Two supervisors started at once, and the other one's etcd was first.
+            log.info("etcd pid %d: %s; another one listens there by now and is used", pid, end)
+            return
+        self._history.note("died", what=self.name, pid=pid, how=str(end))
+        log.error("etcd pid %d: %s; its last words:\n%s", pid, end, self._last_words())
+        self._start_again()
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(OSError):
+            text = (self._settings.data_dir / "etcd.log").read_text(errors="replace")
+            return "\n".join(text.splitlines()[-3:]) or "(its log is empty)"
+        return "(it has no log)"

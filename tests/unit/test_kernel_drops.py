@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import socket
+
+from peerd.supervisor.kernel_drops import KernelDrops
+
+
+def overrun(sock: socket.socket, datagrams: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        for _ in range(datagrams):
+            client.sendto(bytes(1000), sock.getsockname())
+
+
+def small_socket() -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    sock.bind(("127.0.0.1", 0))
+    return sock
+
+
+def taken(sock: socket.socket) -> int:
+    sock.setblocking(False)
+    count = 0
+    while True:
+        try:
+            sock.recv(2000)
+        except BlockingIOError:
+            return count
+        count += 1
+
+
+def test_drops_are_counted_on_from_one_socket_to_the_next() -> None:
+    drops = KernelDrops()
+    with small_socket() as first, small_socket() as second:
+        overrun(first, 10)  # before it was followed
+        before = 10 - taken(first)
+        drops.follow(first)
+        assert before > 0
+        assert drops.read()[1] == 0
+        overrun(first, 50)
+        dropped = 50 - taken(first)
+        assert drops.read()[1] == dropped > 0
+        drops.follow(second)
+        assert drops.read()[1] == dropped
+        overrun(second, 50)
+        assert drops.read()[1] == dropped + 50 - taken(second)
+
+
+def test_the_kernels_counter_wraps() -> None:
+    """Four billion drops cannot be made here, so it begins with what cannot be."""
+    drops = KernelDrops()
+    with small_socket() as sock:
+        overrun(sock, 50)
+        dropped = 50 - taken(sock)
+        drops.follow(sock)
+        drops._seen = 2**32 - 3
+        assert drops.read()[1] == dropped + 3
