@@ -15,7 +15,18 @@ from peerd.supervisor import control
 
 Show = Callable[[dict[str, Any]], None]
 
-LATER_FIELDS = ("how", "age_s", "ready_for_s", "lost_in_flight", "oom", "next")
+EXIT_FIELDS = (
+    "pid",
+    "generation",
+    "how",
+    "cause",
+    "oom",
+    "age_s",
+    "ready_for_s",
+    "lost_in_flight",
+    "next",
+    "last_lines",
+)
 """Of last_exit, which is null until there was one."""
 
 
@@ -80,8 +91,7 @@ def _show_table(report: dict[str, Any]) -> None:
 
 def _show_fields(report: dict[str, Any], names: Sequence[str]) -> None:
     known = dict.fromkeys(name for peer in report["peers"] for name in _field_names(peer))
-    if "last_exit" in known:
-        known.update(dict.fromkeys(f"last_exit.{name}" for name in LATER_FIELDS))
+    known.update(dict.fromkeys(f"last_exit.{name}" for name in EXIT_FIELDS))
     for name in names:
         if name not in known:
             top = ", ".join(field for field in known if "." not in field)

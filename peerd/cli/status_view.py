@@ -10,9 +10,6 @@ from peerd.cli.table import Column
 Report = dict[str, Any]
 Peer = dict[str, Any]
 
-STUCK_S = 1.0
-"""A loop that turns writes its heartbeat every quarter of a second."""
-
 FINE = (None, "ok", "idle")
 """Verdicts on a ready worker that need no word."""
 
@@ -55,9 +52,8 @@ class Rates:
 def head(report: Report) -> list[str]:
     supervisor, registry, peers = report["supervisor"], report["registry"], report["peers"]
     ready = sum(is_fine(peer) for peer in peers)
-    configured = supervisor.get("configured_peers")
-    scaled = ""
-    if configured is not None and configured != len(peers):
+    configured, scaled = supervisor["configured_peers"], ""
+    if configured != len(peers):
         scaled = f"; configured {configured}, running {len(peers)}"
     up = duration(supervisor["uptime_s"])
     return [
@@ -82,7 +78,6 @@ def columns(report: Report, rates: Mapping[int, tuple[int, int]] | None = None) 
     else:
         seen = [rates.get(peer["slot"], (None, None)) for peer in peers]
         traffic = [column("RX/s", [rx for rx, _ in seen]), column("TX/s", [tx for _, tx in seen])]
-    queues = [peer.get("rx_queued_bytes") for peer in peers]
     return [
         column("#", [peer["slot"] for peer in peers]),
         column("PEER", [peer["peer_id"] for peer in peers]),
@@ -94,7 +89,7 @@ def columns(report: Report, rates: Mapping[int, tuple[int, int]] | None = None) 
         *traffic,
         column("LAST EXIT", [_last_exit(peer) for peer in peers]),
         column("BEAT", [_age(peer["heartbeat_age_s"]) for peer in peers]),
-        *([column("QUEUE", queues)] if any(queue is not None for queue in queues) else []),
+        column("QUEUE", [peer["rx_queued_bytes"] for peer in peers]),
         column("DROP", [peer["rx_dropped"] + peer["tx_dropped"] for peer in peers]),
         column("LOST", [peer["lost_in_flight"] for peer in peers]),
         column("ERR", [peer["decode_errors"] + peer["handler_errors"] for peer in peers]),
@@ -111,12 +106,11 @@ def notes(report: Report) -> list[str]:
     for peer in report["peers"]:
         if peer["conflict"]:
             lines.append(f"slot {peer['slot']}: {peer['conflict']}")
-        end = peer.get("last_exit")
-        if end is not None and peer["state"] != "ready":
-            lines.append(f"slot {peer['slot']}: {_explain(peer, end)}")
-    dropped = sum(peer.get("log_dropped") or 0 for peer in report["peers"])
+        if peer["last_exit"] is not None and peer["state"] != "ready":
+            lines.append(f"slot {peer['slot']}: {_explain(peer, peer['last_exit'])}")
+    dropped = sum(teller["log_dropped"] for teller in (report["supervisor"], *report["peers"]))
     if dropped:
-        lines.append(f"log lines of peers that were dropped, as nobody read them: {dropped}")
+        lines.append(f"log lines that were dropped, as nobody read them: {dropped}")
     return lines
 
 
@@ -125,13 +119,10 @@ def is_fine(peer: Peer) -> bool:
 
 
 def state(peer: Peer) -> str:
-    age_s = peer["heartbeat_age_s"]
-    if peer["state"] != "ready":
+    """That of its life, or, when it is ready, what is wrong and for how long its loop has not turned."""
+    if peer["state"] != "ready" or peer["health"] in FINE:
         return str(peer["state"])
-    health = peer.get("health")
-    if "health" not in peer and age_s is not None and age_s > STUCK_S:
-        health = "stuck"
-    return "ready" if health in FINE else f"{health} {age_s or 0:.0f}s"
+    return f"{peer['health']} {peer['heartbeat_age_s'] or 0:.0f}s"
 
 
 def duration(seconds: float) -> str:
@@ -154,22 +145,21 @@ def _ago(seconds: float) -> str:
 
 
 def _last_exit(peer: Peer) -> str | None:
-    end = peer.get("last_exit")
+    end = peer["last_exit"]
     if end is None:
         return None
     how = str(end["how"]).removeprefix("killed by ")
-    return f"{how}{' (OOM)' if end.get('oom') else ''} {_ago(end['age_s'])}"
+    return f"{how}{' (OOM)' if end['oom'] else ''} {_ago(end['age_s'])}"
 
 
 def _explain(peer: Peer, end: Mapping[str, Any]) -> str:
-    served = end.get("ready_for_s")
+    served = end["ready_for_s"]
     parts = [
-        f"{end['how']}{', out of memory' if end.get('oom') else ''}, {_ago(end['age_s'])}",
+        f"{end['how']}{', out of memory' if end['oom'] else ''}, {_ago(end['age_s'])}",
         "before it was ready" if served is None else f"after {duration(served)} of service",
     ]
-    if end.get("lost_in_flight"):
+    if end["lost_in_flight"]:
         parts.append(f"lost {end['lost_in_flight']}")
-    next_s = peer.get("next_start_in_s")
-    if next_s is not None:
-        parts.append(f"next start in {duration(next_s)}")
+    if peer["next_start_in_s"] is not None:
+        parts.append(f"next start in {duration(peer['next_start_in_s'])}")
     return "; ".join(parts)

@@ -106,6 +106,8 @@ class SupervisorCommand(click.Command):
         for flag, parameter in self.settings.items():
             name = flag.upper().replace("-", "_")
             parameter.envvar = [f"{SPECIFIC}{name}", f"{GENERAL}{name}"]
+            assert isinstance(parameter, click.Option)
+            parameter.allow_from_autoenv = False  # check would also read PEERD_CHECK_PEERS
 
     @property
     def settings(self) -> dict[str, click.Parameter]:
@@ -165,7 +167,8 @@ class SupervisorCommand(click.Command):
         if source is ParameterSource.COMMANDLINE:
             return parameter.opts[0]
         if self._is_from_environment(ctx, parameter):
-            return next(str(name) for name in parameter.envvar or () if os.environ.get(str(name)))
+            names = [str(name) for name in parameter.envvar or ()]
+            return next((name for name in names if os.environ.get(name)), "the environment")
         if source is ParameterSource.DEFAULT_MAP:
             return str(ctx.params["config"])
         return None

@@ -75,6 +75,7 @@ def test_every_origin_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PEERD_ADVERTISE", "from-environment")
     monkeypatch.setenv("PEERD_SUPERVISE_MAX_RSS", "1G")
     monkeypatch.setenv("PEERD_MAX_RSS", "2G")  # the more specific one wins
+    monkeypatch.setenv("PEERD_CHECK_PEERS", "3")  # no setting of supervise
     monkeypatch.setenv("PEERD_SUPERVISE_HOST", "")  # set to nothing is not set
     port = free_ports(1)
     found = origins(checked(f"--config={config}", f"--base-port={port}", "--host=localhost"))

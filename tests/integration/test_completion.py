@@ -80,6 +80,7 @@ def test_slots_out_of_the_running_supervisor(
     line = f"peerd restart --control {running.control} "
     assert offered(shell, line, tmp_path) == [str(slot) for slot in range(12)]
     assert offered(shell, f"{line}1", tmp_path) == ["1", "10", "11"]
+    assert "11" in offered(shell, f"peerd logs --control {running.control} ", tmp_path)
 
 
 @pytest.mark.parametrize("shell", ["bash", "fish"])

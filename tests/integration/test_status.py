@@ -100,11 +100,23 @@ def test_fields_for_scripts(supervised: Supervised) -> None:
     )
 
 
+def test_the_last_exit(supervised: Supervised) -> None:
+    running = ready(supervised)
+    fields = ["status", f"--control={running.control}", "-o", "slot,restarts,last_exit.how"]
+    assert peerd(*fields).stdout == "0\t0\t-\n1\t0\t-\n"
+    send_signal(running.peer(1)["pid"], signal.SIGKILL)
+    eventually(lambda: running.peer(1)["restarts"] == 1)
+    running.wait_ready()
+    assert peerd(*fields).stdout == "0\t0\t-\n1\t1\tkilled by SIGKILL\n"
+    assert "SIGKILL " in peerd("status", f"--control={running.control}").stdout
+
+
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
         ("stat", "did you mean 'state'?"),
         ("counters.rx_mesages", "did you mean 'counters.rx_messages'?"),
+        ("last_exit.hwo", "did you mean 'last_exit.how'?"),
         ("qqq", "there are: slot, peer_id"),
         ("state,", "there is no field ''"),
     ],
