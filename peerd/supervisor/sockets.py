@@ -126,11 +126,10 @@ def inherited_sockets(host: str) -> dict[int, socket.socket]:
         # The same address twice: one socket that both its .socket unit and the store have.
         if sock.getsockname() != other.getsockname():
             log.warning(
-                "systemd has passed two sockets for UDP port %d: %s is used, %s (%s) is closed",
+                "systemd has passed two sockets for UDP port %d: %s is used, %s is closed",
                 port,
                 _name_of(other),
                 _name_of(sock),
-                name,
             )
         sock.close()
     return found
