@@ -324,9 +324,8 @@ class Supervisor:
         if self._stop is not None or not self._is_running:
             return
         status = self._status.line()
-        is_up = (
-            self._all_are_ready or self._all_ready_told
-        )  # a reload ends with READY, whatever it found
+        # Once it was, a reload ends with READY whatever it found: systemd waits for that.
+        is_up = self._all_are_ready or self._all_ready_told
         if is_up and not self._reloads.is_under_way:
             self._notifier.ready(status)
         else:
