@@ -80,6 +80,10 @@ class Death:
 
     @property
     def sentence(self) -> str:
+        return f"{self.what_happened}; next: {self.next}"
+
+    @property
+    def what_happened(self) -> str:
         cause = {
             "oom": " (out of memory: the kernel's OOM killer)",
             "stuck": " (by the supervisor, as it was stuck)",
@@ -92,7 +96,7 @@ class Death:
         )
         return (
             f"worker pid {self.pid}: {self.how}{cause} {age}; datagrams in hand and lost: "
-            f"{self.lost_in_flight}; next: {self.next}"
+            f"{self.lost_in_flight}"
         )
 
 

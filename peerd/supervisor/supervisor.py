@@ -229,7 +229,9 @@ class Supervisor:
     def peer_is_parked(self, peer: Peer) -> None:
         self._tell_manager()
         death = peer.last_death
-        if self._scaler.cannot_start(peer, death.sentence if death else "its worker fails"):
+        if self._scaler.cannot_start(
+            peer, death.what_happened if death else f"peer {peer.peer_id} cannot be started"
+        ):
             return
         if self.settings.on_crashloop is OnCrashloop.EXIT and self._stop is None:
             log.critical("peer %s is in a crash loop: stopping (--on-crashloop)", peer.peer_id)
