@@ -491,7 +491,7 @@ class Peer:
         self.slot.successor_pid = 0
         why = successor.failure or f"the successor ended before it was ready: {end}"
         if self._stops and successor.killed_for == "stop":
-            why = "the supervisor is stopping"
+            why = "it is stopping"
         self._not_replaced(why)
         self._has_perhaps_ended()
 
