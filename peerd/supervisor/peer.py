@@ -270,7 +270,8 @@ class Peer:
 
     def close(self) -> None:
         """After its end: the port is free. Says what is lost with it."""
-        if left := self.queued_bytes:
+        queue, _ = self.drops.read()  # the kernel's count ends with the socket
+        if left := queue.queued_bytes:
             self._say(logging.WARNING, "%d bytes in the queue of the socket were not read", left)
         self.sock.close()
 
