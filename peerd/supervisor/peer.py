@@ -52,8 +52,8 @@ STACK_S = 0.5
 OLD_HEARTBEAT_NS = 1_000_000_000
 """Four times as old as an idle loop lets it become."""
 
-LAST_LINES = 20
-"""Of a worker, in its death certificate."""
+LAST_LINES = 40
+"""Of a worker, in its death certificate. The stack of a crash in C takes 30, the handler's line first."""
 
 
 @dataclass(frozen=True)
