@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import psutil
 import pytest
@@ -136,15 +137,19 @@ def test_the_highest_go_first_and_their_queues_are_served(supervised: Supervised
     assert events(running, "died") == []
 
 
+def has_peers(running: Running, number: int) -> bool:
+    return len(pids(running)) == number
+
+
 def test_signals_scale_by_one(supervised: Supervised) -> None:
     running = start(supervised, peers=1, room=3)
     for number in (2, 3):
         running.signal(signal.SIGTTIN)
-        eventually(lambda number=number: len(pids(running)) == number)  # type: ignore[misc]
+        eventually(partial(has_peers, running, number))
     running.wait_registered()
     for number in (2, 1):
         running.signal(signal.SIGTTOU)
-        eventually(lambda number=number: len(pids(running)) == number)  # type: ignore[misc]
+        eventually(partial(has_peers, running, number))
     running.signal(signal.SIGTTOU)
     # The answer to this comes after that signal.
     assert ask(running, "scale", peers=1)["before"] == 1
@@ -266,7 +271,7 @@ def test_newcomers_that_die_again_and_again_are_given_up(supervised: Supervised)
     before = pids(running)
     write_app(supervised, DIES)
     with pytest.raises(
-        ControlError, match="still 1 peers: worker pid .*: exit code 3 before it was ready"
+        ControlError, match=r"still 1 peers: worker pid .*: exit code 3 before it was ready"
     ) as refused:
         scale(running, 3)
     assert "restarted" not in str(refused.value), "that is what does not happen any more"
