@@ -321,6 +321,7 @@ class Peer:
 
     def _exited(self, worker: Worker) -> None:
         end = worker.wait()
+        assert worker is self.worker
         self._cancel_boot()
         self.worker = None
         self.slot.pid = 0
@@ -349,7 +350,11 @@ class Peer:
 
     def _certify(self, worker: Worker, end: Exit, lost: int, then: str) -> None:
         cause = worker.killed_for or ("exit" if end.signal is None else "signal")
-        if worker.killed_for is None and end.signal == signal.SIGKILL and self._host.was_oom_killed():
+        if (
+            worker.killed_for is None
+            and end.signal == signal.SIGKILL
+            and self._host.was_oom_killed()
+        ):
             cause = "oom"
         now_s = time.monotonic()
         death = Death(
