@@ -60,6 +60,7 @@ def run(settings: WorkerSettings, sock: socket.socket, slot: Slot, report: BootR
     setproctitle(f"peerd: peer {settings.peer_id}")
     # The terminal's Ctrl-C is the supervisor's to judge.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()  # a crash in C then shows the Python stack among the last lines
     faulthandler.register(DUMP_STACK)  # first, for an app that hangs while it is imported
     try:
         app = load_app(settings.app)

@@ -21,7 +21,9 @@ from peerd._scoreboard import Scoreboard, Slot
 from peerd.cli import logs
 from peerd.cli.supervisor_options import LaunchOptions, SupervisorCommand, supervisor_options
 from peerd.errors import SettingsError
-from peerd.settings import DEFAULT_ENDPOINT, EmbeddedEtcdSettings, SupervisorSettings
+from peerd.settings import DEFAULT_ENDPOINT, MAX_PEERS, EmbeddedEtcdSettings, SupervisorSettings
+from peerd.supervisor import pinning
+from peerd.supervisor.cgroup import cpu_quota
 from peerd.supervisor.notify import Notifier, socket_name
 from peerd.supervisor.surroundings import Entries, Surroundings
 from peerd.supervisor.workers import BootReport
@@ -150,12 +152,15 @@ def _print_first_screen(
 
 
 def _worker_entry(settings: SupervisorSettings) -> Any:
-    def run_worker(index: int, sock: socket.socket, slot: Slot, report: BootReport) -> int:
+    cpus = pinning.plan(pinning.usable_cpus(), cpu_quota(), MAX_PEERS) if settings.pin else ()
 
+    def run_worker(index: int, sock: socket.socket, slot: Slot, report: BootReport) -> int:
         def count_dropped(number: int) -> None:
             slot.log_dropped += number
 
         logs.become_worker(count_dropped)
+        if cpus:
+            os.sched_setaffinity(0, {cpus[index]})
         return worker.run(
             worker.WorkerSettings(
                 peer_id=settings.peer_id(index),

@@ -40,6 +40,7 @@ from peerd.settings import (
     default_linger_us,
 )
 from peerd.supervisor import control
+from peerd.supervisor.pinning import cpu_count
 
 SECTIONS = {
     "Peers": ("peers", "base-port", "host", "advertise", "app"),
@@ -239,9 +240,7 @@ def supervisor_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             datagrams=DatagramSettings(
                 offload=offload,
-                linger_us=default_linger_us(peers, len(os.sched_getaffinity(0)))
-                if linger is None
-                else linger,
+                linger_us=default_linger_us(peers, cpu_count()) if linger is None else linger,
             ),
             recv_buffer_bytes=recv_buffer,
             pin=pin == "auto",

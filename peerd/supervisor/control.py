@@ -239,6 +239,9 @@ class ControlServer:
             result = command(arguments)
         except ControlError as error:
             return {"v": VERSION, "ok": False, "error": str(error)}
+        except Exception:  # no client's request is worth the whole service
+            log.exception("the command %r failed", asked["command"])
+            return {"v": VERSION, "ok": False, "error": "internal error: see the supervisor's log"}
         return (
             result if isinstance(result, Pending) else {"v": VERSION, "ok": True, "result": result}
         )

@@ -32,6 +32,9 @@ MAX_LINE_BYTES = 32 * 1024
 READ_BYTES = 8 * 1024
 """Of one worker in one turn of the supervisor: some hundred lines."""
 
+MAX_TIME_S = 253_402_300_799.0
+"""The end of the year 9999: what no calendar has a name for was forged."""
+
 KEPT_LINES = 200
 KEPT_BYTES = 256 * 1024
 """Of each peer."""
@@ -65,6 +68,7 @@ def _read_record(line: bytes) -> logging.LogRecord:
             created, level, name, message, exception = orjson.loads(line[1:])
             if (
                 type(created) is float
+                and 0 <= created <= MAX_TIME_S
                 and type(level) is int
                 and type(name) is type(message) is str
                 and type(exception) in (str, type(None))
@@ -170,7 +174,7 @@ class RecentLines:
         after, slot = arguments.get("after", 0), arguments.get("slot")
         if type(after) is not int:
             after = 0
-        if slot is not None and slot not in self._kept:
+        if slot is not None and (type(slot) is not int or slot not in self._kept):
             raise ControlError(f"nothing was logged about a slot {slot!r}")
         now_s = time.monotonic()
         found = [

@@ -55,8 +55,8 @@ STACK_S = 0.5
 OLD_HEARTBEAT_NS = 1_000_000_000
 """Four times as old as an idle loop lets it become."""
 
-LAST_LINES = 20
-"""Of a worker, in its death certificate."""
+LAST_LINES = 40
+"""Of a worker, in its death certificate. The stack of a crash in C takes 30, the handler's line first."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,10 @@ class Death:
 
     @property
     def sentence(self) -> str:
+        return f"{self.what_happened}; next: {self.next}"
+
+    @property
+    def what_happened(self) -> str:
         cause = {
             "oom": " (out of memory: the kernel's OOM killer)",
             "stuck": " (by the supervisor, as it was stuck)",
@@ -95,7 +99,7 @@ class Death:
         )
         return (
             f"worker pid {self.pid}: {self.how}{cause} {age}; datagrams in hand and lost: "
-            f"{self.lost_in_flight}; next: {self.next}"
+            f"{self.lost_in_flight}"
         )
 
 
@@ -137,8 +141,8 @@ class Host(Protocol):
 
     def peer_is_parked(self, peer: Peer) -> None: ...
     def peer_has_ended(self, peer: Peer) -> None: ...
-    def oom_kills(self) -> int:
-        """How many there were since the last call."""
+    def was_oom_killed(self) -> bool:
+        """Whether a process that ended by SIGKILL just now may have been."""
 
 
 class Peer:
@@ -274,7 +278,8 @@ class Peer:
 
     def close(self, *, is_kept: bool = False) -> None:
         """After its end. Counts what is lost with the socket, if nobody keeps it."""
-        if not is_kept and self.queued_bytes:
+        queue, _ = self.drops.read()  # the kernel's count ends with the socket
+        if not is_kept and queue.queued_bytes:
             unread = count_unread(self.sock)
             self.slot.lost_unread += unread
             self._host.history.note("closed", peer_id=self.peer_id, lost_unread=unread)
@@ -307,7 +312,7 @@ class Peer:
         self._cancel_boot()
         self._becomes(Event.SERVE)
         self._host.history.note("ready", peer_id=self.peer_id, pid=worker.pid)
-        if self._replacement is not None:
+        if self._replacement is not None and self.successor is None:  # it is the successor
             self._replaced(self._replacement, worker.pid)
         if self._drains:
             worker.send(signal.SIGTERM)
@@ -316,6 +321,7 @@ class Peer:
 
     def _exited(self, worker: Worker) -> None:
         end = worker.wait()
+        assert worker is self.worker
         self._cancel_boot()
         self.worker = None
         self.slot.pid = 0
@@ -344,7 +350,11 @@ class Peer:
 
     def _certify(self, worker: Worker, end: Exit, lost: int, then: str) -> None:
         cause = worker.killed_for or ("exit" if end.signal is None else "signal")
-        if worker.killed_for is None and end.signal == signal.SIGKILL and self._host.oom_kills():
+        if (
+            worker.killed_for is None
+            and end.signal == signal.SIGKILL
+            and self._host.was_oom_killed()
+        ):
             cause = "oom"
         now_s = time.monotonic()
         death = Death(
@@ -505,7 +515,7 @@ class Peer:
         self.slot.successor_pid = 0
         why = successor.failure or f"the successor ended before it was ready: {end}"
         if self._stops and successor.killed_for == "stop":
-            why = "the supervisor is stopping"
+            why = "it is stopping"
         self._not_replaced(why)
         self._has_perhaps_ended()
 

@@ -229,7 +229,9 @@ class Supervisor:
     def peer_is_parked(self, peer: Peer) -> None:
         self._tell_manager()
         death = peer.last_death
-        if self._scaler.cannot_start(peer, death.sentence if death else "its worker fails"):
+        if self._scaler.cannot_start(
+            peer, death.what_happened if death else f"peer {peer.peer_id} cannot be started"
+        ):
             return
         if self.settings.on_crashloop is OnCrashloop.EXIT and self._stop is None:
             log.critical("peer %s is in a crash loop: stopping (--on-crashloop)", peer.peer_id)
@@ -240,8 +242,8 @@ class Supervisor:
         if self._stop is not None:
             self._stop.advance()
 
-    def oom_kills(self) -> int:
-        return self._oom_kills.new()
+    def was_oom_killed(self) -> bool:
+        return self._oom_kills.claim()
 
     # The peers
 
@@ -297,6 +299,7 @@ class Supervisor:
     def _look(self) -> None:
         if self._stop is None:
             now_s = time.monotonic()
+            self._oom_kills.look()
             for peer in self._peers.values():
                 peer.look(now_s)
             self._tell_manager()

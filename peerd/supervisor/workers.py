@@ -156,7 +156,7 @@ class Worker:
         if self._output.has_ended:  # it has closed both
             assert self._loop is not None
             self._loop.unwatch(fd)
-            self._output.close()
+            self._output.finish()
 
 
 def start_worker(
