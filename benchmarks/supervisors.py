@@ -148,14 +148,15 @@ def benchmark(options: Options) -> int:
     surroundings = look_around(options.others, contenders)
     print(surroundings, flush=True)
     results: dict[str, Sequence[Result]] = {}
+    count = len(contenders)
+    whole = count + sum(steps(name, count, options.rounds) for name in options.trials)
     with (
         guarded_folder("peerd-benchmark-") as folder,
         EmbeddedEtcd() as etcd,
-        showing(
-            sum(steps(name, len(contenders), options.rounds) for name in options.trials)
-        ) as shown,
+        showing(whole) as shown,
     ):
         bench = Bench(folder, etcd.endpoint, options.others, options.rounds, shown)
+        supervisors_trials.warm_up(bench, contenders)
         for name in options.trials:
             run, table = TRIALS[name]
             results[name] = run(bench, contenders)

@@ -8,6 +8,7 @@ circus's default ports may be in use.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 import subprocess
@@ -30,6 +31,10 @@ ECHO_APP = HERE / "supervisors_app.py"
 MORTAL = HERE / "supervisors_mortal.py"
 
 STOP_LIMIT_S = 5.0
+
+_ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+"""Who has to compile each time starts in twice the time, and with more memory."""
+
 FIRST_PORT = 10_000
 
 
@@ -186,6 +191,7 @@ def started(contender: Contender, order: Order) -> Iterator[Run]:
             stdout=output,
             stderr=output,
             cwd=order.folder,  # by which supervisors_guard.py knows the processes of this run
+            env=_ENVIRONMENT,
             process_group=0,
         )
     try:

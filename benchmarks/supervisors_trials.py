@@ -134,6 +134,15 @@ class Loop:
 Result = Recovery | Start | Memory | Orphans | Loop
 
 
+def warm_up(bench: Bench, contenders: Sequence[Contender]) -> None:
+    """So that all find their files in memory, and their modules compiled."""
+    for contender in contenders:
+        bench.progress.begin("warm-up", contender.name)
+        with started(contender, bench.order("warm-up", PEERS, ECHO, ECHO_APP)) as run:
+            answers(contender, run)
+        bench.progress.end()
+
+
 def recovery(bench: Bench, contenders: Sequence[Contender]) -> list[Recovery]:
     """All run side by side, and a worker of each is killed in turn, none twice."""
     results = []
