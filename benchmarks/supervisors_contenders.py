@@ -129,7 +129,7 @@ autorestart = true
 
 
 def _circus(order: Order) -> list[str]:
-    # A watcher for each: numprocesses with $(circus.wid) takes a quarter longer to start.
+    # A watcher for each, which starts no slower than numprocesses with $(circus.wid).
     file = order.folder / "circus.ini"
     file.write_text(
         f"[circus]\nendpoint = ipc://{order.folder}/endpoint\n"
