@@ -303,7 +303,7 @@ def check(results: Sequence[Result]) -> int:
     )
     for failure in failures:
         print(f"CHECK  {failure}")
-    print("CHECK  failed" if failures else "CHECK  everything that was measured of peerd holds")
+    print("CHECK  failed" if failures else "CHECK  everything that was judged of peerd holds")
     return 1 if failures else 0
 
 

@@ -26,7 +26,7 @@ def failures(results: Sequence[Result]) -> Iterator[str]:
     if times is not None and times > MOST_TIMES_CIRCUS:
         yield f"start: {times:.2f} times circus's, not at most {MOST_TIMES_CIRCUS:g}"
     ours, theirs = (total_uss(results, one) for one in (PEERD, SUPERVISORD))
-    if ours is not None and theirs is not None and ours > theirs:
+    if ours is not None and theirs is not None and ours > theirs and not shared(results):
         yield f"memory: {mib(ours)} with {PEERS} peers, not at most supervisord's {mib(theirs)}"
     yield from _of_many(of_peers(results, PEERD, MANY_PEERS))
     for result in of(Orphans, results, PEERD):
@@ -40,6 +40,8 @@ def unjudged(results: Sequence[Result]) -> Iterator[str]:
         yield "start: there is no circus to hold it against"
     if of_peers(results, PEERD, PEERS) and total_uss(results, SUPERVISORD) is None:
         yield "memory: there is no supervisord to hold it against"
+    if files := shared(results):
+        yield f"memory: other programs use {', '.join(files)}, too: run it without them"
 
 
 def times_circus(results: Sequence[Result]) -> float | None:
@@ -56,6 +58,12 @@ def times_circus(results: Sequence[Result]) -> float | None:
 def total_uss(results: Sequence[Result], contender: Contender) -> float | None:
     totals = [result.uss for result in of_peers(results, contender, PEERS)]
     return median(totals) if totals else None
+
+
+def shared(results: Sequence[Result]) -> list[str]:
+    """What makes the USS of one of the two look better than it is."""
+    memory = of_peers(results, PEERD, PEERS) + of_peers(results, SUPERVISORD, PEERS)
+    return sorted({file for result in memory for file in result.shared_outside})
 
 
 def of(kind: type[AnyResult], results: Sequence[Result], contender: Contender) -> list[AnyResult]:

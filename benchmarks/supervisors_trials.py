@@ -48,7 +48,7 @@ STEADY_SHARE = 0.005
 """Memory has settled when it has moved by no more than this share for so long."""
 
 STEADY_LIMIT_S = 20.0
-LARGE_BYTES = 1 << 20
+LARGE_BYTES = 2 << 20
 LOOK_S = 0.5
 ORPHANS_S = 2.0
 LOOP_S = 15.0
