@@ -7,7 +7,6 @@ etcd`` runs it in the foreground, and tests and tools take ``EmbeddedEtcd``. Non
 from __future__ import annotations
 
 import contextlib
-import http.client
 import importlib.util
 import ipaddress
 import os
@@ -223,11 +222,14 @@ def _without_etcd_variables() -> list[str]:
 
 
 def _is_healthy(port: int) -> bool:
+    import http.client  # which brings OpenSSL along; the supervisor does without
+    from http import HTTPStatus
+
     # Not urllib, which would ask a proxy of the environment.
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
     try:
         connection.request("GET", "/health")
-        return connection.getresponse().status == http.HTTPStatus.OK
+        return connection.getresponse().status == HTTPStatus.OK
     except (OSError, http.client.HTTPException):
         return False
     finally:

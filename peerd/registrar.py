@@ -18,12 +18,15 @@ that number. What has made a session or a group of its own has meant to stay.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from setproctitle import setproctitle
@@ -37,8 +40,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MADV_DONTNEED = 4  # asm-generic/mman-common.h
+
 ROUND_S = 0.25
 """How often liveness is looked at when nothing wakes the registrar."""
+
+IMPORT_DELAY_S = 1.0
+"""For how long the peers' start goes before the registrar's."""
 
 RETRY_S = 0.5
 """Between two attempts to register the same peer."""
@@ -65,8 +73,10 @@ def run(
         signal.signal(number, signal.SIG_IGN)  # its end is the supervisor's end
     os.set_blocking(report_fd, False)
     lifeline = _Lifeline(lifeline_fd, board, at_end)
+    _wait_for_peers(board, lifeline)
     # Not at the top of the file: the supervisor imports this one, and must not import gRPC.
-    from peerd.registry import Registry
+    with _without_asyncio():
+        from peerd.registry import Registry
 
     def on_state(state: SessionState) -> None:
         board.registry_state = RegistryState[state.name]
@@ -82,11 +92,47 @@ def run(
         owner_pid=os.getppid(),
     ) as registry:
         reconciler = _Reconciler(settings, board, registry, lifeline, report_fd)
+        reconciler.reconcile()
+        _give_back_code()
         while not lifeline.ended:
-            reconciler.reconcile()
             lifeline.wait(ROUND_S)
+            reconciler.reconcile()
     at_end()
     return 0
+
+
+def _wait_for_peers(board: Scoreboard, lifeline: _Lifeline) -> None:
+    """To import gRPC takes a CPU for a fifth of a second, which workers that start can use better."""
+    until_s = time.monotonic() + IMPORT_DELAY_S
+    while not lifeline.ended and any(slot.state is not PeerState.READY for slot in board.slots):
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            return
+        lifeline.wait(left_s)
+
+
+@contextlib.contextmanager
+def _without_asyncio() -> Iterator[None]:
+    """gRPC brings a second interface along, for asyncio, and that brings OpenSSL for Python, beside its own:
+    five megabytes that nobody uses here. TLS to etcd is gRPC's own."""
+    sys.modules["grpc.aio"] = ModuleType("grpc.aio")
+    sys.modules["ssl"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["ssl"]  # tls.py finds out with it what is wrong with a certificate
+
+
+def _give_back_code() -> None:
+    """Of gRPC's ten megabytes of code most was used once, at the import. What is used again comes back from
+    the page cache (madvise(2): of a private mapping of a file, unmodified)."""
+    libc = ctypes.CDLL(None)
+    with open("/proc/self/maps") as file:
+        for line in file:
+            addresses, permissions, _, _, inode, *_ = line.split()
+            if permissions == "r-xp" and inode != "0":  # never written: no relocations are in it
+                start, end = (int(address, 16) for address in addresses.split("-"))
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
 class _Lifeline:

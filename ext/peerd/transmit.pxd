@@ -24,7 +24,6 @@ from libc.errno cimport (
     errno,
 )
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
-from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy
 
 cimport peerd.linux_udp as linux
@@ -66,6 +65,7 @@ cdef struct Transmitter:
     Flight *flight
     uint8_t *arena
     size_t arena_used
+    size_t pages_bytes  # of the mapping that begins with the arena
     linux.mmsghdr *headers
     linux.iovec *vectors
     uint8_t *addresses
@@ -93,17 +93,18 @@ cdef inline bint transmitter_open(
     tx.counters = counters
     tx.flight = flight
     flight.sending = 0
-    tx.arena = <uint8_t *>untouched_pages(TX_ARENA_BYTES)
-    tx.headers = <linux.mmsghdr *>calloc(TX_RUNS, sizeof(linux.mmsghdr))
-    tx.vectors = <linux.iovec *>calloc(TX_RUNS, sizeof(linux.iovec))
-    tx.addresses = <uint8_t *>calloc(TX_RUNS, TX_ADDRESS_BYTES)
-    tx.control = <uint8_t *>calloc(TX_RUNS, TX_CONTROL_BYTES)
-    tx.runs = <Run *>calloc(TX_RUNS, sizeof(Run))
-    if (
-        tx.arena == NULL or tx.headers == NULL or tx.vectors == NULL
-        or tx.addresses == NULL or tx.control == NULL or tx.runs == NULL
-    ):
+    # The arena, then what each run has, from the strictest alignment to none.
+    tx.pages_bytes = TX_ARENA_BYTES + TX_RUNS * (
+        sizeof(linux.mmsghdr) + sizeof(linux.iovec) + sizeof(Run) + TX_CONTROL_BYTES + TX_ADDRESS_BYTES
+    )
+    tx.arena = <uint8_t *>untouched_pages(tx.pages_bytes)
+    if tx.arena == NULL:
         return False
+    tx.headers = <linux.mmsghdr *>(tx.arena + TX_ARENA_BYTES)
+    tx.vectors = <linux.iovec *>(tx.headers + TX_RUNS)
+    tx.runs = <Run *>(tx.vectors + TX_RUNS)
+    tx.control = <uint8_t *>(tx.runs + TX_RUNS)
+    tx.addresses = tx.control + TX_RUNS * TX_CONTROL_BYTES
     for i in range(TX_SEGMENTS):
         tx.pieces[i].msg_hdr.msg_iov = &tx.piece_vectors[i]
         tx.pieces[i].msg_hdr.msg_iovlen = 1
@@ -111,12 +112,7 @@ cdef inline bint transmitter_open(
 
 
 cdef inline void transmitter_close(Transmitter *tx) noexcept nogil:
-    free_pages(tx.arena, TX_ARENA_BYTES)
-    free(tx.headers)
-    free(tx.vectors)
-    free(tx.addresses)
-    free(tx.control)
-    free(tx.runs)
+    free_pages(tx.arena, tx.pages_bytes)
 
 
 cdef inline void prepare_header(Transmitter *tx, unsigned int i) noexcept nogil:

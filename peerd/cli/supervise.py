@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import resource
-import secrets
 import shutil
 import socket
 import sys
@@ -125,7 +124,7 @@ def _own_etcd() -> EmbeddedEtcdSettings | None:
         )
         return None
     # Only named here: etcd's own process makes it, when there is somebody who will remove it.
-    directory = Path(tempfile.gettempdir(), f"peerd-etcd-{secrets.token_hex(8)}")
+    directory = Path(tempfile.gettempdir(), f"peerd-etcd-{os.urandom(8).hex()}")
     command = embedded_etcd.command(binary, DEFAULT_ENDPOINT, directory)
     return EmbeddedEtcdSettings(tuple(command), directory)
 

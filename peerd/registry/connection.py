@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +37,6 @@ from peerd.errors import (
     SettingsError,
 )
 from peerd.registry.etcd3_import import import_etcd3
-from peerd.registry.tls import why_http_fails, why_https_fails
 from peerd.settings import EtcdAccess
 
 etcd3 = import_etcd3()
@@ -335,6 +333,8 @@ class Members:
     def _trouble_with_tls(self, member: Address) -> str:
         if self.heard_s:
             return ""
+        from peerd.registry.tls import why_http_fails, why_https_fails
+
         if not self._endpoints.tls:
             return why_http_fails(member)
         access = self._access
@@ -392,6 +392,8 @@ class Members:
 
 
 def _trusted_authorities() -> Path:
+    import ssl  # only for https; OpenSSL is some megabytes
+
     paths = ssl.get_default_verify_paths()
     for found in (paths.cafile, "/etc/ssl/certs/ca-certificates.crt"):
         if found is not None and Path(found).is_file():

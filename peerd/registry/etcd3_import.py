@@ -20,6 +20,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from google.protobuf import descriptor, descriptor_pb2, descriptor_pool, message
 from google.protobuf.internal import enum_type_wrapper
 
 _PACKAGE = "etcd3.etcdrpc"
+_SERIALIZED = re.compile(r"""serialized_pb=_b\(('(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")\)""")
 _NAMES = ("kv_pb2", "auth_pb2", "rpc_pb2")  # rpc.proto imports the other two
 
 
@@ -79,13 +81,14 @@ def _message_modules() -> dict[str, ModuleType]:
 
 
 def _serialized_file(path: Path) -> bytes:
-    """The literal in ``serialized_pb=_b('...')``, where ``_b`` encodes as latin-1."""
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        match node:
-            case ast.keyword(
-                arg="serialized_pb", value=ast.Call(args=[ast.Constant(value=str(text))])
-            ):
-                return text.encode("latin-1")
+    """The literal in ``serialized_pb=_b('...')``, where ``_b`` encodes as latin-1.
+
+    Only the literal is parsed: the tree of the whole file would leave 4 MiB in the heap.
+    """
+    found = _SERIALIZED.search(path.read_text())
+    text = ast.literal_eval(found[1]) if found else None
+    if isinstance(text, str):
+        return text.encode("latin-1")
     raise ImportError(f"{path} is not the file of etcd3 0.12.0: install etcd3==0.12.0")
 
 

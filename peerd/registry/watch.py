@@ -26,7 +26,6 @@ slow but what gRPC's flow control lets etcd send ahead.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import random
@@ -125,6 +124,8 @@ class Watch:
         return self._events()
 
     async def _events(self) -> AsyncGenerator[Event, None]:
+        import asyncio  # for those only who are in it already
+
         waiting = ThreadPoolExecutor(1, "peerd-watch")
         try:
             while True:

@@ -19,13 +19,14 @@ import stat
 import struct
 import sys
 from dataclasses import dataclass
-from typing import Literal
-
-import psutil
+from typing import TYPE_CHECKING, Literal
 
 from peerd.address import Address
 from peerd.errors import BindError, PortInUseError
 from peerd.settings import WILDCARDS
+
+if TYPE_CHECKING:
+    import psutil
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +192,8 @@ def port_holder(
 
     None when it cannot be seen (another user's).
     """
+    import psutil  # only where it has something to find out: forked workers share what is imported
+
     try:
         taken = [
             found
@@ -301,6 +304,8 @@ def _overlap(family: int, address: str, other_family: int, other: str) -> bool:
 
 
 def _has_port(process: psutil.Process, port: int, protocol: Protocol) -> bool:
+    import psutil
+
     try:
         return any(
             found.laddr and found.laddr.port == port for found in process.net_connections(protocol)
