@@ -40,7 +40,7 @@ class Slot:
     def index(self) -> int:
         """The number of the slot, from 0."""
     pid: int
-    """The worker's process, 0 when there is none. Written by the supervisor, as are the next six."""
+    """The worker's process, 0 when there is none. Written by the supervisor, as are the next seven."""
     successor_pid: int
     """The process that is to take over from it, 0 when there is none."""
     generation: int
@@ -52,6 +52,8 @@ class Slot:
     """CLOCK_MONOTONIC of the last change of state."""
     lost_in_flight: int
     """Datagrams that workers had read and not answered when they died."""
+    lost_unread: int
+    """Datagrams that were in the queue of a socket when it was closed."""
     lease_id: int
     """The etcd lease of the peer's record, 0 for none. Written by the registrar, as are the next two."""
     registered_until_ns: int
@@ -68,6 +70,9 @@ class Slot:
     def unfinished(self) -> int:
         """Datagrams that were read and not answered. Exact when the worker is dead, wherever that met it;
         of a living one it is a glance."""
+    def settle(self) -> int:
+        """The last value of ``unfinished`` of a worker that is dead, and from here on it is 0: it is counted
+        once, however many workers come and go before the next one reads. Only the supervisor does this."""
     @property
     def progress(self) -> tuple[int, int]:
         """A value that changes as long as the worker gets on: heartbeat and messages handed out."""

@@ -107,9 +107,13 @@ class _Lifeline:
     def _watch(self) -> None:
         while os.read(self._fd, 4096):
             self._changed.set()
-        _end_process_groups(self._board)
         self.ended = True
         self._changed.set()
+        _end_process_groups(self._board)
+        if not any(slot.lease_id for slot in self._board.slots):
+            # Nothing to revoke: gRPC may still be under import, and nobody has to wait for it.
+            self._at_end()
+            os._exit(0)
         time.sleep(ORPHAN_TIMEOUT_S)
         log.warning("etcd does not answer: leaving the records to their leases")
         self._at_end()

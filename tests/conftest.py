@@ -19,6 +19,8 @@ from supervised import Supervised
 # Every process that a test starts inherits this variable, orphans included.
 RUN_MARK = f"PEERD_TEST_RUN={uuid.uuid4()}"
 os.environ["PEERD_TEST_RUN"] = RUN_MARK.partition("=")[2]
+# Else setproctitle writes over what /proc shows of a process's environment.
+os.environ["SPT_NOENV"] = "1"
 
 etcd = shared_etcd
 

@@ -48,8 +48,8 @@ cdef struct SlotData:
     int64_t restarts
     int64_t since_ns
     int64_t lost_in_flight
+    int64_t lost_unread
     int64_t successor_pid
-    int64_t supervisor_pad[1]
     # The registrar writes.
     int64_t lease_id
     int64_t registered_until_ns

@@ -10,11 +10,12 @@ import importlib
 import io
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from peerd import __version__
+from peerd.cli.options import did_you_mean
 from peerd.errors import (
     AppLoadError,
     BindError,
@@ -23,6 +24,9 @@ from peerd.errors import (
     RegistryUnavailableError,
     SettingsError,
 )
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 EXIT_CODES: tuple[tuple[type[PeerdError], int], ...] = (
     (NotRunningError, 3),
@@ -35,18 +39,22 @@ EXIT_CODES: tuple[tuple[type[PeerdError], int], ...] = (
 
 COMMANDS = {
     "supervise": ("peerd.cli.supervise", "Run peers: one worker process for each UDP port."),
+    "check": ("peerd.cli.check", "Try what 'supervise' would run, and say what it is."),
     "nodes": ("peerd.cli.nodes", "List the peers that are registered in etcd."),
     "ping": ("peerd.cli.messages", "See whether a peer answers, and how fast."),
     "send": ("peerd.cli.messages", "Send one message to a peer and print its reply."),
     "status": ("peerd.cli.status", "Show what a running supervisor and its peers do."),
+    "wait": ("peerd.cli.manage", "Wait until all peers are ready."),
     "events": ("peerd.cli.events", "Show what has happened to the processes of a supervisor."),
     "logs": ("peerd.cli.show_logs", "Show the last lines that the workers have written."),
     "reload": ("peerd.cli.manage", "Replace all workers, one at a time, losing nothing."),
     "restart": ("peerd.cli.manage", "Replace the worker of one slot, losing nothing."),
+    "scale": ("peerd.cli.manage", "Change the number of peers while they run, losing nothing."),
     "stop": ("peerd.cli.manage", "Stop a supervisor in order, and wait for it."),
     "systemd-unit": ("peerd.cli.systemd_unit", "Print a unit for systemd that runs peers."),
     "etcd": ("peerd.cli.etcd", "Run an etcd for trials, in the foreground."),
     "chaos": ("peerd.cli.chaos", "Do harm to a supervisor under load, and check what it promises."),
+    "completion": ("peerd.cli.completion", "Print what makes a shell complete peerd's commands."),
 }
 
 
@@ -59,9 +67,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = getattr(
-            importlib.import_module(COMMANDS[cmd_name][0]), cmd_name.replace("-", "_")
-        )
+        module = importlib.import_module(COMMANDS[cmd_name][0])
+        command = getattr(module, cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command)
         return command
 
@@ -73,8 +80,22 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            ctx.fail(f"there is no command {args[0]!r}; there are {', '.join(COMMANDS)}")
+            hint = did_you_mean(args[0], COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+            ctx.fail(f"there is no command {args[0]!r}{hint}")
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The names and summaries, where click would import every command for its summary."""
+        from click.shell_completion import CompletionItem
+
+        return [
+            *(
+                CompletionItem(name, help=summary)
+                for name, (_, summary) in COMMANDS.items()
+                if name.startswith(incomplete)
+            ),
+            *click.Command.shell_complete(self, ctx, incomplete),
+        ]
 
 
 @click.group(
@@ -90,12 +111,12 @@ def cli() -> None:
     peerd nodes                                  see them, out of etcd
     peerd ping localhost:5003                    talk to one
 
-    Every option can also be set by the environment (PEERD_SUPERVISE_PEERS=8; PEERD_ETCD and
-    PEERD_PREFIX for all commands).
+    Every option can also be set by the environment (PEERD_PEERS=8; PEERD_ETCD, PEERD_PREFIX and
+    PEERD_CONTROL for all commands). 'peerd completion --help' says how TAB completes them.
 
     \b
     Exit codes: 0 done, 1 failed, 2 usage, 3 not running, 69 etcd unreachable,
-    70 internal error, 73 cannot bind, 78 bad configuration or app, 128+n ended by signal n.
+    70 crash loop, 73 cannot bind, 78 bad configuration or app, 128+n ended by signal n.
     """
 
 

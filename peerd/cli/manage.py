@@ -1,19 +1,27 @@
-"""``peerd reload``, ``peerd restart`` and ``peerd stop``: what a running supervisor is told to do."""
+"""``peerd reload``, ``restart``, ``scale`` and ``stop``: what a supervisor is told to do; and ``wait``."""
 
 from __future__ import annotations
 
 import os
 import select
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 import orjson
 
-from peerd.cli.options import SECONDS, control_option, json_option
+from peerd.cli.options import SECONDS, control_option, json_option, slot_argument
 from peerd.cli.table import print_table
-from peerd.errors import ControlError
+from peerd.errors import ControlError, NotRunningError, PeerdError
+from peerd.settings import MAX_PEERS
 from peerd.supervisor import control
+
+POLL_S = 0.1
+ANSWER_S = 1.0
+
+MOST_NAMES = 8
+"""Of peers in one error."""
 
 timeout_option = click.option(
     "--timeout",
@@ -36,17 +44,42 @@ def reload(path: Path | None, timeout_s: float, as_json: bool) -> None:
     leaves its socket to it. One that cannot start is the end: its worker and those after it stay as
     they were, its traceback is shown, and the exit code is 1. SIGHUP does the same.
     """
-    _show(control.request(_socket(path), "reload", timeout_s=timeout_s), as_json)
+    _show_replaced(control.request(_socket(path), "reload", timeout_s=timeout_s), as_json)
 
 
 @click.command()
-@click.argument("slot", type=click.IntRange(min=0))
+@slot_argument()
 @control_option
 @timeout_option
 @json_option
 def restart(slot: int, path: Path | None, timeout_s: float, as_json: bool) -> None:
     """Replace the worker of one slot as reload does; start it if it is parked in a crash loop."""
-    _show(control.request(_socket(path), "restart", {"slot": slot}, timeout_s=timeout_s), as_json)
+    result = control.request(_socket(path), "restart", {"slot": slot}, timeout_s=timeout_s)
+    _show_replaced(result, as_json)
+
+
+@click.command()
+@click.argument("peers", type=click.IntRange(1, MAX_PEERS))
+@control_option
+@timeout_option
+@json_option
+def scale(peers: int, path: Path | None, timeout_s: float, as_json: bool) -> None:
+    """Run PEERS peers from now on.
+
+    New ones take the ports after the last; all are bound before anything changes. Those with the highest
+    ports go first: record revoked, queue served, port closed. SIGTTIN and SIGTTOU are one more and one
+    less. It lasts until the supervisor ends: its options say how many it starts with.
+    """
+    result = control.request(_socket(path), "scale", {"peers": peers}, timeout_s=timeout_s)
+    if as_json:
+        click.echo(orjson.dumps(result, option=orjson.OPT_INDENT_2))
+        return
+    for peer in result["started"]:
+        click.echo(f"started {peer['peer_id']}, pid {peer['pid']}")
+    for peer in result["stopped"]:
+        click.echo(f"stopped {peer['peer_id']} in {peer['took_ms']:.0f} ms")
+    before, now = result["before"], result["peers"]
+    click.echo(f"{_peers(now)}, as before" if before == now else f"{_peers(now)}, {before} before")
 
 
 @click.command()
@@ -71,18 +104,76 @@ def stop(path: Path | None, timeout_s: float) -> None:
     click.echo(f"supervisor pid {pid} has stopped")
 
 
+@click.command()
+@control_option
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=SECONDS,
+    default=30.0,
+    show_default=True,
+    help="Seconds to wait.",
+)
+def wait(path: Path | None, timeout_s: float) -> None:
+    """Wait until a supervisor runs and all its peers are ready.
+
+    Exit code 0 then, 1 when some are not ready in time, 3 when no supervisor has appeared.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        left_s = deadline_s - time.monotonic()
+        try:
+            where = _socket(path)
+            error: PeerdError | None = _not_ready(where, min(max(left_s, POLL_S), ANSWER_S))
+        except NotRunningError as absence:
+            error = absence
+        if error is None:
+            return
+        if left_s <= 0:
+            raise error
+        time.sleep(min(POLL_S, left_s))
+
+
+def _not_ready(where: Path, answer_s: float) -> PeerdError | None:
+    """Why not; None, and that is printed, when all peers are."""
+    try:
+        report = control.request(where, "status", timeout_s=answer_s)
+    except (NotRunningError, ControlError) as error:
+        return error
+    state, pid = report["supervisor"]["state"], report["supervisor"]["pid"]
+    if state == "ready":
+        click.echo(f"{_peers(len(report['peers']))} of supervisor pid {pid} ready")
+        return None
+    names = [
+        f"{peer['peer_id']} ({peer['state']})"
+        for peer in report["peers"]
+        if peer["state"] != "ready"
+    ]
+    if len(names) > MOST_NAMES:
+        names[MOST_NAMES:] = [f"and {len(names) - MOST_NAMES} more"]
+    return ControlError(f"supervisor pid {pid} is {state}: {', '.join(names) or 'its loops lag'}")
+
+
 def _socket(path: Path | None) -> Path:
     return path or control.find_running()
 
 
-def _show(result: dict[str, Any], as_json: bool) -> None:
+def _peers(count: int) -> str:
+    return "1 peer" if count == 1 else f"{count} peers"
+
+
+def _show_replaced(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(orjson.dumps(result, option=orjson.OPT_INDENT_2))
         return
+    replaced = result["replaced"]
     print_table(
         ("#", "PEER", "PID", "BEFORE", "GAP MS"),
         [
             (row["slot"], row["peer_id"], row["pid"], row["old_pid"], row["gap_ms"])
-            for row in result["replaced"]
+            for row in replaced
         ],
     )
+    workers = "1 worker" if len(replaced) == 1 else f"{len(replaced)} workers"
+    longest_ms = max(row["gap_ms"] for row in replaced)
+    click.echo(f"{workers} replaced, longest gap {longest_ms:.1f} ms")

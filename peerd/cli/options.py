@@ -5,17 +5,32 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from peerd.address import Address, address_of
-from peerd.errors import SettingsError
+from peerd.errors import PeerdError, SettingsError
 from peerd.settings import DEFAULT_ENDPOINT, DEFAULT_PREFIX, EtcdAccess
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 PASSWORD_VARIABLE = "PEERD_ETCD_PASSWORD"
+
+COMPLETION_TIMEOUT_S = 0.5
+"""Who pressed TAB waits no longer for a supervisor that is stopped."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``: did you mean 'x'``, or nothing when nothing known is like it."""
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f": did you mean {close[0]!r}?" if close else ""
 
 
 class _Seconds(click.FloatRange):
@@ -50,8 +65,26 @@ class _HostPort(click.ParamType):  # type: ignore[type-arg]
         return address
 
 
+class _Size(click.ParamType):  # type: ignore[type-arg]
+    name = "size"
+
+    _TEXT = re.compile(r"(\d{1,18}(?:\.\d{1,3})?)([KMGT]?)", re.ASCII)
+    _UNITS = " KMGT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = self._TEXT.fullmatch(str(value).upper().removesuffix("IB").removesuffix("B"))
+        if match is None:
+            self.fail(f"{value!r}: write bytes, or a size such as 64M or 1G", param, ctx)
+        number, unit = match.groups()
+        return (
+            round(float(number) * 1024 ** self._UNITS.index(unit)) if unit else int(float(number))
+        )
+
+
 SECONDS = _Seconds(min=0)
 HOST_PORT = _HostPort()
+SIZE = _Size()
+"""Bytes; K, M, G and T are powers of 1024."""
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -165,3 +198,30 @@ control_option: Decorator = click.option(
 json_option: Decorator = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON, for scripts."
 )
+
+
+def _complete_slot(
+    ctx: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The slots of the running supervisor; none, and no word, when none answers soon."""
+    from click.shell_completion import CompletionItem
+
+    from peerd.supervisor import control
+
+    try:
+        path = ctx.params.get("path") or control.find_running()
+        report = control.request(path, "status", timeout_s=COMPLETION_TIMEOUT_S)
+        return [
+            CompletionItem(str(peer["slot"]), help=f"{peer['peer_id']} {peer['state']}")
+            for peer in report["peers"]
+            if str(peer["slot"]).startswith(incomplete)
+        ]
+    except (PeerdError, OSError, LookupError, TypeError):
+        return []
+
+
+def slot_argument(*, required: bool = True) -> Decorator:
+    """The number of a slot, which the shell completes."""
+    return click.argument(
+        "slot", type=click.IntRange(min=0), required=required, shell_complete=_complete_slot
+    )

@@ -10,14 +10,14 @@ from typing import Any
 import click
 import orjson
 
-from peerd.cli.options import control_option, json_option
+from peerd.cli.options import control_option, json_option, slot_argument
 from peerd.supervisor import control
 
 POLL_S = 0.3
 
 
 @click.command()
-@click.argument("slot", type=click.IntRange(min=0), required=False)
+@slot_argument(required=False)
 @control_option
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option(

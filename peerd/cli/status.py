@@ -3,96 +3,121 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import orjson
 
-from peerd.cli.options import control_option, json_option
-from peerd.cli.table import print_table
+from peerd.cli.options import control_option, did_you_mean, json_option
 from peerd.supervisor import control
 
-STUCK_S = 1.0
-"""A loop that turns writes its heartbeat every quarter of a second."""
+Show = Callable[[dict[str, Any]], None]
+
+EXIT_FIELDS = (
+    "pid",
+    "generation",
+    "how",
+    "cause",
+    "oom",
+    "age_s",
+    "ready_for_s",
+    "lost_in_flight",
+    "next",
+    "last_lines",
+)
+"""Of last_exit, which is null until there was one."""
 
 
 @click.command()
 @control_option
+@click.option(
+    "--watch", is_flag=True, help="Full screen with rates, every second, until q or Ctrl-C."
+)
+@click.option(
+    "-o",
+    "--fields",
+    metavar="FIELD[,FIELD...]",
+    help="For scripts: these fields of the JSON, a line for each peer, with tabs between and '-' for "
+    "nothing. Nested ones have dots: counters.rx_messages.",
+)
 @json_option
-def status(path: Path | None, as_json: bool) -> None:
+def status(path: Path | None, watch: bool, fields: str | None, as_json: bool) -> None:
     """Show what a running supervisor and its peers do.
 
     Exit code 0 when all peers are ready and get on, 1 when some are not, 3 when no supervisor runs.
+    With --watch it is 0; where the output is no terminal, it is shown once a second, one below the other.
+
+    \b
+    peerd status -o slot,pid,state,last_exit.how
     """
-    report: dict[str, Any] = control.request(path or control.find_running(), "status")
-    if as_json:
-        click.echo(orjson.dumps(report, option=orjson.OPT_INDENT_2))
-    else:
-        _print(report)
+    if fields is not None and as_json:
+        raise click.UsageError("-o and --json are two ways to print the same: choose one")
+    where = path or control.find_running()
+    show = _shower(fields, as_json, indent=not watch)
+    if watch:
+        from peerd.cli.status_watch import watch_status
+
+        watch_status(where, None if show is _show_table and sys.stdout.isatty() else show)
+        return
+    report: dict[str, Any] = control.request(where, "status")
+    show(report)
     if report["supervisor"]["state"] != "ready":
         sys.exit(1)
 
 
-def _print(report: dict[str, Any]) -> None:
-    supervisor, registry = report["supervisor"], report["registry"]
-    click.echo(
-        f"supervisor pid {supervisor['pid']}, {supervisor['state']}, "
-        f"up {_duration(supervisor['uptime_s'])}, peerd {supervisor['version']}"
-    )
-    click.echo(f"registry {registry['state']}, etcd at {registry['endpoint']}\n")
-    print_table(
-        (
-            "#",
-            "PEER",
-            "STATE",
-            "UP",
-            "RST",
-            "REG",
-            "RX",
-            "TX",
-            "DROP",
-            "LOST",
-            "ERR",
-            "PID",
-            "MiB",
-            "CPU%",
-        ),
-        [
-            (
-                peer["slot"],
-                peer["peer_id"],
-                _state(peer),
-                _duration(peer["uptime_s"]),
-                peer["restarts"],
-                "yes" if peer["registered"] else "no",
-                peer["rx_messages"],
-                peer["tx_messages"],
-                peer["rx_dropped"] + peer["tx_dropped"],
-                peer["lost_in_flight"],
-                peer["decode_errors"] + peer["handler_errors"],
-                peer["pid"],
-                round(peer["rss_bytes"] / 2**20, 1),
-                peer["cpu_percent"],
+def _shower(fields: str | None, as_json: bool, *, indent: bool) -> Show:
+    if fields is not None:
+        names = [name.strip() for name in fields.split(",")]
+        return lambda report: _show_fields(report, names)
+    if as_json:
+        option = orjson.OPT_INDENT_2 if indent else None
+        return lambda report: click.echo(orjson.dumps(report, option=option))
+    return _show_table
+
+
+def _show_table(report: dict[str, Any]) -> None:
+    from peerd.cli import status_view
+    from peerd.cli.table import print_columns
+
+    for line in status_view.head(report):
+        click.echo(line)
+    click.echo()
+    print_columns(status_view.columns(report))
+    for line in status_view.notes(report):
+        click.echo(line)
+
+
+def _show_fields(report: dict[str, Any], names: Sequence[str]) -> None:
+    known = dict.fromkeys(name for peer in report["peers"] for name in _field_names(peer))
+    known.update(dict.fromkeys(f"last_exit.{name}" for name in EXIT_FIELDS))
+    for name in names:
+        if name not in known:
+            top = ", ".join(field for field in known if "." not in field)
+            raise click.BadParameter(
+                f"there is no field {name!r}{did_you_mean(name, known) or ':'} there are: {top}",
+                param_hint="-o",
             )
-            for peer in report["peers"]
-        ],
-    )
     for peer in report["peers"]:
-        if peer["conflict"]:
-            click.echo(f"slot {peer['slot']}: {peer['conflict']}")
+        click.echo("\t".join(_as_field(_find(peer, name)) for name in names))
 
 
-def _state(peer: dict[str, Any]) -> str:
-    age_s = peer["heartbeat_age_s"]
-    if peer["state"] == "ready" and age_s is not None and age_s > STUCK_S:
-        return f"stuck {age_s:.0f}s"
-    return str(peer["state"])
+def _field_names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _field_names(value, f"{prefix}{name}.")
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+def _find(values: Any, name: str) -> Any:
+    for part in name.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _as_field(value: Any) -> str:
+    if value is None:
+        return "-"
+    text = value if isinstance(value, str) else orjson.dumps(value).decode()
+    return " ".join(text.split())  # a tab or a newline would be one field or line more

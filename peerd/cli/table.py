@@ -3,48 +3,95 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-# What box.SIMPLE_HEAD puts between two columns.
-SEPARATOR = 3
-
-
-def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Numbers to the right, text to the left, None as a dash.
-
-    On a terminal that is too narrow, the last columns are left out, and that is said.
-    """
-    from rich import box
+if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+SEPARATOR = 2
+"""Spaces between two columns."""
+
+ANY_WIDTH = 10_000
+"""Of a pipe or a file. rich would take 80, and fold there, and a script would see torn words."""
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    cells: Sequence[object]
+    """None is shown as a dash. Numbers go to the right, text to the left."""
+
+    style: Callable[[str], str] | None = None
+    """The colour of a cell's text, for terminals; ``rich`` names them."""
+
+    @property
+    def width(self) -> int:
+        return max(len(self.title), *(len(as_text(cell)) for cell in self.cells), 0)
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """What does not fit the terminal is left out, the last columns first, and that is said."""
     body = [tuple(row) for row in rows]
-    # Piped, rich would fold at 80 columns, and a script would see torn words.
-    console = Console(
-        width=None if sys.stdout.isatty() else 1000, markup=False, highlight=False, emoji=False
+    columns = [Column(title, [row[index] for row in body]) for index, title in enumerate(head)]
+    print_columns(columns)
+
+
+def print_columns(columns: Sequence[Column], console: Console | None = None) -> None:
+    console = console or make_console()
+    shown = columns_that_fit(columns, console.width)
+    console.print(build_table(shown))
+    if note := left_out(columns, shown):
+        console.print(note, soft_wrap=True)
+
+
+def make_console() -> Console:
+    """Standard output, as wide as the terminal is."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else ANY_WIDTH
+    return Console(width=width, markup=False, highlight=False, emoji=False)
+
+
+def columns_that_fit(columns: Sequence[Column], width: int) -> list[Column]:
+    """The first one, and each that has room beside those before it."""
+    shown, used = list(columns[:1]), columns[0].width
+    for column in columns[1:]:
+        if used + SEPARATOR + column.width <= width:
+            shown.append(column)
+            used += SEPARATOR + column.width
+    return shown
+
+
+def left_out(columns: Sequence[Column], shown: Sequence[Column]) -> str:
+    titles = [column.title for column in columns if column not in shown]
+    return (
+        f"(left out: {', '.join(titles)}; a wider terminal or --json shows all)" if titles else ""
     )
-    shown = _columns_that_fit(head, body, console.width)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for index, title in enumerate(head[:shown]):
-        numeric = all(isinstance(row[index], int | float) for row in body)
-        table.add_column(title, justify="right" if numeric else "left", no_wrap=True)
-    for row in body:
-        table.add_row(*(_text(cell) for cell in row[:shown]))
-    console.print(table)
-    if shown < len(head):
-        console.print(
-            f"(left out: {', '.join(head[shown:])}; a wider terminal or --json shows all)"
-        )
 
 
-def _columns_that_fit(head: Sequence[str], body: Sequence[Sequence[object]], width: int) -> int:
-    used = 0
-    for index, title in enumerate(head):
-        used += max(len(title), *(len(_text(row[index])) for row in body), 0) + SEPARATOR
-        if used - SEPARATOR > width:
-            return max(index, 1)
-    return len(head)
+def build_table(columns: Sequence[Column]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, SEPARATOR - 1, 0, 0)
+    )
+    for column in columns:
+        some = [cell for cell in column.cells if cell is not None]
+        numeric = bool(some) and all(isinstance(cell, int | float) for cell in some)
+        table.add_column(column.title, justify="right" if numeric else "left", no_wrap=True)
+    for row in zip(*(column.cells for column in columns), strict=True):
+        cells = []
+        for column, cell in zip(columns, row, strict=True):
+            text = as_text(cell)
+            cells.append(Text(text, style=column.style(text) if column.style else ""))
+        table.add_row(*cells)
+    return table
 
 
-def _text(cell: object) -> str:
+def as_text(cell: object) -> str:
     return "-" if cell is None else str(cell)

@@ -1,3 +1,154 @@
+"""What the kernel says of this process's control group: OOM kills, and how much CPU time it may have.
+
+Version 2 first (the kernel's admin-guide/cgroup-v2.rst), then version 1, since a machine can have both and
+a controller is in one of them only. /proc/self/cgroup names the group and /proc/self/mountinfo says where
+it can be seen: a mount shows the tree from its own root on, which in a container is not "/". A group
+outside of that root is not to be seen.
+
+Whatever is missing or reads strangely is unknown, never an error: no kill, no quota.
+
+Nothing says which process was killed for want of memory. A group counts its kills before the process gets
+its SIGKILL (mm/oom_kill.c), so a worker's death of it always comes with a count that has grown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+OWN_PROC = Path("/proc/self")
+
+CLAIMABLE_S = 5.0
+"""For how long after it was seen a kill can explain a death. A killed process needs time to end: its
+memory is unmapped first."""
+
+
 class OomKills:
+    """Kills in the group that this process is in now, and in version 2 also below it."""
+
+    def __init__(self, proc: Path = OWN_PROC) -> None:
+        groups = list(_groups(proc, "memory"))
+        self._files = [
+            group.directory / ("memory.events" if group.is_v2 else "memory.oom_control")
+            for group in groups
+        ]
+        self._last = self._total()
+        self._unclaimed: list[float] = []
+        """When each was seen, on the monotonic clock."""
+
     def new(self) -> int:
-        return 0
+        """How many since the last call; 0 when that cannot be read."""
+        last, now = self._last, self._total()
+        if now is None:
+            return 0
+        self._last = now
+        return 0 if last is None else max(now - last, 0)
+
+    def look(self) -> None:
+        """To be called about twice a second: what was killed long ago explains no death of today."""
+        now_s = time.monotonic()
+        self._unclaimed = [at_s for at_s in self._unclaimed if now_s - at_s < CLAIMABLE_S]
+        self._unclaimed += [now_s] * self.new()
+
+    def claim(self) -> bool:
+        """Whether a process that ended by SIGKILL just now may be one of them. Each explains one death."""
+        self.look()
+        if not self._unclaimed:
+            return False
+        del self._unclaimed[0]
+        return True
+
+    def _total(self) -> int | None:
+        for file in self._files:
+            for line in _read(file).splitlines():
+                name, _, value = line.partition(" ")
+                if name == "oom_kill" and (count := _whole(value)) is not None:
+                    return count
+        return None
+
+
+def cpu_quota(proc: Path = OWN_PROC) -> float | None:
+    """How many CPUs' time the group may use: the least of all levels that can be seen. None: no limit."""
+    quotas = []
+    for group in _groups(proc, "cpu"):
+        for level in group.levels():
+            if group.is_v2:
+                quota, _, period = _read(level / "cpu.max").strip().partition(" ")
+            else:
+                quota = _read(level / "cpu.cfs_quota_us")
+                period = _read(level / "cpu.cfs_period_us")
+            quota_us, period_us = _whole(quota), _whole(period)
+            # "max" in version 2 and -1 in version 1: no limit at this level.
+            if quota_us and period_us:
+                quotas.append(quota_us / period_us)
+    return min(quotas, default=None)
+
+
+@dataclass(frozen=True)
+class _Group:
+    is_v2: bool
+    directory: Path
+    mount_point: Path
+
+    def levels(self) -> Iterator[Path]:
+        for level in (self.directory, *self.directory.parents):
+            yield level
+            if level == self.mount_point:
+                return
+
+
+def _groups(proc: Path, controller: str) -> Iterator[_Group]:
+    """Where this controller's files of the group may be, version 2 first."""
+    v1_path = v2_path = None
+    for line in _read(proc / "cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            v2_path = path
+        elif controller in controllers.split(","):
+            v1_path = path
+    found = []
+    for line in _read(proc / "mountinfo").splitlines():
+        where, _, what = line.partition(" - ")
+        _, _, _, root, point, *_ = (*where.split(" "), *[""] * 5)
+        kind, _, options, *_ = (*what.split(" "), *[""] * 3)
+        is_v2 = kind == "cgroup2"
+        if not is_v2 and (kind != "cgroup" or controller not in options.split(",")):
+            continue
+        own_path = v2_path if is_v2 else v1_path
+        if own_path is not None and point:
+            below = _below(own_path, _unescape(root))
+            if below is not None:
+                mount_point = Path(_unescape(point))
+                found.append(_Group(is_v2, mount_point / below, mount_point))
+    yield from sorted(found, key=lambda group: not group.is_v2)
+
+
+def _below(path: str, root: str) -> Path | None:
+    """The group as the mount shows it. None: it does not; "/.." begins a path outside of a namespace."""
+    group = Path(path)
+    if ".." in group.parts or not group.is_relative_to(root):
+        return None
+    return group.relative_to(root)
+
+
+def _read(file: Path) -> str:
+    with contextlib.suppress(OSError, ValueError):  # a NUL in a path is a ValueError
+        return os.fsdecode(file.read_bytes())
+    return ""
+
+
+def _whole(text: str) -> int | None:
+    """A number that is not negative."""
+    text = text.strip()
+    return int(text) if re.fullmatch("[0-9]{1,20}", text) else None
+
+
+def _unescape(text: str) -> str:
+    r"""proc(5): a blank in a path is written \040."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)

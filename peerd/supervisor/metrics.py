@@ -524,6 +524,12 @@ def _of_slots(readings: Sequence[_Reading], started_ns: int) -> Iterator[_Family
         [((each.peer_id,), each.slot.lost_in_flight) for each in readings],
     )
     yield _counter(
+        "peerd_lost_unread_total",
+        "Datagrams that were in the queue when the port was closed: scaled away with workers that die.",
+        ("peer",),
+        [((each.peer_id,), each.slot.lost_unread) for each in readings],
+    )
+    yield _counter(
         "peerd_output_dropped_total",
         "Writes of workers to their output that found no room, as the supervisor had not read it yet.",
         ("peer",),

@@ -83,6 +83,11 @@ class Notifier:
             interval_s = int(period_us) / 2e6 or None
         return cls(address, interval_s)
 
+    @property
+    def keeps_sockets(self) -> bool:
+        """Whether there is somebody to store() them."""
+        return self._socket is not None
+
     def ready(self, status: str) -> None:
         """The start, or a reload, is complete."""
         if self._is_ready:

@@ -174,7 +174,7 @@ class RecentLines:
         after, slot = arguments.get("after", 0), arguments.get("slot")
         if type(after) is not int:
             after = 0
-        if slot is not None and slot not in self._kept:
+        if slot is not None and (type(slot) is not int or slot not in self._kept):
             raise ControlError(f"nothing was logged about a slot {slot!r}")
         now_s = time.monotonic()
         found = [

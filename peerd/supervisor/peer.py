@@ -38,13 +38,13 @@ from peerd.supervisor.loop import Loop, Timer
 from peerd.supervisor.output import PeerLog, RecentLines
 from peerd.supervisor.processes import Exit
 from peerd.supervisor.restart import Failure, RestartPolicy, next_restart
-from peerd.supervisor.sockets import queue_state
+from peerd.supervisor.sockets import count_unread, queue_state
 from peerd.supervisor.workers import Worker, WorkerEntry, start_worker
 
 EX_OK = 0
 
-HAND_OVER_GRACE_S = 1.0
-"""What a worker has beyond its drain timeout to leave the socket to its successor."""
+QUEUE_TRIES = 3
+"""How many workers are started to serve the queue of a peer that stops and has none."""
 
 STACK_S = 0.5
 """How long a worker that is about to be killed has to write its stack."""
@@ -138,8 +138,8 @@ class Host(Protocol):
 
     def peer_is_parked(self, peer: Peer) -> None: ...
     def peer_has_ended(self, peer: Peer) -> None: ...
-    def oom_kills(self) -> int:
-        """How many there were since the last call."""
+    def was_oom_killed(self) -> bool:
+        """Whether a process that ended by SIGKILL just now may have been."""
 
 
 class Peer:
@@ -171,23 +171,26 @@ class Peer:
         self._waiting: deque[_Replacement] = deque()
         self._stops = False
         self._drains = False
+        self._queue_tries = QUEUE_TRIES
         self._liveness = Liveness(host.settings.stuck_timeout_s)
         self._seen_messages = 0
 
     # What it is told
 
-    def start(self) -> None:
-        """Fork a worker for a socket that nobody reads."""
+    def start(self) -> bool:
+        """Fork a worker for a socket that nobody reads. Whether that worked; if not, it is tried again."""
         self._cancel_restart()
         try:
             worker = self._fork()
         except OSError as error:
             self._host.history.note("cannot fork", peer_id=self.peer_id, why=str(error))
-            self._say(logging.ERROR, "cannot fork a worker: %s; %s", error, self._plan_restart())
-            return
+            then = "stopping" if self._stops else self._plan_restart()
+            self._say(logging.ERROR, "cannot fork a worker: %s; %s", error, then)
+            return False
         self._serve_with(worker)
         worker.watch(self._host.loop, lambda: self._reported(worker), lambda: self._exited(worker))
         worker.go()
+        return True
 
     def replace(self, told: Told) -> None:
         """By a worker that has loaded the app anew; also starts one where none serves."""
@@ -220,6 +223,7 @@ class Peer:
             worker.send(signal.SIGTERM)
 
     def kill(self, why: str = "stop") -> None:
+        self._queue_tries = 0
         for worker in (self.worker, self.successor):
             if worker is not None:
                 worker.kill(why)
@@ -252,7 +256,8 @@ class Peer:
 
     @property
     def has_ended(self) -> bool:
-        return self._stops and self.worker is None and self.successor is None
+        """It was told to stop, and there is no process and nothing left to serve."""
+        return self._stops and self.slot.state is PeerState.STOPPED
 
     @property
     def is_replacing(self) -> bool:
@@ -268,11 +273,16 @@ class Peer:
     def queued_bytes(self) -> int:
         return queue_state(self.sock).queued_bytes
 
-    def close(self) -> None:
-        """After its end: the port is free. Says what is lost with it."""
+    def close(self, *, is_kept: bool = False) -> None:
+        """After its end. Counts what is lost with the socket, if nobody keeps it."""
         queue, _ = self.drops.read()  # the kernel's count ends with the socket
-        if left := queue.queued_bytes:
-            self._say(logging.WARNING, "%d bytes in the queue of the socket were not read", left)
+        if not is_kept and queue.queued_bytes:
+            unread = count_unread(self.sock)
+            self.slot.lost_unread += unread
+            self._host.history.note("closed", peer_id=self.peer_id, lost_unread=unread)
+            self._say(
+                logging.WARNING, "datagrams in the queue when its port was closed: %d", unread
+            )
         self.sock.close()
 
     # Its worker
@@ -299,7 +309,7 @@ class Peer:
         self._cancel_boot()
         self._becomes(Event.SERVE)
         self._host.history.note("ready", peer_id=self.peer_id, pid=worker.pid)
-        if self._replacement is not None:
+        if self._replacement is not None and self.successor is None:  # it is the successor
             self._replaced(self._replacement, worker.pid)
         if self._drains:
             worker.send(signal.SIGTERM)
@@ -308,10 +318,11 @@ class Peer:
 
     def _exited(self, worker: Worker) -> None:
         end = worker.wait()
+        assert worker is self.worker
         self._cancel_boot()
         self.worker = None
         self.slot.pid = 0
-        lost = self.slot.unfinished
+        lost = self.slot.settle()
         self.slot.lost_in_flight += lost
         if self._replacement is not None and self.successor is not None:
             self._predecessor_has_ended(worker, end, lost)
@@ -336,7 +347,11 @@ class Peer:
 
     def _certify(self, worker: Worker, end: Exit, lost: int, then: str) -> None:
         cause = worker.killed_for or ("exit" if end.signal is None else "signal")
-        if worker.killed_for is None and end.signal == signal.SIGKILL and self._host.oom_kills():
+        if (
+            worker.killed_for is None
+            and end.signal == signal.SIGKILL
+            and self._host.was_oom_killed()
+        ):
             cause = "oom"
         now_s = time.monotonic()
         death = Death(
@@ -379,7 +394,7 @@ class Peer:
         restart = next_restart(self._policy, list(self._failures), random.random())
         self.slot.restarts += 1
         self.next_start_s = now_s + restart.delay_s
-        self._restart = self._host.loop.call_at(self.next_start_s, self.start)
+        self._restart = self._host.loop.call_at(self.next_start_s, self._start_again)
         self._becomes(Event.PARK if restart.crashloop else Event.FAIL)
         if not restart.crashloop:
             if not restart.delay_s:
@@ -397,7 +412,12 @@ class Peer:
             f"'peerd restart {self.slot.index}'"
         )
 
+    def _start_again(self) -> None:
+        self.start()
+
     def _is_late(self, worker: Worker) -> None:
+        if worker not in (self.worker, self.successor):
+            return
         limit_s = self._host.settings.boot_timeout_s
         self._say(
             logging.ERROR,
@@ -449,14 +469,10 @@ class Peer:
         elif self.worker is None:
             self._take_over()
         elif replacement.handed_over_s is None:
-            worker = self.worker
-            worker.send(HAND_OVER)
+            # There is no deadline for it but the stuck clock: it may have much in hand.
+            self.worker.send(HAND_OVER)
             replacement.handed_over_s = time.monotonic()
             self._cancel_deadline()
-            self._deadline = self._host.loop.call_later(
-                self._host.settings.drain_timeout_s + HAND_OVER_GRACE_S,
-                lambda: self._does_not_leave(worker),
-            )
 
     def _predecessor_has_ended(self, worker: Worker, end: Exit, lost: int) -> None:
         """As it was told to, or because it died."""
@@ -495,11 +511,6 @@ class Peer:
             why = "it is stopping"
         self._not_replaced(why)
         self._has_perhaps_ended()
-
-    def _does_not_leave(self, worker: Worker) -> None:
-        if worker is self.worker:
-            self._say(logging.ERROR, "worker pid %d does not leave its socket: SIGKILL", worker.pid)
-            worker.kill("late")
 
     def _replaced(self, replacement: _Replacement, pid: int) -> None:
         self._replacement = None
@@ -547,7 +558,14 @@ class Peer:
         self._host.slot_has_changed()
 
     def _has_perhaps_ended(self) -> None:
-        if self.has_ended and self.slot.state is not PeerState.STOPPED:
+        if not self._stops or self.worker is not None or self.successor is not None:
+            return
+        while self._queue_tries and self.queued_bytes:
+            # Nobody serves it, and it will be closed: what is in it is still owed an answer.
+            self._queue_tries -= 1
+            if self.start():
+                return
+        if not self.has_ended:
             self._becomes(Event.END)
             self._host.peer_has_ended(self)
 

@@ -17,6 +17,7 @@ import os
 import socket
 import stat
 import struct
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,10 @@ SO_RCVBUFFORCE = 33
 SO_MEMINFO = 55
 # linux/sock_diag.h: SK_MEMINFO_RMEM_ALLOC, ..., SK_MEMINFO_DROPS.
 MEMINFO = struct.Struct("9I")
+
+# linux/udp.h
+SOL_UDP = 17
+UDP_GRO = 104
 
 LISTEN_BACKLOG = 64
 
@@ -121,11 +126,10 @@ def inherited_sockets(host: str) -> dict[int, socket.socket]:
         # The same address twice: one socket that both its .socket unit and the store have.
         if sock.getsockname() != other.getsockname():
             log.warning(
-                "systemd has passed two sockets for UDP port %d: %s is used, %s (%s) is closed",
+                "systemd has passed two sockets for UDP port %d: %s is used, %s is closed",
                 port,
                 _name_of(other),
                 _name_of(sock),
-                name,
             )
         sock.close()
     return found
@@ -154,6 +158,30 @@ def queue_state(sock: socket.socket) -> QueueState:
     """What the kernel holds and has dropped, by one getsockopt and nothing per datagram."""
     fields = MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size))
     return QueueState(queued_bytes=fields[0], dropped=fields[8])
+
+
+def count_unread(sock: socket.socket) -> int:
+    """Reads the queue empty: how many datagrams there were, joined ones (UDP_GRO) counted one by one."""
+    count = 0
+    while True:
+        try:
+            _, control, _, _ = sock.recvmsg(
+                0, socket.CMSG_SPACE(4), socket.MSG_DONTWAIT | socket.MSG_PEEK | socket.MSG_TRUNC
+            )
+            size = sock.recv_into(bytearray(1), 1, socket.MSG_DONTWAIT | socket.MSG_TRUNC)
+        except BlockingIOError:
+            return count
+        except OSError:  # an ICMP error, which takes the place of no datagram
+            continue
+        stride = next(
+            (
+                int.from_bytes(data[:4], sys.byteorder)
+                for level, kind, data in control
+                if (level, kind) == (SOL_UDP, UDP_GRO)
+            ),
+            0,
+        )
+        count += max(1, -(-size // stride)) if stride > 0 else 1
 
 
 def port_holder(

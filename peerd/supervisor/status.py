@@ -109,6 +109,7 @@ class StatusReport:
             "last_exit": _last_exit(peer, now_s),
             "last_reload_gap_ms": peer.last_gap_ms,
             "lost_in_flight": slot.lost_in_flight,
+            "lost_unread": slot.lost_unread,
             "uptime_s": _seconds_since(slot.since_ns) if slot.state is PeerState.READY else 0.0,
             "heartbeat_age_s": _seconds_since(slot.heartbeat_ns) if slot.heartbeat_ns else None,
             "registered": slot.registered,

@@ -242,8 +242,8 @@ class Supervisor:
         if self._stop is not None:
             self._stop.advance()
 
-    def oom_kills(self) -> int:
-        return self._oom_kills.new()
+    def was_oom_killed(self) -> bool:
+        return self._oom_kills.claim()
 
     # The peers
 
@@ -299,6 +299,7 @@ class Supervisor:
     def _look(self) -> None:
         if self._stop is None:
             now_s = time.monotonic()
+            self._oom_kills.look()
             for peer in self._peers.values():
                 peer.look(now_s)
             self._tell_manager()
@@ -326,7 +327,9 @@ class Supervisor:
         if self._stop is not None or not self._is_running:
             return
         status = self._status.line()
-        if self._all_are_ready and not self._reloads.is_under_way:
+        # Once it was, a reload ends with READY whatever it found: systemd waits for that.
+        is_up = self._all_are_ready or self._all_ready_told
+        if is_up and not self._reloads.is_under_way:
             self._notifier.ready(status)
         else:
             self._notifier.status(status)
@@ -435,7 +438,7 @@ class Supervisor:
             for worker in (peer.worker, peer.successor):
                 if worker is not None:
                     worker.wait()
-            peer.close()
+            peer.close(is_kept=self._notifier.keeps_sockets)
         self._registrar.release()
         if self._etcd is not None:
             self._etcd.release()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import orjson
 import pytest
@@ -116,40 +115,3 @@ def test_ping_of_no_port(target: str) -> None:
     shown = peerd("ping", target)
     assert shown.returncode == 2
     assert b"from 1 to 65535" in shown.stderr
-
-
-def test_status(supervised: Supervised) -> None:
-    running = supervised.start(peers=2)
-    running.wait_registered()
-    shown = peerd("status", f"--control={running.control}", "--json")
-    assert shown.returncode == 0
-    report = orjson.loads(shown.stdout)
-    assert set(report) == {"supervisor", "registry", "peers"}
-    assert {"pid", "state", "uptime_s", "version"} <= set(report["supervisor"])
-    expected = "slot peer_id url port pid state restarts uptime_s registered rx_messages rx_bytes "
-    expected += (
-        "rx_dropped decode_errors handler_errors tx_messages tx_dropped rss_bytes cpu_percent"
-    )
-    assert set(expected.split()) <= set(report["peers"][0])
-    table = peerd("status", f"--control={running.control}").stdout.decode()
-    assert f"localhost:{running.ports[1]}" in table
-
-
-def test_status_when_nothing_runs(tmp_path: Path) -> None:
-    assert peerd("status").returncode == 3
-    named = peerd("status", f"--control={tmp_path / 'none.sock'}")
-    assert named.returncode == 3
-    assert b"peerd supervise" in named.stderr
-
-
-@pytest.mark.parametrize("command", ["", "supervise", "nodes", "ping", "send", "status", "etcd"])
-def test_every_help(command: str) -> None:
-    shown = peerd(*command.split(), "--help")
-    assert shown.returncode == 0
-    assert shown.stdout.startswith(b"Usage: peerd")
-
-
-def test_a_command_that_does_not_exist_names_those_that_do() -> None:
-    shown = peerd("supervice")
-    assert shown.returncode == 2
-    assert b"supervise" in shown.stderr

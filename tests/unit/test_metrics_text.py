@@ -66,8 +66,8 @@ class Processes:
 
     def peer_is_parked(self, peer: Peer) -> None: ...
     def peer_has_ended(self, peer: Peer) -> None: ...
-    def oom_kills(self) -> int:
-        return 0
+    def was_oom_killed(self) -> bool:
+        return False
 
 
 @pytest.fixture

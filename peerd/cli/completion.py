@@ -1,0 +1,34 @@
+"""``peerd completion``"""
+
+from __future__ import annotations
+
+import click
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print the script that makes a shell complete peerd's commands, options and slot numbers.
+
+    \b
+    Once, for this shell:
+      bash   eval "$(peerd completion bash)"
+      zsh    eval "$(peerd completion zsh)"      (after compinit)
+      fish   peerd completion fish | source
+
+    \b
+    For good:
+      bash   peerd completion bash > ~/.local/share/bash-completion/completions/peerd
+      zsh    peerd completion zsh > a folder of $fpath/_peerd
+      fish   peerd completion fish > ~/.config/fish/completions/peerd.fish
+
+    'peerd restart' and 'peerd logs' then complete the slots of the supervisor that runs.
+    """
+    from click.shell_completion import get_completion_class
+
+    complete = get_completion_class(shell)
+    assert complete is not None
+    click.echo(complete(ctx.find_root().command, {}, "peerd", "_PEERD_COMPLETE").source())

@@ -1,0 +1,165 @@
+"""What ``peerd status`` shows of a report, as lines and columns; how is for others to know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peerd.cli.table import Column
+
+Report = dict[str, Any]
+Peer = dict[str, Any]
+
+FINE = (None, "ok", "idle")
+"""Verdicts on a ready worker that need no word."""
+
+COLOURS = {
+    "ready": "green",
+    "starting": "yellow",
+    "stopping": "yellow",
+    "stopped": "dim",
+    "starved": "yellow",
+    "backoff": "red",
+    "crashloop": "bold red",
+    "stuck": "bold red",
+}
+
+
+class Rates:
+    """Messages a second, from one report to the next."""
+
+    def __init__(self) -> None:
+        self._pid = 0
+        self._at_s = 0.0
+        self._messages: dict[int, tuple[int, int]] = {}
+
+    def after(self, report: Report, now_s: float) -> dict[int, tuple[int, int]]:
+        """(received, sent) by slot; nothing of a slot, or a supervisor, that was not there before."""
+        messages = {
+            peer["slot"]: (peer["rx_messages"], peer["tx_messages"]) for peer in report["peers"]
+        }
+        pid, passed_s = report["supervisor"]["pid"], now_s - self._at_s
+        rates = {}
+        if pid == self._pid and passed_s > 0:
+            for slot in messages.keys() & self._messages.keys():
+                now, then = messages[slot], self._messages[slot]
+                rx, tx = (round((new - old) / passed_s) for new, old in zip(now, then, strict=True))
+                rates[slot] = rx, tx
+        self._pid, self._at_s, self._messages = pid, now_s, messages
+        return rates
+
+
+def head(report: Report) -> list[str]:
+    supervisor, registry, peers = report["supervisor"], report["registry"], report["peers"]
+    ready = sum(is_fine(peer) for peer in peers)
+    configured, scaled = supervisor["configured_peers"], ""
+    if configured != len(peers):
+        scaled = f"; configured {configured}, running {len(peers)}"
+    up = duration(supervisor["uptime_s"])
+    return [
+        f"supervisor pid {supervisor['pid']}, {supervisor['state']}, up {up}, peerd {supervisor['version']}",
+        f"peers {ready} of {len(peers)} ready{scaled}",
+        f"registry {registry['state']}, etcd at {registry['endpoint']}",
+    ]
+
+
+def columns(report: Report, rates: Mapping[int, tuple[int, int]] | None = None) -> list[Column]:
+    """The most important ones first. With ``rates``, messages are by the second."""
+    peers = report["peers"]
+
+    def column(title: str, cells: list[object]) -> Column:
+        return Column(title, cells)
+
+    if rates is None:
+        traffic = [
+            column("RX", [peer["rx_messages"] for peer in peers]),
+            column("TX", [peer["tx_messages"] for peer in peers]),
+        ]
+    else:
+        seen = [rates.get(peer["slot"], (None, None)) for peer in peers]
+        traffic = [column("RX/s", [rx for rx, _ in seen]), column("TX/s", [tx for _, tx in seen])]
+    return [
+        column("#", [peer["slot"] for peer in peers]),
+        column("PEER", [peer["peer_id"] for peer in peers]),
+        Column(
+            "STATE", [state(peer) for peer in peers], lambda text: COLOURS.get(text.split()[0], "")
+        ),
+        column("UP", [duration(peer["uptime_s"]) for peer in peers]),
+        column("RST", [peer["restarts"] for peer in peers]),
+        *traffic,
+        column("LAST EXIT", [_last_exit(peer) for peer in peers]),
+        column("BEAT", [_age(peer["heartbeat_age_s"]) for peer in peers]),
+        column("QUEUE", [peer["rx_queued_bytes"] for peer in peers]),
+        column("DROP", [peer["rx_dropped"] + peer["tx_dropped"] for peer in peers]),
+        column("LOST", [peer["lost_in_flight"] for peer in peers]),
+        column("ERR", [peer["decode_errors"] + peer["handler_errors"] for peer in peers]),
+        column("REG", ["yes" if peer["registered"] else "no" for peer in peers]),
+        column("PID", [peer["pid"] for peer in peers]),
+        column("MiB", [round(peer["rss_bytes"] / 2**20, 1) for peer in peers]),
+        column("CPU%", [peer["cpu_percent"] for peer in peers]),
+    ]
+
+
+def notes(report: Report) -> list[str]:
+    """Why peers are not as they should be."""
+    lines = []
+    for peer in report["peers"]:
+        if peer["conflict"]:
+            lines.append(f"slot {peer['slot']}: {peer['conflict']}")
+        if peer["last_exit"] is not None and peer["state"] != "ready":
+            lines.append(f"slot {peer['slot']}: {_explain(peer, peer['last_exit'])}")
+    dropped = sum(teller["log_dropped"] for teller in (report["supervisor"], *report["peers"]))
+    if dropped:
+        lines.append(f"log lines that were dropped, as nobody read them: {dropped}")
+    return lines
+
+
+def is_fine(peer: Peer) -> bool:
+    return state(peer) == "ready"
+
+
+def state(peer: Peer) -> str:
+    """That of its life, or, when it is ready, what is wrong and for how long its loop has not turned."""
+    if peer["state"] != "ready" or peer["health"] in FINE:
+        return str(peer["state"])
+    return f"{peer['health']} {peer['heartbeat_age_s'] or 0:.0f}s"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+
+
+def _age(seconds: float | None) -> str | None:
+    return None if seconds is None else duration(seconds)
+
+
+def _ago(seconds: float) -> str:
+    return f"{int(seconds)}s ago" if seconds < 60 else f"{duration(seconds)} ago"
+
+
+def _last_exit(peer: Peer) -> str | None:
+    end = peer["last_exit"]
+    if end is None:
+        return None
+    how = str(end["how"]).removeprefix("killed by ")
+    return f"{how}{' (OOM)' if end['oom'] else ''} {_ago(end['age_s'])}"
+
+
+def _explain(peer: Peer, end: Mapping[str, Any]) -> str:
+    served = end["ready_for_s"]
+    parts = [
+        f"{end['how']}{', out of memory' if end['oom'] else ''}, {_ago(end['age_s'])}",
+        "before it was ready" if served is None else f"after {duration(served)} of service",
+    ]
+    if end["lost_in_flight"]:
+        parts.append(f"lost {end['lost_in_flight']}")
+    if peer["next_start_in_s"] is not None:
+        parts.append(f"next start in {duration(peer['next_start_in_s'])}")
+    return "; ".join(parts)

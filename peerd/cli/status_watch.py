@@ -1,0 +1,189 @@
+"""``peerd status --watch``: the same once a second, full screen on a terminal.
+
+It outlives the supervisor: what was last seen stays, with a line that says since when nobody answers,
+and a new supervisor at the same socket is named as such.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import termios
+import time
+import tty
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from peerd.cli import status_view
+from peerd.cli.table import build_table, columns_that_fit, left_out, make_console
+from peerd.errors import ControlError, NotRunningError
+from peerd.supervisor import control
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+INTERVAL_S = 1.0
+ANSWER_S = 2.0
+
+
+def watch_status(path: Path, show: Callable[[dict[str, Any]], None] | None) -> None:
+    """Until q or Ctrl-C. Without ``show``, full screen.
+
+    Raises NotRunningError when nobody answers to begin with.
+    """
+    source = _Source(path)
+    source.look()
+    if source.report is None:
+        raise NotRunningError(source.silence)
+    with contextlib.suppress(KeyboardInterrupt):
+        if show is None:
+            _watch_screen(source)
+        else:
+            _watch_lines(source, show)
+
+
+class _Source:
+    """The reports of whoever answers at a socket."""
+
+    def __init__(self, path: Path) -> None:
+        self.report: dict[str, Any] | None = None
+        """The last one."""
+
+        self.rates: dict[int, tuple[int, int]] = {}
+        self.silence = ""
+        """Why the last look brought none; empty when it did."""
+
+        self.restarts = ""
+        """What is to be said of supervisors that came after the first."""
+
+        self._path = path
+        self._rates = status_view.Rates()
+        self._answered_s = 0.0
+
+    def look(self) -> None:
+        try:
+            report = control.request(self._path, "status", timeout_s=ANSWER_S)
+        except (NotRunningError, ControlError) as error:
+            self.silence = str(error)
+            return
+        now_s = time.monotonic()
+        self.rates = self._rates.after(report, now_s)
+        pid = report["supervisor"]["pid"]
+        if self.report is not None and (old_pid := self.report["supervisor"]["pid"]) != pid:
+            self.restarts = f"the supervisor has been restarted: pid {pid} follows {old_pid}"
+        self.report, self.silence, self._answered_s = report, "", now_s
+
+    @property
+    def silent_for_s(self) -> float:
+        return time.monotonic() - self._answered_s
+
+
+def _watch_lines(source: _Source, show: Callable[[dict[str, Any]], None]) -> None:
+    said = ""
+    while True:
+        for text in (source.silence, source.restarts):
+            if text and text not in said:
+                click.echo(f"peerd status: {text}", err=True)
+        said = source.silence + source.restarts
+        if not source.silence:
+            assert source.report is not None
+            show(source.report)
+            sys.stdout.flush()
+        time.sleep(INTERVAL_S)
+        source.look()
+
+
+def _watch_screen(source: _Source) -> None:
+    from rich.live import Live
+
+    console = make_console()
+    with (
+        _terminated_by_exception(),
+        _keys() as keyboard,
+        Live(console=console, screen=True, auto_refresh=False) as live,
+    ):
+        while True:
+            live.update(_screen(source, console), refresh=True)
+            if _quits(keyboard):
+                return
+            source.look()
+
+
+def _screen(source: _Source, console: Console) -> RenderableType:
+    from rich.console import Group
+    from rich.text import Text
+
+    report = source.report
+    assert report is not None
+    head = [Text(line) for line in status_view.head(report)]
+    if source.silence:
+        silent = status_view.duration(source.silent_for_s)
+        head = [
+            Text(f"no answer for {silent}; what follows is what was last seen", style="bold red"),
+            Text(source.silence, style="red"),
+            *head[:1],
+        ]
+    elif source.restarts:
+        head.append(Text(source.restarts, style="yellow"))
+    tail = [Text(line) for line in status_view.notes(report)]
+    tail.append(Text("q or Ctrl-C ends this", style="dim"))
+    # Two lines of the table's own head, an empty one before it, one for what is left out.
+    room = max(console.height - len(head) - min(len(tail), 5) - 5, 1)
+    peers = report["peers"]
+    if len(peers) > room:
+        tail.insert(0, Text(f"({room} of {len(peers)} peers, those that are not ready first)"))
+        peers = sorted(peers, key=status_view.is_fine)[:room]
+    columns = status_view.columns({**report, "peers": peers}, source.rates)
+    shown = columns_that_fit(columns, console.width)
+    if note := left_out(columns, shown):
+        tail.insert(0, Text(note, style="dim"))
+    return Group(*head, Text(), build_table(shown), *tail)
+
+
+def _quits(keyboard: int | None) -> bool:
+    """Whether q was pressed within the interval."""
+    watched = [] if keyboard is None else [keyboard]
+    end_s = time.monotonic() + INTERVAL_S
+    while (left_s := end_s - time.monotonic()) > 0:
+        if not select.select(watched, [], [], left_s)[0]:
+            return False
+        keys = os.read(watched[0], 64)
+        if not keys or b"q" in keys.lower():
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[int | None]:
+    """The keyboard's descriptor, which gives each key at once; None when there is none."""
+    try:
+        keyboard = sys.stdin.fileno()
+        before = termios.tcgetattr(keyboard)
+    except (OSError, ValueError, AttributeError, termios.error):
+        yield None
+        return
+    try:
+        tty.setcbreak(keyboard)
+        yield keyboard
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+
+
+@contextlib.contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """SIGTERM would leave the terminal without echo and on its other screen."""
+
+    def terminate(number: int, _frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

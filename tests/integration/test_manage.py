@@ -1,0 +1,72 @@
+"""peerd reload, restart and scale as a shell runs them. What they do to datagrams is tested elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+import raw_client
+from command import peerd
+from eventually import eventually
+from supervised import Running, Supervised, is_gone
+
+
+def ports(running: Running) -> list[int]:
+    return [peer["port"] for peer in running.status()["peers"]]
+
+
+def test_reload_sums_up(supervised: Supervised) -> None:
+    running = supervised.start(peers=2)
+    running.wait_ready()
+    shown = peerd("reload", f"--control={running.control}")
+    assert shown.returncode == 0
+    last = shown.stdout.splitlines()[-1]
+    assert last.startswith("2 workers replaced, longest gap ")
+    gaps = [row["gap_ms"] for row in replaced(running)]
+    assert len(gaps) == 2
+
+
+def replaced(running: Running) -> list[dict[str, Any]]:
+    shown = peerd("reload", f"--control={running.control}", "--json")
+    rows = orjson.loads(shown.stdout)["replaced"]
+    assert isinstance(rows, list)
+    return rows
+
+
+def test_restart_of_a_slot_that_does_not_exist(supervised: Supervised) -> None:
+    running = supervised.start(peers=1)
+    running.wait_ready()
+    shown = peerd("restart", "7", f"--control={running.control}")
+    assert shown.returncode == 1
+    assert "no slot 7" in shown.stderr
+
+
+def test_scale(supervised: Supervised) -> None:
+    running = supervised.start(peers=2)
+    running.wait_ready()
+    base = running.base_port
+    grown = peerd("scale", "4", f"--control={running.control}")
+    assert grown.returncode == 0, grown.stderr
+    lines = grown.stdout.splitlines()
+    assert [line.split(",")[0] for line in lines[:2]] == [
+        f"started localhost:{base + 2}",
+        f"started localhost:{base + 3}",
+    ]
+    assert lines[-1] == "4 peers, 2 before"
+    assert ports(running) == [base, base + 1, base + 2, base + 3]
+    assert raw_client.request(base + 3, b"PING", b"x")[0] == b"PONG"
+    status = peerd("status", f"--control={running.control}").stdout
+    assert "configured 2, running 4" in status
+    last_pid = running.peer(3)["pid"]
+    shrunk = orjson.loads(peerd("scale", "3", "--json", f"--control={running.control}").stdout)
+    assert (shrunk["before"], shrunk["peers"], shrunk["started"]) == (4, 3, [])
+    assert [peer["peer_id"] for peer in shrunk["stopped"]] == [f"localhost:{base + 3}"]
+    eventually(lambda: is_gone(last_pid))
+    same = peerd("scale", "3", f"--control={running.control}")
+    assert same.stdout == "3 peers, as before\n"
+
+
+def test_scale_to_nothing_is_usage(supervised: Supervised) -> None:
+    for number in ("0", "-1", "x", "5000"):
+        assert peerd("scale", "--", number).returncode == 2

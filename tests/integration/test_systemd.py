@@ -1,0 +1,313 @@
+"""``peerd supervise`` under a service manager: what it tells it, and what it gets back from it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from eventually import eventually
+from fake_systemd import FakeSystemd
+from peerd import decode, encode
+from peerd.supervisor import control
+from raw_client import request
+from supervised import alive, free_ports, send_signal
+
+PEERS = 4
+RX_BATCH = 16
+"""Of ext/peerd/receive.pxd: what a worker can have taken without --offload."""
+
+APP = """
+import os, peerd
+app = peerd.App()
+
+@app.handler("SEQ")
+def answer(message):
+    return message.body
+
+@app.handler("ENV")
+def environment(message):
+    return " ".join(os.environ).encode()
+"""
+
+SO_RCVBUFFORCE = 33  # socket(7)
+PAUSE_S = 0.001
+BURST = 5
+
+
+class Service:
+    """A peerd under a fake systemd."""
+
+    def __init__(self, systemd: FakeSystemd, etcd: str, peers: int = PEERS) -> None:
+        self.systemd = systemd
+        base = free_ports(peers)
+        self.ports = list(range(base, base + peers))
+        self.control = systemd.folder / "control.sock"
+        (systemd.folder / "kept.py").write_text(APP)
+        self._command = [sys.executable, "-m", "peerd", "supervise", f"--control={self.control}"]
+        self._command += [f"--peers={peers}", f"--base-port={base}", f"--etcd={etcd}"]
+        self._command += [f"--prefix=systemd-{base}", "--no-offload"]
+
+    def start(self, *args: str, app: str = "kept:app") -> None:
+        self.systemd.start(*self._command, f"--app={app}", *args)
+
+    def wait_ready(self, times: int = 1) -> None:
+        eventually(lambda: self.systemd.names().count("READY") >= times, within_s=20)
+
+    def status(self) -> dict[str, Any]:
+        report = control.request(self.control, "status")
+        assert isinstance(report, dict)
+        return report
+
+    def pids(self) -> list[int]:
+        return [peer["pid"] for peer in self.status()["peers"]]
+
+    def keeps(self, peers: int) -> bool:
+        """Whether systemd has one socket of each of the first so many peers, by name, and no other."""
+        kept = {name: len(sockets) for name, sockets in self.systemd.store.items()}
+        return kept == {f"peer-{port}": 1 for port in self.ports[:peers]}
+
+    def ping_age_s(self) -> float:
+        pings = [told.at_s for told in list(self.systemd.told) if "WATCHDOG" in told.fields]
+        return time.monotonic() - pings[-1]
+
+
+@pytest.fixture
+def service(tmp_path: Path, etcd: str) -> Iterator[Service]:
+    with FakeSystemd(tmp_path) as systemd:
+        yield Service(systemd, etcd)
+
+
+def all_gone(pids: list[int]) -> bool:
+    return not alive(pids)
+
+
+class Load:
+    """Numbers to each port, at an even rate, and which of them came back."""
+
+    def __init__(self, ports: list[int]) -> None:
+        self.sent = 0
+        self.answered: dict[int, set[int]] = {port: set() for port in ports}
+        self._sockets = {port: self._socket(port) for port in ports}
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._send)]
+        self._threads += [threading.Thread(target=self._receive, args=(port,)) for port in ports]
+
+    @contextmanager
+    def going(self) -> Iterator[None]:
+        for thread in self._threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            self._threads[0].join()
+            # Whoever serves answers the last ones after all that it will ever answer.
+            self.sent += 1
+            last = self.sent - 1
+            for sock in self._sockets.values():
+                sock.send(self._message(last))
+            try:
+                eventually(lambda: all(last in got for got in self.answered.values()), within_s=10)
+            finally:
+                self._end()
+
+    def _end(self) -> None:
+        for sock in self._sockets.values():
+            sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads[1:]:
+            thread.join()
+        for sock in self._sockets.values():
+            sock.close()
+
+    def lost(self) -> int:
+        return sum(self.sent - len(answered) for answered in self.answered.values())
+
+    def wait_for_more(self, count: int = 500) -> None:
+        target = self.sent + count
+        eventually(lambda: all(max(got, default=0) > target for got in self.answered.values()), 20)
+
+    @staticmethod
+    def _socket(port: int) -> socket.socket:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
+        sock.connect(("127.0.0.1", port))
+        return sock
+
+    @staticmethod
+    def _message(number: int) -> bytes:
+        return encode("SEQ", "1", struct.pack(">Q", number))
+
+    def _send(self) -> None:
+        while not self._stop.wait(PAUSE_S):
+            for _ in range(BURST):
+                message = self._message(self.sent)
+                for sock in self._sockets.values():
+                    sock.send(message)
+                self.sent += 1
+
+    def _receive(self, port: int) -> None:
+        while data := self._sockets[port].recv(2048):
+            self.answered[port].add(struct.unpack(">Q", decode(data).body)[0])
+
+
+def test_what_systemd_is_told(service: Service) -> None:
+    """Ready when all are, the socket of each peer by name, a reload from begin to end, the stop."""
+    systemd = service.systemd
+    service.start()
+    service.wait_ready()
+    assert all(peer["state"] == "ready" for peer in service.status()["peers"])
+    eventually(lambda: service.keeps(PEERS))
+    assert systemd.values("STATUS")[-1].startswith(f"{PEERS}/{PEERS} ready")
+    before_us = time.monotonic_ns() // 1000
+    systemd.signal(signal.SIGHUP)
+    service.wait_ready(times=2)
+    assert all(int(when_us) >= before_us for when_us in systemd.values("MONOTONIC_USEC"))
+    assert systemd.stop() == 0
+    assert list(dict.fromkeys(systemd.names())) == ["READY", "RELOADING", "STOPPING"]
+    names = systemd.names()
+    assert names[0] == "READY"
+    assert names[-2:] == ["READY", "STOPPING"]
+    assert not systemd.values("FDSTOREREMOVE")
+
+
+def test_workers_do_not_speak_to_systemd(service: Service) -> None:
+    service.systemd.watchdog_s = 30
+    service.start()
+    service.wait_ready()
+    names = set(request(service.ports[0], b"ENV", b"")[2].decode().split())
+    assert not names & {
+        "NOTIFY_SOCKET",
+        "WATCHDOG_USEC",
+        "WATCHDOG_PID",
+        "LISTEN_FDS",
+        "LISTEN_PID",
+        "LISTEN_FDNAMES",
+    }
+
+
+def test_a_restart_under_load_loses_nothing(service: Service) -> None:
+    service.start()
+    service.wait_ready()
+    load = Load(service.ports)
+    with load.going():
+        for times in (2, 3):
+            load.wait_for_more()
+            assert service.systemd.stop() == 0
+            service.start()
+            service.wait_ready(times)
+        load.wait_for_more()
+    assert load.lost() == 0
+    assert service.keeps(PEERS)
+
+
+def test_a_killed_supervisor_costs_what_was_in_flight(service: Service) -> None:
+    service.start()
+    service.wait_ready()
+    load = Load(service.ports)
+    kills = 3
+    with load.going():
+        for times in range(2, 2 + kills):
+            load.wait_for_more()
+            pids = service.pids()
+            service.systemd.kill()
+            # KillMode=mixed waits for the whole cgroup.
+            eventually(partial(all_gone, pids))
+            service.start()
+            service.wait_ready(times)
+        load.wait_for_more()
+    assert load.lost() <= kills * PEERS * RX_BATCH
+
+
+def test_a_socket_unit(service: Service) -> None:
+    """Bound by somebody else, by any name: used, and no second time from the store."""
+    for port in service.ports[:2]:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # systemd does
+        sock.bind(("127.0.0.1", port))
+        sock.setblocking(False)
+        service.systemd.sockets[f"chat-{port}.socket"] = sock
+    for times in (1, 2):
+        service.start()
+        service.wait_ready(times)
+        for port in service.ports:
+            assert request(port, b"SEQ", b"x")[2] == b"x"
+        assert service.systemd.stop() == 0
+    assert "WARNING" not in service.systemd.err
+    assert '"warning"' not in service.systemd.err
+
+
+def test_what_is_kept_for_no_peer_is_given_back(service: Service) -> None:
+    """A start with fewer peers than the one before."""
+    service.start()
+    service.wait_ready()
+    eventually(lambda: service.keeps(PEERS))
+    service.systemd.stop()
+    service.start("--peers=2")
+    service.wait_ready(times=2)
+    eventually(lambda: service.keeps(2))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", service.ports[-1]))
+
+
+def test_scaling_changes_what_is_kept(service: Service) -> None:
+    service.start()
+    service.wait_ready()
+    for peers in (2, 3):
+        control.request(service.control, "scale", {"peers": peers}, timeout_s=20)
+        eventually(partial(service.keeps, peers))
+
+
+def test_the_watchdog_is_fed_by_the_peers(service: Service) -> None:
+    """Half of the peers may hang; when most do, or the supervisor does, systemd hears no more."""
+    service.systemd.watchdog_s = 1.0
+    service.start()
+    service.wait_ready()
+    eventually(lambda: service.ping_age_s() < 0.6)
+    pids = service.pids()
+    for pid in pids[:2]:
+        send_signal(pid, signal.SIGSTOP)
+    # Longer than a heartbeat may be old (5 s), and it is still fed.
+    eventually(lambda: service.status()["peers"][0]["heartbeat_age_s"] > 6, within_s=15)
+    assert service.ping_age_s() < 1.0
+    send_signal(pids[2], signal.SIGSTOP)
+    eventually(lambda: service.ping_age_s() > 2.0, within_s=15)
+    send_signal(pids[0], signal.SIGCONT)
+    eventually(lambda: service.ping_age_s() < 0.6)
+    service.systemd.signal(signal.SIGSTOP)
+    eventually(lambda: service.ping_age_s() > 2.0)
+    service.systemd.signal(signal.SIGCONT)
+    eventually(lambda: service.ping_age_s() < 0.6)
+
+
+def test_a_reload_ends_whatever_it_finds(service: Service) -> None:
+    """systemd waits for READY: also with a peer in a crash loop, and an app that cannot be loaded."""
+    service.start()
+    service.wait_ready()
+    pids = service.pids()
+
+    def crashlooped() -> bool:
+        peer = service.status()["peers"][-1]
+        if peer["state"] == "ready":
+            psutil.Process(peer["pid"]).kill()
+        return bool(peer["state"] == "crashloop")
+
+    eventually(crashlooped, within_s=60)
+    status = f"{PEERS - 1}/{PEERS} ready, 1 crashloop"
+    eventually(lambda: service.systemd.values("STATUS")[-1] == status)
+    (service.systemd.folder / "kept.py").write_text("1/0")
+    service.systemd.signal(signal.SIGHUP)
+    eventually(lambda: "RELOADING" in service.systemd.names())
+    service.wait_ready(times=2)
+    assert service.pids()[:-1] == pids[:-1]

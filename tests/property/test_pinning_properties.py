@@ -1,0 +1,45 @@
+"""Which CPU each slot is given, for any machine, quota and number of peers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peerd.supervisor.pinning import cpu_count, plan, usable_cpus
+
+CPUS = st.lists(st.integers(0, 4095), min_size=1, max_size=300, unique=True)
+QUOTAS = st.none() | st.floats(0.001, 1e6)
+PEERS = st.integers(0, 600)
+
+
+@given(CPUS, QUOTAS, PEERS)
+def test_every_slot_has_one_of_the_first_cpus_that_the_quota_has_time_for(
+    cpus: list[int], quota: float | None, peers: int
+) -> None:
+    used = plan(cpus, quota, peers)
+    assert len(used) == peers
+    allowed = cpus if quota is None else cpus[: math.ceil(quota)]
+    assert set(used) <= set(allowed)
+
+
+@given(CPUS, QUOTAS, PEERS)
+def test_they_are_spread_evenly(cpus: list[int], quota: float | None, peers: int) -> None:
+    shares = Counter(plan(cpus, quota, peers)).values()
+    assert not shares or max(shares) - min(shares) <= 1
+    count = len(cpus) if quota is None else min(len(cpus), math.ceil(quota))
+    assert len(shares) == min(peers, count)
+
+
+@given(CPUS, QUOTAS, PEERS, PEERS)
+def test_a_slot_keeps_its_cpu_when_there_are_more(
+    cpus: list[int], quota: float | None, peers: int, more: int
+) -> None:
+    assert plan(cpus, quota, peers + more)[:peers] == plan(cpus, quota, peers)
+
+
+def test_this_machine() -> None:
+    assert 1 <= cpu_count() <= len(usable_cpus())
+    assert set(plan(usable_cpus(), None, 100)) == set(usable_cpus())

@@ -1,0 +1,130 @@
+"""What ``peerd systemd-unit`` prints, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def systemd_unit(
+    *args: str, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "peerd", "systemd-unit", *args],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **variables},
+        timeout=30,
+    )
+
+
+def values(unit: str, name: str) -> list[str]:
+    return [line.partition("=")[2] for line in unit.splitlines() if line.startswith(f"{name}=")]
+
+
+def test_the_unit(tmp_path: Path) -> None:
+    options = ["--peers", "8", "--base-port", "5001", "--app", "chat:app", "--stop-timeout", "20"]
+    done = systemd_unit("--", *options, cwd=tmp_path)
+    assert done.returncode == 0
+    (command,) = values(done.stdout, "ExecStart")
+    start = [sys.executable, "-m", "peerd", "supervise"]
+    assert shlex.split(command) == [*start, *options, "--control=/run/peerd/5001.sock"]
+    assert values(done.stdout, "Type")[-1] == "notify-reload"
+    assert values(done.stdout, "WorkingDirectory") == [str(tmp_path)]
+    assert int(values(done.stdout, "TimeoutStopSec")[0]) > 20
+    assert int(values(done.stdout, "FileDescriptorStoreMax")[0]) > 8
+    assert values(done.stdout, "DynamicUser") == ["yes"]
+    assert values(done.stdout, "CapabilityBoundingSet") == [""]
+    assert values(done.stdout, "RestartPreventExitStatus") == ["2 78"]
+
+
+def test_the_console_script_is_named_by_its_path() -> None:
+    script = Path(sys.executable).with_name("peerd")
+    done = subprocess.run(
+        [script, "systemd-unit"], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert values(done.stdout, "ExecStart") == [
+        f"{script} supervise --control=/run/peerd/5001.sock"
+    ]
+    assert values(done.stdout, "WorkingDirectory") == []
+
+
+def test_a_user_and_a_port_below_1024(tmp_path: Path) -> None:
+    done = systemd_unit(
+        "--user=peerd", f"--working-directory={tmp_path}", "--", "--base-port", "53"
+    )
+    assert done.returncode == 0
+    assert not done.stderr
+    assert values(done.stdout, "User") == ["peerd"]
+    assert values(done.stdout, "DynamicUser") == []
+    assert values(done.stdout, "WorkingDirectory") == [str(tmp_path)]
+    assert values(done.stdout, "CapabilityBoundingSet") == ["CAP_NET_BIND_SERVICE"]
+    assert values(done.stdout, "AmbientCapabilities") == ["CAP_NET_BIND_SERVICE"]
+
+
+def test_words_are_quoted() -> None:
+    done = systemd_unit("--", "--partition-key", 'a "b" $HOME 100% \\', "--prefix", "$x")
+    (command,) = values(done.stdout, "ExecStart")
+    assert r'''--partition-key "a \"b\" $$HOME 100%% \\" --prefix "$$x"''' in command
+
+
+def test_the_environment_goes_into_the_unit_but_not_the_password() -> None:
+    done = systemd_unit(
+        "--",
+        "--etcd-user=me",
+        PEERD_ETCD="http://etcd.example:2379",
+        PEERD_SUPERVISE_PEERS="4",
+        PEERD_ETCD_PASSWORD="secret",
+    )
+    assert done.returncode == 0
+    assert sorted(values(done.stdout, "Environment")) == [
+        "PEERD_ETCD=http://etcd.example:2379",
+        "PEERD_SUPERVISE_PEERS=4",
+    ]
+    assert "4 peers" in values(done.stdout, "Description")[0]
+    assert values(done.stdout, "EnvironmentFile") == ["/etc/peerd.env"]
+    assert "secret" not in done.stdout
+
+
+def test_a_config_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "peerd.toml").write_text("peers = 100\n")
+    done = systemd_unit("--", "--config", "peerd.toml", cwd=tmp_path)
+    assert values(done.stdout, "WorkingDirectory") == [str(tmp_path)]
+    assert int(values(done.stdout, "FileDescriptorStoreMax")[0]) > 100
+
+
+def test_a_control_socket_of_ones_own() -> None:
+    done = systemd_unit("--", "--control", "/srv/peerd/c.sock")
+    assert values(done.stdout, "ReadWritePaths") == ["/srv/peerd"]
+    assert values(done.stdout, "ExecStart")[0].endswith("--control /srv/peerd/c.sock")
+
+
+def test_a_directory_that_the_service_cannot_read_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    assert str(tmp_path) in systemd_unit("--app=chat:app", cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--peerz", "8"], 2, "--peers"),
+        (["--peers", "eight"], 2, "'eight'"),
+        (["--peers", "0"], 2, "--peers 0"),
+        (["--ttl", "1"], 2, "lease TTL"),
+        (["--base-port", "65535", "--peers", "2"], 2, "past 65535"),
+        (["--config", "/no/such.toml"], 78, "/no/such.toml"),
+        (["supervise"], 2, "supervise"),
+    ],
+)
+def test_wrong_options_are_refused_now(options: list[str], code: int, message: str) -> None:
+    done = systemd_unit("--", *options)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not done.stdout
