@@ -5,7 +5,7 @@ one line of JSON, ``{"v": 1, "command": "status"}``, with ``"arguments"`` where 
 when it is done, is one line,
 ``{"v": 1, "ok": true, "result": ...}`` or ``{"v": 1, "ok": false, "error": "..."}``. A client that
 sends garbage, too much, or nothing at all costs one bounded entry in a table: the server never
-blocks on it, and the oldest goes when the table is full.
+blocks on it, and when the table is full, the oldest goes that is not waiting for the end of its command.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ class ControlServer:
             return
         connection.setblocking(False)
         if len(self._clients) >= MAX_CLIENTS:
-            self._drop(next(iter(self._clients.values())))
+            oldest = next(iter(self._clients.values()))
+            self._drop(next((each for each in self._clients.values() if not each.waits), oldest))
         client = _Client(connection)
         self._clients[connection] = client
         self._selector.register(

@@ -250,7 +250,7 @@ def test_without_processes_a_worker_is_started_later(everybodys_folder: Path, et
             assert isinstance(first, int)
             # By themselves, since root may lack CAP_SYS_RESOURCE in a container.
             limit = [*as_nobody, "prlimit", f"--pid={process.pid}"]
-            _, hard = resource.prlimit(process.pid, resource.RLIMIT_NPROC)
+            _, hard = resource.getrlimit(resource.RLIMIT_NPROC)  # inherited
             subprocess.run([*limit, "--nproc=1:"], check=True)
             send_signal(first, signal.SIGKILL)
             eventually(
