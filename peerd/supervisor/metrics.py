@@ -124,7 +124,7 @@ class MetricsServer:
     ) -> None:
         """The listener must not block. It is the server's from here on."""
         self._collector = collector
-        self._form = _Form(collector)
+        self._form: _Form | None = _Form(collector)
         self._status = status
         self._selector = loop.selector
         self._clients: dict[socket.socket, _Client] = {}
@@ -138,8 +138,8 @@ class MetricsServer:
         self._listener = Listener(loop, listener, self._admit)
 
     def peers_have_changed(self) -> None:
-        """There are more or fewer of them: the text has other lines."""
-        self._form = _Form(self._collector)
+        """There are more or fewer of them: the text has other lines, from the next scrape on."""
+        self._form = None
         self._text_until_s = 0.0
 
     def close(self) -> None:
@@ -209,6 +209,7 @@ class MetricsServer:
     def _metrics(self) -> _Response:
         begun_s = time.monotonic()
         if begun_s >= self._text_until_s:
+            self._form = self._form or _Form(self._collector)
             self._text = self._form.filled_in()
             ended_s = time.monotonic()
             self._text_until_s = ended_s + SPARED * (ended_s - begun_s)
