@@ -317,13 +317,24 @@ def test_old_workers_are_replaced_and_nothing_is_lost(supervised: Supervised) ->
     numbers = Sequence(running.ports[0])
     with numbers.going():
         eventually(lambda: len(events(running, "replaced")) >= 4, within_s=15)
+        eventually(lambda: not set(pids(running)) & set(before))
     assert numbers.received == list(range(numbers.sent))
-    assert not set(pids(running)) & set(before)
     assert events(running, "died") == []
     assert "having been ready for 2 s (--max-age)" in running.err or (
         "having been ready for 3 s (--max-age)" in running.err
     )
     assert [peer["restarts"] for peer in running.status()["peers"]] == [0, 0]
+
+
+def test_recycling_rests_when_the_app_is_broken(supervised: Supervised) -> None:
+    running = start(supervised, "--max-age=1")
+    before = pids(running)
+    (supervised.folder / "numbers.py").write_text("raise ValueError('broken today')\n")
+    eventually(lambda: "not replaced, and tried again in 60 s" in running.err, within_s=10)
+    assert "ValueError: broken today" in running.err
+    assert pids(running) == before
+    assert len(events(running, "not replaced")) == 1
+    assert raw_client.request(running.ports[0], b"SEQ", b"x")[2] == b"x"
 
 
 def test_large_workers_are_replaced_and_nothing_is_lost(supervised: Supervised) -> None:
