@@ -5,7 +5,7 @@ one line of JSON, ``{"v": 1, "command": "status"}``, with ``"arguments"`` where 
 when it is done, is one line,
 ``{"v": 1, "ok": true, "result": ...}`` or ``{"v": 1, "ok": false, "error": "..."}``. A client that
 sends garbage, too much, or nothing at all costs one bounded entry in a table: the server never
-blocks on it, and the oldest goes when the table is full.
+blocks on it, and when the table is full, the oldest goes that is not waiting for the end of its command.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from typing import Any
 import orjson
 
 from peerd.errors import ControlError, NotRunningError
+from peerd.supervisor.listener import Listener
+from peerd.supervisor.loop import Loop
 
 log = logging.getLogger(__name__)
 
@@ -126,46 +128,32 @@ def find_running() -> Path:
 class ControlServer:
     """Answers commands from within the supervisor's selector; never blocks."""
 
-    def __init__(
-        self, path: Path, commands: Mapping[str, Command], selector: selectors.BaseSelector
-    ) -> None:
+    def __init__(self, path: Path, commands: Mapping[str, Command], loop: Loop) -> None:
         """Raises OSError when the place cannot be written, ControlError when somebody answers there."""
         self._commands = commands
-        self._selector = selector
+        self._selector = loop.selector
         self._clients: dict[socket.socket, _Client] = {}
         self._path = path
-        self._listener = _listen(path)
+        self._listener = Listener(loop, _listen(path), self._admit)
         self._inode = path.stat().st_ino
-        selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def close(self) -> None:
         for client in list(self._clients.values()):
             self._drop(client)
-        self._selector.unregister(self._listener)
         self._listener.close()
         # Only our own file: after a clean-up by somebody, it may be a successor's.
         with contextlib.suppress(OSError):
             if self._path.stat().st_ino == self._inode:
                 self._path.unlink()
 
-    def fds(self) -> list[int]:
-        return [self._listener.fileno(), *(client.fileno() for client in self._clients)]
-
-    def _accept(self, _events: int) -> None:
-        for _ in range(MAX_CLIENTS):
-            try:
-                connection, _address = self._listener.accept()
-            except OSError:  # no more, or no descriptor left
-                return
-            if _is_allowed(connection):
-                self._admit(connection)
-            else:
-                connection.close()
-
     def _admit(self, connection: socket.socket) -> None:
+        if not _is_allowed(connection):
+            connection.close()
+            return
         connection.setblocking(False)
         if len(self._clients) >= MAX_CLIENTS:
-            self._drop(next(iter(self._clients.values())))
+            oldest = next(iter(self._clients.values()))
+            self._drop(next((each for each in self._clients.values() if not each.waits), oldest))
         client = _Client(connection)
         self._clients[connection] = client
         self._selector.register(

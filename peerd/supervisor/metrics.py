@@ -47,6 +47,8 @@ from prometheus_client.registry import Collector
 
 from peerd._scoreboard import COUNTER_NAMES, PeerState, RegistryState, Scoreboard, Slot
 from peerd.supervisor.history import History
+from peerd.supervisor.listener import Listener
+from peerd.supervisor.loop import Loop
 from peerd.supervisor.peer import Peer
 from peerd.supervisor.sockets import QueueState
 from peerd.supervisor.status import StatusReport
@@ -118,14 +120,13 @@ class MetricsServer:
         listener: socket.socket,
         collector: ScoreboardCollector,
         status: StatusReport,
-        selector: selectors.BaseSelector,
+        loop: Loop,
     ) -> None:
         """The listener must not block. It is the server's from here on."""
-        self._listener = listener
         self._collector = collector
         self._form: _Form | None = _Form(collector)
         self._status = status
-        self._selector = selector
+        self._selector = loop.selector
         self._clients: dict[socket.socket, _Client] = {}
         self._text = b""
         self._text_until_s = 0.0
@@ -134,7 +135,7 @@ class MetricsServer:
             b"/healthz/live": lambda: _response(HTTPStatus.OK, b"live\n"),
             b"/healthz/ready": self._ready,
         }
-        selector.register(listener, selectors.EVENT_READ, self._accept)
+        self._listener = Listener(loop, listener, self._admit)
 
     def peers_have_changed(self) -> None:
         """There are more or fewer of them: the text has other lines, from the next scrape on."""
@@ -144,25 +145,16 @@ class MetricsServer:
     def close(self) -> None:
         for client in list(self._clients.values()):
             self._drop(client)
-        self._selector.unregister(self._listener)
         self._listener.close()
 
-    def _accept(self, _events: int) -> None:
+    def _admit(self, connection: socket.socket) -> None:
         now_s = time.monotonic()
-        for client in [each for each in self._clients.values() if each.deadline_s <= now_s]:
-            self._drop(client)
-        for _ in range(MAX_CLIENTS):
-            try:
-                connection, _address = self._listener.accept()
-            except OSError:  # no more, or no descriptor left
-                return
-            if len(self._clients) >= MAX_CLIENTS:
-                self._drop(next(iter(self._clients.values())))
-            connection.setblocking(False)
-            self._admit(_Client(connection, now_s + CLIENT_TIMEOUT_S))
-
-    def _admit(self, client: _Client) -> None:
-        self._clients[client.connection] = client
+        for late in [each for each in self._clients.values() if each.deadline_s <= now_s]:
+            self._drop(late)
+        if len(self._clients) >= MAX_CLIENTS:
+            self._drop(next(iter(self._clients.values())))
+        connection.setblocking(False)
+        client = self._clients[connection] = _Client(connection, now_s + CLIENT_TIMEOUT_S)
         self._selector.register(
             client.connection, selectors.EVENT_READ, lambda _: self._read(client)
         )

@@ -41,6 +41,10 @@ WITHDRAW_TIMEOUT_S = 2.0
 """For how long a peer that is scaled away serves on while its record is not revoked: etcd may be away."""
 
 
+RECYCLE_REST_S = 60.0
+"""After a worker could not be replaced: the next one would most likely load the same broken app."""
+
+
 class Reloads:
     """Replaces all workers, one at a time; the first that cannot be ends it, and the rest stay."""
 
@@ -311,27 +315,44 @@ def _slot(row: dict[str, object]) -> int:
 
 
 class Recycler:
-    """Replaces workers that are too old or too large, one at a time: each has loaded the app anew."""
+    """Replaces workers that are too old or too large, one at a time: each has loaded the app anew.
+
+    All that one look has found are replaced before the next one, so the first slots, which are due again
+    soon where there are many, cannot keep the last ones waiting.
+    """
 
     def __init__(self, settings: SupervisorSettings, peers: Mapping[int, Peer]) -> None:
         self._settings = settings
         self._peers = peers
-        self._is_busy = False
+        self._due: deque[tuple[Peer, str]] = deque()
+        self._rests_until_s = 0.0
         self._large: dict[int, int] = {}
 
     def look(self) -> None:
         """To be called every few seconds."""
+        if self._due or time.monotonic() < self._rests_until_s:
+            return
         for peer in self._peers.values():
-            if self._is_busy:
-                return
             why = None if peer.is_replacing else self._reason(peer)
             if why is not None:
-                log.info("peer %s: its worker is replaced, %s", peer.peer_id, why)
-                self._is_busy = True
-                peer.replace(self._told)
+                self._due.append((peer, why))
+        self._next()
 
-    def _told(self, _result: Replaced | str) -> None:
-        self._is_busy = False
+    def _next(self) -> None:
+        while self._due and self._due[0][0].slot.state is not PeerState.READY:
+            self._due.popleft()
+        if self._due:
+            peer, why = self._due[0]
+            log.info("peer %s: its worker is replaced, %s", peer.peer_id, why)
+            peer.replace(self._told)
+
+    def _told(self, result: Replaced | str) -> None:
+        peer, _ = self._due.popleft()
+        if isinstance(result, str) and peer.slot.state is PeerState.READY:
+            log.error("not replaced, and tried again in %g s: %s", RECYCLE_REST_S, result)
+            self._due.clear()
+            self._rests_until_s = time.monotonic() + RECYCLE_REST_S
+        self._next()
 
     def _reason(self, peer: Peer) -> str | None:
         ready_for_s, limit_s = peer.ready_for_s, self._settings.max_age_s

@@ -335,12 +335,13 @@ class Peer:
         self.slot.log_dropped += worker.lines_dropped  # its writer is dead
         lost = self.slot.settle()
         self.slot.lost_in_flight += lost
-        if self._replacement is not None and self.successor is not None:
+        successor = self.successor
+        if self._replacement is not None and successor and successor.killed_for != "stop":
             self._predecessor_has_ended(worker, end, lost)
         elif self._stops:
             if end.code != EX_OK and worker.killed_for != "stop" and worker.is_ready:
                 self._certify(worker, end, lost, "stopping")
-            self._fail_replacement(f"the worker: {end}")
+            self._fail_replacement("it is stopping")
             self._has_perhaps_ended()
         elif worker.failure is not None:
             self._host.history.note(

@@ -412,7 +412,7 @@ class Supervisor:
         }
         path = self._surroundings.control_path
         try:
-            self._control = ControlServer(path, commands, self.loop.selector)
+            self._control = ControlServer(path, commands, self.loop)
         except (OSError, ControlError) as error:
             log.info("no control socket, so no 'peerd status': %s: %s", path, error)
 
@@ -427,7 +427,7 @@ class Supervisor:
             self._peers, self._board, self._status, self.history, self._surroundings
         )
         self._metrics = MetricsServer(
-            self._surroundings.metrics_socket, collector, self._status, self.loop.selector
+            self._surroundings.metrics_socket, collector, self._status, self.loop
         )
 
     def _release(self) -> None:

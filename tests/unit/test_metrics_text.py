@@ -191,13 +191,14 @@ def test_a_text_larger_than_the_socket_takes_arrives_whole_and_blocks_nobody(
     listener = listen(Address("127.0.0.1", 0), "--metrics")
     # What is accepted inherits it. The least that the kernel grants is less than the text.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-    with selectors.DefaultSelector() as selector:
-        server = metrics.MetricsServer(listener, collector, status, selector)
-        try:
-            with socket.create_connection(listener.getsockname()[:2]) as client:
-                answer, turns = ask(client, selector)
-        finally:
-            server.close()
+    loop = Loop()
+    server = metrics.MetricsServer(listener, collector, status, loop)
+    try:
+        with socket.create_connection(listener.getsockname()[:2]) as client:
+            answer, turns = ask(client, loop.selector)
+    finally:
+        server.close()
+        loop.close()
     headers, _, body = answer.partition(b"\r\n\r\n")
     assert f"Content-Length: {len(body)}" in headers.decode().split("\r\n")
     assert body.count(b"\n") == metrics._Form(collector).filled_in().count(b"\n")
