@@ -60,7 +60,7 @@ class ChaosSettings:
     seconds: float = 20.0
     peers: int = 4
     rate: float = 4000.0
-    """Datagrams a second, to all peers together."""
+    """Datagrams a second, to all peers of the beginning together; more of them get more."""
 
     handler_s: float = 0.0002
     """What a handler sleeps, so that queues are seldom empty."""
@@ -125,6 +125,11 @@ class _Seen:
     unanswered: list[str] = field(default_factory=list)
     """Commands."""
 
+    away_since_s: dict[int, float] = field(default_factory=dict)
+    """Slots that are not ready."""
+
+    longest_away_s: float = 0.0
+
 
 class _Chaos:
     def __init__(
@@ -187,15 +192,21 @@ class _Chaos:
             time.sleep(max(0.0, min(LOOK_S, self._begun_s + at_s - time.monotonic())))
 
     def _look(self) -> None:
-        """Note who has died since, and restart who is parked."""
+        """Note who has died since and who is away, and restart who is parked."""
         for event in self._subject.events(self._seen.last_event):
             self._seen.last_event = event["number"]
             if event["event"] == "died" and "peer_id" in event:
                 self._seen.deaths.append(event)
+        now_s = time.monotonic()
+        away_since_s, self._seen.away_since_s = self._seen.away_since_s, {}
         for peer in self._subject.peers():
+            slot = peer["slot"]
             if peer["state"] == "crashloop":
-                self._tell(f"slot {peer['slot']} is parked")
-                self._do(Action(at_s=0.0, kind=Kind.RESTART, slot=peer["slot"]))
+                self._tell(f"slot {slot} is parked")
+                self._do(Action(at_s=0.0, kind=Kind.RESTART, slot=slot))
+            if peer["state"] != "ready":
+                since_s = self._seen.away_since_s[slot] = away_since_s.get(slot, now_s)
+                self._seen.longest_away_s = max(self._seen.longest_away_s, now_s - since_s)
 
     def _do(self, action: Action) -> None:
         self._seen.done[action.kind] += 1
@@ -274,7 +285,12 @@ class _Chaos:
                 self._subject.send(number)
                 _wait_for(lambda: len(self._subject.peers()) == wanted, COMMAND_TIMEOUT_S)
         finally:
-            self._load.add(self._all_ports())
+            ports = self._all_ports()
+            self._load.add(ports)
+            self._load.pace(self._rate_for(len(ports)))
+
+    def _rate_for(self, peers: int) -> float:
+        return self._settings.rate * peers / self._settings.peers
 
     def _command(self, name: str, **arguments: object) -> None:
         self._subject.command(name, **arguments)
@@ -302,7 +318,6 @@ class _Chaos:
 
     def _settle(self, descriptors: list[str]) -> None:
         self._tell("settling")
-        begun_s = time.monotonic()
         for pid in self._stopped:
             self._subject.send_child(pid, signal.SIGCONT)
         for future in self._futures:
@@ -313,10 +328,15 @@ class _Chaos:
             not self._seen.unanswered,
             f"within {COMMAND_TIMEOUT_S:g} s, not: {', '.join(self._seen.unanswered) or 'none'}",
         )
-        ready = _wait_for(self._all_ready, READY_WITHIN_S)
-        waited_s = time.monotonic() - begun_s
-        states = Counter(peer["state"] for peer in self._subject.peers())
-        self._check("every peer is ready again", ready, f"{dict(states)} after {waited_s:.1f} s")
+        # What is queued may hold what a worker dies of.
+        self._load.pace(0.0)
+        recovered = _wait_for(self._is_idle, ANSWERED_WITHIN_S)
+        self._check(
+            "every peer is ready again",
+            recovered and self._seen.longest_away_s <= READY_WITHIN_S,
+            f"{_states(self._subject.peers())}; away for {self._seen.longest_away_s:.1f} s at most",
+        )
+        self._load.pace(self._rate_for(len(self._all_ports())))
         self._check_commands()
         answered = self._load.finish(ANSWERED_WITHIN_S)
         self._look()
@@ -513,8 +533,13 @@ class _Chaos:
         return [peer["port"] for peer in self._subject.peers()]
 
     def _all_ready(self) -> bool:
-        self._look()
         return all(peer["state"] == "ready" for peer in self._subject.peers())
+
+    def _is_idle(self) -> bool:
+        """All are ready and have nothing to do."""
+        self._look()
+        peers = self._subject.peers()
+        return self._all_ready() and not _sum(peers, "rx_queued_bytes")
 
     def _tell(self, text: str) -> None:
         self._tell_of(time.monotonic() - self._begun_s, text)
@@ -531,6 +556,11 @@ def _wait_for(fact: Callable[[], bool], within_s: float) -> bool:
             return False
         time.sleep(POLL_S)
     return True
+
+
+def _states(peers: Iterable[dict[str, Any]]) -> str:
+    counts = Counter(peer["state"] for peer in peers)
+    return ", ".join(f"{count} {state}" for state, count in counts.items())
 
 
 def _sum(peers: Iterable[dict[str, Any]], name: str) -> int:
