@@ -7,9 +7,11 @@ import os
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -22,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import raw_client
 from eventually import eventually
 from peerd.address import MAX_PORT
+from peerd.chaos.load import Load
 from peerd.supervisor import control, metrics
 from supervised import Running, Supervised, send_signal
 
@@ -30,6 +33,11 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 # Nobody is there: what is measured here needs no records.
 NO_ETCD = "http://127.0.0.1:1"
+
+
+LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
+KILLS = 200 if LONG else 25
+KILLED_PEERS = 8
 
 
 def free_tcp_port() -> int:
@@ -64,7 +72,11 @@ def is_ready(port: int) -> bool:
 
 def scrape(port: int) -> tuple[Samples, Samples]:
     """Everything, and of it what must never go back."""
-    status, text = get(port, "/metrics")
+    return parse(get(port, "/metrics"))
+
+
+def parse(answer: tuple[int, str]) -> tuple[Samples, Samples]:
+    status, text = answer
     assert status == 200
     every: Samples = {}
     rising: Samples = {}
@@ -183,6 +195,47 @@ def test_no_counter_goes_back_over_20_kills(supervised: Supervised) -> None:
         assert of_peer(samples, "peerd_rx_messages_total", running, slot) > 0
 
 
+def test_scrapes_are_quick_while_workers_are_killed_all_the_time(supervised: Supervised) -> None:
+    """200 with PEERD_LONG_TESTS=1. Who is parked is started by hand, to die again."""
+    port = free_tcp_port()
+    running = start(supervised, port, "--app=peerd.chaos.app:app", peers=KILLED_PEERS)
+    eventually(lambda: is_ready(port))
+    chance = random.Random(10)
+    with Load(running.ports, rate=2_000.0), watched(port) as seen:
+        for _ in range(KILLS):
+            slot = chance.randrange(KILLED_PEERS)
+            pid = serving(running, slot)
+            send_signal(pid, signal.SIGKILL)
+            eventually(partial(is_replaced, running, slot, pid))
+        for slot in range(KILLED_PEERS):
+            serving(running, slot)
+        scraped = len(seen)
+        eventually(lambda: len(seen) > scraped + 1)
+    eventually(lambda: check_against_status(running, port))
+    restarts = sum(peer["restarts"] for peer in running.status()["peers"])
+    assert restarts >= KILLS
+    # The rest is what this process and the supervisor wait for a CPU, as others have it as well.
+    assert statistics.quantiles(seen, n=20)[-1] <= 0.02, sorted(seen)[-len(seen) // 20 :]
+
+
+def is_replaced(running: Running, slot: int, pid: int) -> bool:
+    return bool(running.peer(slot)["pid"] != pid)
+
+
+def serving(running: Running, slot: int) -> int:
+    """The pid of a slot's worker, once it has one that serves."""
+
+    def pid() -> int | None:
+        peer = running.peer(slot)
+        if peer["state"] in ("backoff", "crashloop"):
+            control.request(running.control, "restart", {"slot": slot}, timeout_s=30.0)
+        return peer["pid"] if peer["state"] == "ready" else None
+
+    found = eventually(pid, within_s=30)
+    assert found is not None
+    return found
+
+
 def restarted(running: Running, times: int) -> bool:
     peers = running.status()["peers"]
     return all(peer["restarts"] == times and peer["state"] == "ready" for peer in peers)
@@ -215,20 +268,23 @@ def pings(ports: Sequence[int]) -> Iterator[None]:
 
 
 @contextmanager
-def watched(port: int) -> Iterator[list[None]]:
-    """Scrapes all the time; grows by one for each. Fails at the end if anything went back."""
-    stop, seen, wrong = threading.Event(), list[None](), list[object]()
+def watched(port: int) -> Iterator[list[float]]:
+    """Scrapes all the time, and how long each took, in seconds. Fails at the end if anything went back."""
+    stop, seen, wrong = threading.Event(), list[float](), list[object]()
 
     def watch() -> None:
         before: Samples = {}
         try:
             while not stop.is_set():
-                _, now = scrape(port)
+                asked_s = time.monotonic()
+                answer = get(port, "/metrics")
+                took_s = time.monotonic() - asked_s
+                _, now = parse(answer)
                 assert before.keys() <= now.keys()
                 back = {key: (old, now[key]) for key, old in before.items() if now[key] < old}
                 assert not back
                 before = now
-                seen.append(None)
+                seen.append(took_s)
         except BaseException as error:
             wrong.append(error)
 

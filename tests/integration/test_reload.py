@@ -11,13 +11,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import orjson
 import pytest
 
 from eventually import eventually
 from peerd import decode, encode
+from peerd.chaos.load import Load
 from peerd.registry import Joined, Registry
+from peerd.supervisor import control
 from supervised import Running, Supervised, is_gone, send_signal
 
 PLAIN = """
@@ -170,6 +173,42 @@ def test_a_successor_that_cannot_start_leaves_the_worker_serving(supervised: Sup
         assert pids(running) == before
     assert version_of(running, 0) == version_of(running, 1) == b"1"
     assert all(peer["restarts"] == 0 for peer in running.status()["peers"])
+
+
+def test_a_broken_app_costs_nothing_under_load(supervised: Supervised) -> None:
+    """By SIGHUP and by command: each tries one successor, and its traceback is shown once."""
+    running = start(supervised, PLAIN, peers=8)
+    before = pids(running)
+    with Load(running.ports, rate=4_000.0) as load:
+        eventually(lambda: load.report().sent > 1_000)
+        (supervised.folder / "reloaded.py").write_text(
+            "import peerd\nraise ValueError('broken today')\n"
+        )
+        running.signal(signal.SIGHUP)
+        eventually(lambda: "ValueError: broken today" in running.err)
+        done = peerd("reload", f"--control={running.control}")
+        assert done.returncode == 1
+        assert done.stderr.count("Traceback") == 1
+        assert "ValueError: broken today" in done.stderr
+        sent = load.report().sent
+        eventually(lambda: load.report().sent > sent + 1_000)
+        report = load.finish()
+    assert report.finished
+    assert (report.dropped, report.foreign) == (0, 0)
+    assert (report.missing, report.doubled, report.out_of_order) == (0, 0, 0)
+    assert pids(running) == before
+    assert running.err.count("Traceback") == 2
+    for peer in running.status()["peers"]:
+        assert (peer["restarts"], peer["lost_in_flight"], peer["rx_dropped"]) == (0, 0, 0)
+    failed = [each for each in events(running) if each["event"] == "not replaced"]
+    assert len(failed) == 2
+    assert running.status()["supervisor"]["state"] == "ready"
+
+
+def events(running: Running) -> list[dict[str, Any]]:
+    found = control.request(running.control, "events")
+    assert isinstance(found, list)
+    return found
 
 
 def test_sighup_reloads(supervised: Supervised) -> None:
