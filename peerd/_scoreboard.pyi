@@ -70,6 +70,9 @@ class Slot:
     def unfinished(self) -> int:
         """Datagrams that were read and not answered. Exact when the worker is dead, wherever that met it;
         of a living one it is a glance."""
+    def settle(self) -> int:
+        """The last value of ``unfinished`` of a worker that is dead, and from here on it is 0: it is counted
+        once, however many workers come and go before the next one reads. Only the supervisor does this."""
     @property
     def progress(self) -> tuple[int, int]:
         """A value that changes as long as the worker gets on: heartbeat and messages handed out."""

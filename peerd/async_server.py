@@ -34,6 +34,9 @@ MAX_SUSPENDED = 10_000
 HEARTBEAT_S = 0.25
 """How often an idle loop is turned, so that its heartbeat goes on."""
 
+FLUSH_S = 0.5
+"""What the last replies have beyond the end of a drain."""
+
 BLOCKED_RETRY_S = 0.001
 """How soon a reply that the kernel did not take is tried again."""
 
@@ -63,6 +66,7 @@ class AsyncServer:
         self._reading = False
         self._flushing = False
         self._leaves_queue = False
+        self._is_over = False
 
     async def serve(self, on_serving: Callable[[], None], drain_timeout_s: float) -> None:
         """See :func:`run`. ``on_serving`` is called when the loop has turned once."""
@@ -81,6 +85,7 @@ class AsyncServer:
         finally:
             self._do_not_read()
             self._heartbeat.cancel()
+            self._is_over = True
             tasks = list(self._continued)
             if self._spare is not None:
                 tasks.append(self._spare.task)
@@ -101,7 +106,8 @@ class AsyncServer:
     async def _drain(self, until_s: float) -> None:
         """Serve what the queue holds, then wait for the handlers under way and their replies.
 
-        Where a successor reads on, the queue is left to it.
+        Where a successor reads on, the queue is left to it, and handlers have all the time that the
+        supervisor gives a loop that does not turn (its stuck clock).
         """
         while (
             not self._leaves_queue and time.monotonic() < until_s and await self._turn_in_callback()
@@ -109,7 +115,9 @@ class AsyncServer:
             pass
         self._do_not_read()
         if self._continued:
-            await asyncio.wait(self._continued, timeout=max(0.0, until_s - time.monotonic()))
+            left_s = max(0.0, until_s - time.monotonic())
+            await asyncio.wait(self._continued, timeout=None if self._leaves_queue else left_s)
+            until_s = max(until_s, time.monotonic() + FLUSH_S)
         while self._core.queued_replies and time.monotonic() < until_s:
             self._core.flush()
             await asyncio.sleep(BLOCKED_RETRY_S)
@@ -173,11 +181,16 @@ class AsyncServer:
 
     def _take_spare(self) -> _SpareTask:
         if self._spare is None:
-            self._spare = _SpareTask(self._events, self._core, self._forget_spare)
+            self._spare = _SpareTask(self._events, self._core, self._forget_spare, self._abandoned)
         return self._spare
 
     def _forget_spare(self) -> None:
         self._spare = None
+
+    def _abandoned(self) -> None:
+        """A handler was cancelled. At the end its datagram stays unfinished: it is lost, and counted so."""
+        if not self._is_over:
+            self._core.abandon()
 
     def _continue(
         self, spare: _Spare, coroutine: Coroutine[Any, Any, Reply], awaited: Any, message: Message
@@ -203,13 +216,18 @@ class _SpareTask(Coroutine[Any, Any, None]):
     """
 
     def __init__(
-        self, events: asyncio.AbstractEventLoop, core: DatagramLoop, forget: Callable[[], None]
+        self,
+        events: asyncio.AbstractEventLoop,
+        core: DatagramLoop,
+        forget: Callable[[], None],
+        abandoned: Callable[[], None],
     ) -> None:
         self.context = contextvars.copy_context()
         self.clean_context = self.context.copy()
         self._events = events
         self._core = core
         self._forget = forget
+        self._abandoned = abandoned
         self._parked: asyncio.Future[None] = events.create_future()
         self._coroutine: Coroutine[Any, Any, Reply] | None = None
         self._awaited: Any = None
@@ -265,7 +283,7 @@ class _SpareTask(Coroutine[Any, Any, None]):
         except StopIteration as end:
             self._core.answer(self._message, end.value)
         except asyncio.CancelledError:
-            self._core.abandon()
+            self._abandoned()
             raise
         except Exception as error:
             self._core.answer(self._message, error)

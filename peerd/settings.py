@@ -179,8 +179,9 @@ class SupervisorSettings:
     """The kernel's receive buffer of each peer, which bridges a restart: at 20,000 datagrams a
     second, the default of 208 KiB lost a tenth of them over a restart and 4 MiB none."""
 
-    drain_timeout_s: float = 1.0
-    """For how long a stopping worker serves what its socket's queue still holds."""
+    drain_timeout_s: float = 5.0
+    """For how long a stopping worker serves what its socket's queue still holds: it, and two seconds for
+    the records to be revoked, should end before ``stop_timeout_s``."""
 
     stop_timeout_s: float = 8.0
     """The hard end of a stop, below the 10 s after which container runtimes kill."""

@@ -74,6 +74,32 @@ class RegistryState(IntEnum):
     LOST = 2
 
 
+cdef uint64_t taken(SlotData *data):
+    """With what a recvmmsg had done that nobody came to count."""
+    cdef uint64_t i
+    cdef uint64_t count = data.counters[RX_DATAGRAMS]
+    if data.flight.receiving:
+        count = data.flight.rx_datagrams_before
+        for i in range(data.flight.receiving):
+            if data.flight.rx[i].msg_len == UNTOUCHED:
+                break
+            count += segments(&data.flight.rx[i])
+    return count
+
+
+cdef uint64_t handled(SlotData *data):
+    """With what a sendmmsg had done that nobody came to count."""
+    cdef uint64_t i
+    cdef uint64_t count = data.counters[HANDLED]
+    if data.flight.sending:
+        count = data.flight.handled_before
+        for i in range(data.flight.sending):
+            if data.flight.tx[i].msg_len == UNTOUCHED:
+                break
+            count += data.flight.tx_datagrams[i]
+    return count
+
+
 @cython.final
 cdef class Slot:
     def __init__(self):
@@ -211,22 +237,14 @@ cdef class Slot:
 
     @property
     def unfinished(self):
-        cdef uint64_t taken = self.data.counters[RX_DATAGRAMS]
-        cdef uint64_t handled = self.data.counters[HANDLED]
-        cdef uint64_t i
-        if self.data.flight.receiving:
-            taken = self.data.flight.rx_datagrams_before
-            for i in range(self.data.flight.receiving):
-                if self.data.flight.rx[i].msg_len == UNTOUCHED:
-                    break
-                taken += segments(&self.data.flight.rx[i])
-        if self.data.flight.sending:
-            handled = self.data.flight.handled_before
-            for i in range(self.data.flight.sending):
-                if self.data.flight.tx[i].msg_len == UNTOUCHED:
-                    break
-                handled += self.data.flight.tx_datagrams[i]
-        return taken - handled
+        return taken(self.data) - handled(self.data)
+
+    def settle(self):
+        lost = self.unfinished
+        self.data.counters[RX_DATAGRAMS] = taken(self.data)
+        self.data.counters[HANDLED] = self.data.counters[RX_DATAGRAMS]
+        self.data.flight.receiving = self.data.flight.sending = 0
+        return lost
 
     @property
     def progress(self):

@@ -53,11 +53,6 @@ class Pending:
         if self._deliver is not None:
             self._deliver(answer)
 
-    def _deliver_to(self, deliver: Callable[[dict[str, object]], None]) -> None:
-        self._deliver = deliver
-        if self._answer is not None:  # it took no time at all
-            deliver(self._answer)
-
 
 def directory() -> Path:
     """Where sockets live by default: the user's run-time directory, or one that only they can use."""
@@ -207,11 +202,13 @@ class ControlServer:
         if newline and not client.unsent and not client.waits:
             client.received = rest
             answer = self._answer(line)
-            if isinstance(answer, Pending):
+            if isinstance(answer, Pending) and answer._answer is None:
                 client.waits = True
-                answer._deliver_to(lambda answer: self._deliver(client, answer))
-            else:
-                client.unsent = orjson.dumps(answer) + b"\n"
+                answer._deliver = lambda answer: self._deliver(client, answer)
+                return
+            if isinstance(answer, Pending):  # it took no time at all
+                answer = answer._answer or {}
+            client.unsent = orjson.dumps(answer) + b"\n"
 
     def _deliver(self, client: _Client, answer: dict[str, object]) -> None:
         if client.connection in self._clients:
@@ -247,7 +244,8 @@ class ControlServer:
         )
 
     def _drop(self, client: _Client) -> None:
-        del self._clients[client.connection]
+        if self._clients.pop(client.connection, None) is None:
+            return
         self._selector.unregister(client.connection)
         client.connection.close()
 

@@ -13,7 +13,7 @@ import resource
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from peerd._scoreboard import PeerState
@@ -164,8 +164,7 @@ class Scaler:
         if self._starting.pop(peer.slot.index, None) is None:
             return False
         self._failure = self._failure or why
-        for each in self._started:
-            self._end(each)
+        self._end(self._started)
         return True
 
     def is_withdrawn(self) -> None:
@@ -229,8 +228,7 @@ class Scaler:
         self._on_change()
         for peer in self._started:
             peer.start()
-        for index in range(self._before - 1, target - 1, -1):
-            self._end(self._peers[index])
+        self._end([self._peers[index] for index in range(self._before - 1, target - 1, -1)])
 
     def _check(self, target: int) -> None:
         last_port = self._settings.base_port + target - 1
@@ -251,26 +249,28 @@ class Scaler:
                 f"{limit} (ulimit -n)"
             )
 
-    def _end(self, peer: Peer) -> None:
-        index = peer.slot.index
-        if index in self._ending:
-            return
-        self._starting.pop(index, None)
-        self._ending[index] = time.monotonic()
+    def _end(self, peers: Sequence[Peer]) -> None:
+        ending = [peer for peer in peers if peer.slot.index not in self._ending]
+        # All of them are noted before the first is told: one without a worker has ended at once.
+        for peer in ending:
+            self._starting.pop(peer.slot.index, None)
+            self._ending[peer.slot.index] = time.monotonic()
+        self._loop.call_later(WITHDRAW_TIMEOUT_S, lambda: self._drain(ending))
+        self._loop.call_later(self._settings.stop_timeout_s, lambda: self._kill(ending))
+        for peer in ending:
+            peer.stop()
+        self.is_withdrawn()  # where there was no record
 
-        def drain() -> None:
-            if index in self._ending and self._peers.get(index) is peer:
+    def _drain(self, ending: Sequence[Peer]) -> None:
+        for peer in ending:
+            if not peer.has_ended:
                 peer.drain()
 
-        def kill() -> None:
-            if index in self._ending and self._peers.get(index) is peer:
+    def _kill(self, ending: Sequence[Peer]) -> None:
+        for peer in ending:
+            if not peer.has_ended:
                 log.warning("the worker of %s has not stopped in time: SIGKILL", peer.peer_id)
                 peer.kill()
-
-        self._loop.call_later(WITHDRAW_TIMEOUT_S, drain)
-        self._loop.call_later(self._settings.stop_timeout_s, kill)
-        peer.stop()
-        self.is_withdrawn()  # where there was no record
 
     def _advance(self) -> None:
         if self._starting or self._ending or self._current is None:

@@ -43,9 +43,6 @@ from peerd.supervisor.workers import Worker, WorkerEntry, start_worker
 
 EX_OK = 0
 
-HAND_OVER_GRACE_S = 1.0
-"""What a worker has beyond its drain timeout to leave the socket to its successor."""
-
 QUEUE_TRIES = 3
 """How many workers are started to serve the queue of a peer that stops and has none."""
 
@@ -325,7 +322,7 @@ class Peer:
         self._cancel_boot()
         self.worker = None
         self.slot.pid = 0
-        lost = self.slot.unfinished
+        lost = self.slot.settle()
         self.slot.lost_in_flight += lost
         if self._replacement is not None and self.successor is not None:
             self._predecessor_has_ended(worker, end, lost)
@@ -472,14 +469,10 @@ class Peer:
         elif self.worker is None:
             self._take_over()
         elif replacement.handed_over_s is None:
-            worker = self.worker
-            worker.send(HAND_OVER)
+            # There is no deadline for it but the stuck clock: it may have much in hand.
+            self.worker.send(HAND_OVER)
             replacement.handed_over_s = time.monotonic()
             self._cancel_deadline()
-            self._deadline = self._host.loop.call_later(
-                self._host.settings.drain_timeout_s + HAND_OVER_GRACE_S,
-                lambda: self._does_not_leave(worker),
-            )
 
     def _predecessor_has_ended(self, worker: Worker, end: Exit, lost: int) -> None:
         """As it was told to, or because it died."""
@@ -518,11 +511,6 @@ class Peer:
             why = "it is stopping"
         self._not_replaced(why)
         self._has_perhaps_ended()
-
-    def _does_not_leave(self, worker: Worker) -> None:
-        if worker is self.worker:
-            self._say(logging.ERROR, "worker pid %d does not leave its socket: SIGKILL", worker.pid)
-            worker.kill("late")
 
     def _replaced(self, replacement: _Replacement, pid: int) -> None:
         self._replacement = None

@@ -358,22 +358,23 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Signals become bytes on a socketpair, and so events of the loop."""
+        """Signals become bytes on a socketpair, and so events of the loop.
+
+        Afterwards they are ignored: one more changes nothing about how this process ends.
+        """
         reader, writer = socket.socketpair()
         with reader, writer:
             reader.setblocking(False)
             writer.setblocking(False)
             previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-            previous = {
-                number: signal.signal(number, lambda *_: None)
-                for number in (*STOP_SIGNALS, *OTHER_SIGNALS)
-            }
+            for number in (*STOP_SIGNALS, *OTHER_SIGNALS):
+                signal.signal(number, lambda *_: None)
             self.loop.watch(reader.fileno(), lambda: self._read_signals(reader))
             try:
                 yield
             finally:
-                for number, handler in previous.items():
-                    signal.signal(number, handler)
+                for number in (*STOP_SIGNALS, *OTHER_SIGNALS):
+                    signal.signal(number, signal.SIG_IGN)
                 signal.set_wakeup_fd(previous_fd)
                 self.loop.close()
 

@@ -331,8 +331,9 @@ def test_a_peer_is_scaled_away_while_it_is_replaced(supervised: Supervised) -> N
 def test_a_stop_ends_a_scaling(supervised: Supervised) -> None:
     running = start(supervised, "--stop-timeout=2", peers=1, room=3, app=PLAIN)
     write_app(supervised, NEVER_LOADED)
-    scaling, waiting = Asked(running, "scale", peers=3), Asked(running, "scale", peers=2)
+    scaling = Asked(running, "scale", peers=3)
     eventually(lambda: len(running.tree()) == 5)
+    waiting = Asked(running, "scale", peers=2)
     tree = [process.pid for process in running.tree()]
     begun_s = time.monotonic()
     running.signal(signal.SIGTERM)

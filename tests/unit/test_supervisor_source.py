@@ -1,0 +1,90 @@
+"""What the supervisor's own code must not do, whatever it does."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "peerd" / "supervisor"
+SOURCES = sorted(FOLDER.glob("*.py"))
+
+WALL_CLOCK = {
+    "time.time",
+    "time.time_ns",
+    "time.localtime",
+    "time.gmtime",
+    "datetime.now",
+    "datetime.utcnow",
+    "datetime.today",
+}
+"""A step of the clock would be a timeout that is over, or never is."""
+
+BY_PID = {"os.kill", "os.killpg", "os.waitpid", "os.wait", "os.wait3", "os.wait4"}
+"""A pid may be somebody else's by now; a pidfd cannot be."""
+
+ALLOWED_BY_PID = {
+    # Between waitid(WNOWAIT) and waitid: the pid is the dead child's, and so is its group.
+    ("processes.py", "wait", "os.killpg"),
+    # There is no pidfd, as it could not be opened; nobody has reaped the child yet.
+    ("processes.py", "spawn", "os.kill"),
+    ("processes.py", "spawn", "os.waitpid"),
+}
+
+
+def calls(path: Path) -> list[tuple[str, str]]:
+    """(the function it stands in, what is called by its full name), aliases of imports resolved."""
+    tree = ast.parse(path.read_text())
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                # "datetime.datetime.now" and "datetime.now" are one.
+                full = alias.name if node.module == alias.name else f"{node.module}.{alias.name}"
+                names[alias.asname or alias.name] = full
+    found = []
+
+    def visit(node: ast.AST, function: str) -> None:
+        if isinstance(node, ast.FunctionDef):
+            function = node.name
+        if isinstance(node, ast.Attribute | ast.Name):
+            first, dot, rest = ast.unparse(node).partition(".")
+            full = f"{names.get(first, first)}{dot}{rest}"
+            found.append((function, full.replace("datetime.datetime.", "datetime.")))
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+
+    visit(tree, "")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[path.name for path in SOURCES])
+def test_time_is_monotonic(path: Path) -> None:
+    used = {name for _, name in calls(path)} & WALL_CLOCK
+    assert not used, f"{path.name} looks at the wall clock: {used}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[path.name for path in SOURCES])
+def test_nobody_is_signalled_or_reaped_by_a_bare_pid(path: Path) -> None:
+    for function, name in calls(path):
+        if name in BY_PID:
+            assert (path.name, function, name) in ALLOWED_BY_PID
+
+
+def test_the_exceptions_are_still_needed() -> None:
+    found = {(path.name, function, name) for path in SOURCES for function, name in calls(path)}
+    assert found >= ALLOWED_BY_PID
+
+
+def test_what_is_forbidden_is_found(tmp_path: Path) -> None:
+    source = tmp_path / "source.py"
+    source.write_text(
+        "import os, time as clock\nfrom datetime import datetime as dt\nfrom os import kill as k\n"
+        "def f(): clock.time(); dt.now(); k(1, 2); later(os.killpg)\n"
+    )
+    assert {("f", "time.time"), ("f", "datetime.now"), ("f", "os.kill"), ("f", "os.killpg")} <= set(
+        calls(source)
+    )
