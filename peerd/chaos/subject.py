@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from peerd.supervisor import control
 
 COMMAND_TIMEOUT_S = 90.0
 """Commands queue, and each of a full queue takes its time."""
+
+POLL_S = 0.05
 
 MARK = "PEERD_CHAOS_RUN"
 PORTS = range(10_000, 30_000)
@@ -43,6 +46,7 @@ class Subject:
     ) -> None:
         """Starts it. ``folder`` exists, and gets its output and whatever it writes."""
         self.folder = folder
+        self.etcd = etcd
         self.base_port = _free_ports(most_peers)
         self.prefix = f"chaos-{uuid.uuid4().hex[:12]}"
         self.control = folder / "control.sock"
@@ -151,6 +155,16 @@ class Subject:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+
+
+def wait_for(fact: Callable[[], bool], within_s: float) -> bool:
+    """Whether it came true in time."""
+    until_s = time.monotonic() + within_s
+    while not fact():
+        if time.monotonic() >= until_s:
+            return False
+        time.sleep(POLL_S)
+    return True
 
 
 def is_free(port: int) -> bool:
