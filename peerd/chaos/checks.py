@@ -36,8 +36,8 @@ class Invariant:
     """The numbers that it is about; of a broken one, those that show it."""
 
 
-def load(report: LoadReport, peers: Sequence[Mapping[str, Any]]) -> list[Invariant]:
-    """What the clients have and what the peers say of it."""
+def load(report: LoadReport, peers: Sequence[Mapping[str, Any]], ordered: bool) -> list[Invariant]:
+    """What the clients have and what the peers say of it. ``ordered``: whether they promise the order."""
     by_peer = {peer["slot"]: (report.of(peer["port"]).missing, _lost(peer)) for peer in peers}
     wrong = [
         f"slot {peer['slot']}: {by_peer[peer['slot']][0]} missing, {_reported([peer])}"
@@ -59,7 +59,7 @@ def load(report: LoadReport, peers: Sequence[Mapping[str, Any]]) -> list[Invaria
             "; ".join([f"{report.missing} missing; reported: {_reported(peers)}", *wrong]),
         ),
         Invariant("nothing is doubled", not report.doubled, str(report.doubled)),
-        Invariant("nothing is out of order", not report.out_of_order, str(report.out_of_order)),
+        *([_in_order(report)] if ordered else []),
         Invariant(
             "no datagram is an error",
             not any(errors.values()),
@@ -176,6 +176,10 @@ def nothing_left(subject: Subject, ports: Iterable[int]) -> Invariant:
 def log(subject: Subject) -> Invariant:
     count = (subject.folder / "err").read_text(errors="replace").count("Traceback")
     return Invariant("no traceback in the log", not count, str(count))
+
+
+def _in_order(report: LoadReport) -> Invariant:
+    return Invariant("nothing is out of order", not report.out_of_order, str(report.out_of_order))
 
 
 def _lost(peer: Mapping[str, Any]) -> int:

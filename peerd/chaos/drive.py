@@ -68,7 +68,10 @@ class ChaosSettings:
     """Datagrams a second, to all peers of the beginning together; more of them get more."""
 
     handler_s: float = 0.0002
-    """What a handler sleeps, so that queues are seldom empty."""
+    """What a plain handler sleeps, so that queues are seldom empty."""
+
+    coroutines: bool = False
+    """Handlers are coroutines, many at a time: a peer then does not promise the order of its answers."""
 
     kinds: frozenset[Kind] = frozenset(Kind)
 
@@ -100,6 +103,7 @@ def run(settings: ChaosSettings, folder: Path, tell: Tell) -> ChaosReport:
         subject = Subject(
             folder,
             etcd.endpoint,
+            app=f"peerd.chaos.app:{'coroutines' if settings.coroutines else 'app'}",
             peers=settings.peers,
             most_peers=settings.peers + SPARE_PEERS,
             arguments=[f"--ttl={LEASE_TTL_S}", f"--recv-buffer={RECV_BUFFER_BYTES}"],
@@ -339,7 +343,8 @@ class _Chaos:
         report = self._load.finish(ANSWERED_WITHIN_S)
         self._look()
         asked_to_die = self._seen.done[Kind.DIE]
-        self._invariants += checks.load(report, self._subject.peers())
+        ordered = not self._settings.coroutines
+        self._invariants += checks.load(report, self._subject.peers(), ordered)
         self._invariants.append(checks.deaths(self._seen.deaths, self._seen.harmed, asked_to_die))
         self._invariants.append(checks.records(self._subject, LEASE_TTL_S + 1.0))
         self._invariants.append(checks.processes(self._subject))

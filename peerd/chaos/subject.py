@@ -28,8 +28,6 @@ MARK = "PEERD_CHAOS_RUN"
 PORTS = range(10_000, 30_000)
 """Below the kernel's ephemeral ones."""
 
-APP = "peerd.chaos.app:app"
-
 
 class Subject:
     """A running supervisor with a folder, ports, a prefix and a control socket of its own."""
@@ -39,6 +37,7 @@ class Subject:
         folder: Path,
         etcd: str,
         *,
+        app: str,
         peers: int,
         most_peers: int,
         arguments: Sequence[str] = (),
@@ -53,7 +52,7 @@ class Subject:
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         self._mark = f"{MARK}={uuid.uuid4().hex}"
-        command = [sys.executable, "-m", "peerd", "supervise", f"--app={APP}"]
+        command = [sys.executable, "-m", "peerd", "supervise", f"--app={app}"]
         command += [f"--peers={peers}", f"--base-port={self.base_port}", f"--etcd={etcd}"]
         command += [f"--prefix={self.prefix}", f"--control={self.control}", *arguments]
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
