@@ -117,7 +117,7 @@ def run(settings: ChaosSettings, folder: Path, tell: Tell) -> ChaosReport:
 class _Seen:
     """What has been done, and what the supervisor has said of it."""
 
-    done: Counter[str] = field(default_factory=Counter)
+    done: Counter[Kind] = field(default_factory=Counter)
     harmed: set[int] = field(default_factory=set)
     """Workers that were killed or stopped."""
 
@@ -173,7 +173,8 @@ class _Chaos:
                 self._subject.kill()  # so that no command waits for its answer
                 raise
             self._stop()
-        return ChaosReport(self._settings.seed, dict(self._seen.done), tuple(self._invariants))
+        done = {str(kind): count for kind, count in self._seen.done.items()}
+        return ChaosReport(self._settings.seed, done, tuple(self._invariants))
 
     # The schedule
 
