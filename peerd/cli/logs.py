@@ -67,7 +67,8 @@ class _PatientWriter:
     """Writes what there is room for, and drops and counts the rest. Never blocks."""
 
     def __init__(self, fd: int, count_dropped: Callable[[int], None]) -> None:
-        self.fd = fd
+        self.fd = _terminal_of_its_own(fd) if os.isatty(fd) else fd
+        fd = self.fd
         self._count_dropped = count_dropped
         self._is_torn = False  # a line was begun and found no room for its end
         self._poll = select.poll()
@@ -84,7 +85,7 @@ class _PatientWriter:
                 data = b"\n" + data
             while written < len(data) and self._has_room():
                 written += os.write(self.fd, data[written : written + self._piece])
-        except OSError:  # nobody reads it any more, or a full disk: there is nowhere to say so
+        except OSError:  # a terminal that is full, nobody who reads it any more, or a full disk
             pass
         if written == len(data):
             self._is_torn = False
@@ -95,6 +96,16 @@ class _PatientWriter:
 
     def _has_room(self) -> bool:
         return any(events & select.POLLOUT for _, events in self._poll.poll(0))
+
+
+def _terminal_of_its_own(fd: int) -> int:
+    """A description of the terminal that does not block, and is nobody else's: poll() calls one writable that
+    has room for less than a line."""
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        return os.open(f"/proc/self/fd/{fd}", flags)
+    except OSError:  # another user's, after su
+        return fd
 
 
 class _Raw(io.RawIOBase):
@@ -120,7 +131,9 @@ class _WorkerHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._writer.write(record_line(record))
-        except Exception:
+        except (
+            Exception
+        ):  # its arguments do not fit its message: sys.stderr, which does not wait either
             self.handleError(record)
 
 
@@ -142,6 +155,10 @@ class _Handler(logging.Handler):
                 self._untold -= untold
         except Exception:
             self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """A record that cannot be written down. logging would write a traceback, and wait for a reader."""
+        self._count(1)
 
     def _count(self, number: int) -> None:
         self.dropped += number

@@ -24,6 +24,11 @@ STARVED_PART = 0.5
 """Of the time since the last turn: waited for a CPU for more than that."""
 
 
+MAX_LOOK_S = 1.0
+"""What one look vouches for. When more has passed since the last, nobody has looked: the whole machine may
+have stood still, or the supervisor and its workers may have been stopped together."""
+
+
 class Verdict(enum.Enum):
     GETS_ON = "gets on"
     STOPPED = "stopped"
@@ -46,26 +51,26 @@ class _Watched:
 
 
 class Liveness:
-    """Looks at workers now and then, and remembers what it saw."""
+    """Looks at the worker of a slot now and then, and remembers what it saw."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._watched: dict[int, _Watched] = {}
+        self._watched: _Watched | None = None
 
     def judge(self, slot: Slot, now_s: float) -> Verdict:
         """``now_s``: the monotonic time. To be called often, compared with the timeout."""
         pid, progress = slot.pid, slot.progress
         state, ran_s, waited_s = _state_and_times(pid)
-        seen = self._watched.get(slot.index)
+        seen = self._watched
         if seen is None or seen.pid != pid or seen.progress != progress:
-            self._watched[slot.index] = _Watched(pid, progress, now_s, ran_s, waited_s, now_s)
+            self._watched = _Watched(pid, progress, now_s, ran_s, waited_s, now_s)
             return Verdict.GETS_ON
         passed_s = now_s - seen.looked_s
         own_s = ran_s - seen.ran_s if state == "R" else passed_s - (waited_s - seen.waited_s)
         seen.looked_s, seen.ran_s, seen.waited_s = now_s, ran_s, waited_s
         if state in "Tt":
             return Verdict.STOPPED
-        seen.own_s += min(max(own_s, 0.0), passed_s)
+        seen.own_s += min(max(own_s, 0.0), passed_s, MAX_LOOK_S)
         if seen.own_s >= self._timeout_s:
             return Verdict.STUCK
         since_s = now_s - seen.since_s
@@ -73,10 +78,10 @@ class Liveness:
             return Verdict.STARVED
         return Verdict.GETS_ON
 
-    def own_s(self, slot: Slot) -> float:
+    @property
+    def own_s(self) -> float:
         """For how long the worker could have got on, and has not."""
-        seen = self._watched.get(slot.index)
-        return 0.0 if seen is None else seen.own_s
+        return 0.0 if self._watched is None else self._watched.own_s
 
 
 def _state_and_times(pid: int) -> tuple[str, float, float]:

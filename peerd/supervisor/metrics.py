@@ -123,7 +123,7 @@ class MetricsServer:
         """The listener must not block. It is the server's from here on."""
         self._listener = listener
         self._collector = collector
-        self._form = _Form(collector)
+        self._form: _Form | None = _Form(collector)
         self._status = status
         self._selector = selector
         self._clients: dict[socket.socket, _Client] = {}
@@ -137,8 +137,8 @@ class MetricsServer:
         selector.register(listener, selectors.EVENT_READ, self._accept)
 
     def peers_have_changed(self) -> None:
-        """There are more or fewer of them: the text has other lines."""
-        self._form = _Form(self._collector)
+        """There are more or fewer of them: the text has other lines, from the next scrape on."""
+        self._form = None
         self._text_until_s = 0.0
 
     def close(self) -> None:
@@ -217,6 +217,7 @@ class MetricsServer:
     def _metrics(self) -> _Response:
         begun_s = time.monotonic()
         if begun_s >= self._text_until_s:
+            self._form = self._form or _Form(self._collector)
             self._text = self._form.filled_in()
             ended_s = time.monotonic()
             self._text_until_s = ended_s + SPARED * (ended_s - begun_s)

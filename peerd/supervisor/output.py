@@ -30,14 +30,20 @@ MAX_LINE_BYTES = 32 * 1024
 """What is longer is cut."""
 
 READ_BYTES = 8 * 1024
-"""Of one worker in one turn of the supervisor: some hundred lines."""
+"""At once."""
 
 MAX_TIME_S = 253_402_300_799.0
 """The end of the year 9999: what no calendar has a name for was forged."""
 
+TURN_LINES = 100
+"""Of one worker in one turn: some milliseconds."""
+
 KEPT_LINES = 200
 KEPT_BYTES = 256 * 1024
 """Of each peer."""
+
+PRINTED = "output"
+"""The logger of lines that were printed."""
 
 _exceptions = logging.Formatter()
 
@@ -70,6 +76,7 @@ def _read_record(line: bytes) -> logging.LogRecord:
                 type(created) is float
                 and 0 <= created <= MAX_TIME_S
                 and type(level) is int
+                and 0 < level <= logging.CRITICAL
                 and type(name) is type(message) is str
                 and type(exception) in (str, type(None))
             ):
@@ -80,7 +87,7 @@ def _read_record(line: bytes) -> logging.LogRecord:
         except (ValueError, TypeError):
             pass
     text = line.decode("utf-8", "backslashreplace")
-    return logging.LogRecord("output", logging.INFO, "", 0, text, None, None)
+    return logging.LogRecord(PRINTED, logging.INFO, "", 0, text, None, None)
 
 
 class WorkerOutput:
@@ -89,45 +96,69 @@ class WorkerOutput:
     def __init__(self, fd: int, take: Callable[[logging.LogRecord], None]) -> None:
         os.set_blocking(fd, False)
         self.fd: int | None = fd
-        self.has_ended = False
         self._take = take
+        self._lines: deque[bytes] = deque()
         self._unfinished = b""
         self._is_cut = False
 
-    def read(self) -> bool:
-        """Take in what is there, up to a bound. False when there is nothing (more)."""
-        if self.fd is None:
-            return False
-        try:
-            chunk = os.read(self.fd, READ_BYTES)
-        except BlockingIOError:
-            return False
-        self.has_ended = not chunk
-        *lines, self._unfinished = (self._unfinished + chunk).split(b"\n")
-        for line in lines:
-            if not self._is_cut:
-                self._take(_read_record(line))
-            self._is_cut = False
-        if len(self._unfinished) > MAX_LINE_BYTES:
-            if not self._is_cut:
-                self._take(_read_record(self._unfinished[:MAX_LINE_BYTES] + b" ..."))
-            self._unfinished, self._is_cut = b"", True
-        return bool(chunk)
+    @property
+    def has_more(self) -> bool:
+        """Lines that were read, and wait for another turn."""
+        return bool(self._lines)
 
-    def finish(self) -> None:
-        """The worker is dead: take in all that the pipe holds, and close it."""
+    def read(self) -> bool:
+        """Take in a bounded part of what is there. False at the end: it is closed by everybody."""
+        is_open = bool(self._lines) or self._fetch() is not False
+        for _ in range(min(len(self._lines), TURN_LINES)):
+            self._take(_read_record(self._lines.popleft()))
+        if not is_open:
+            self._end_line()
+        return is_open
+
+    def finish(self) -> int:
+        """The worker is dead: take in the last of what the pipe holds, and close it. How many lines
+        before that were dropped."""
         # More than a pipe can hold, unless somebody goes on writing: a process that the worker left.
         for _ in range(1024 * 1024 // READ_BYTES):
-            if not self.read():
+            if not self._fetch():
                 break
-        if self._unfinished:
-            self._take(_read_record(self._unfinished))
+        dropped = max(0, len(self._lines) - KEPT_LINES)
+        for line in list(self._lines)[dropped:]:
+            self._take(_read_record(line))
+        self._lines.clear()
+        self._end_line()
         self.close()
+        return dropped
 
     def close(self) -> None:
         if self.fd is not None:
             os.close(self.fd)
         self.fd = None
+
+    def _fetch(self) -> bool | None:
+        """Whether there was something to read; None: not now."""
+        if self.fd is None:
+            return False
+        try:
+            chunk = os.read(self.fd, READ_BYTES)
+        except BlockingIOError:
+            return None
+        *lines, self._unfinished = (self._unfinished + chunk).split(b"\n")
+        for line in lines:
+            # An empty one says nothing, and costs as much as any other.
+            if line and not self._is_cut:
+                self._lines.append(line)
+            self._is_cut = False
+        if len(self._unfinished) > MAX_LINE_BYTES:
+            if not self._is_cut:
+                self._lines.append(self._unfinished[:MAX_LINE_BYTES] + b" ...")
+            self._unfinished, self._is_cut = b"", True
+        return bool(chunk)
+
+    def _end_line(self) -> None:
+        """A last line without an end is one, too."""
+        if self._unfinished and not self._is_cut:
+            self._take(_read_record(self._unfinished))
         self._unfinished = b""
 
 
@@ -233,7 +264,10 @@ class PeerLog:
             record.levelname.lower(),
             text,
         )
-        logging.getLogger().handle(record)
+        root = logging.getLogger()
+        # What is printed has no level. A record that is forged may have one that a worker would not write.
+        if record.name == PRINTED or root.isEnabledFor(record.levelno):
+            root.handle(record)
 
     def last_of(self, generation: int, count: int) -> list[str]:
         return self._recent.last_of(self._slot.index, generation, count)

@@ -116,10 +116,17 @@ class Replaced:
 
 @dataclass
 class _Replacement:
-    told: Told
+    told: list[Told]
+    """Everybody who asked before it began: one will do for all of them."""
+
     old_pid: int = 0
     handed_over_s: float | None = None
     """When the worker was told to leave the socket, or was found to have left it."""
+
+    def tell(self, result: Replaced | str) -> None:
+        """Whoever is told may ask for something new."""
+        for told in self.told:
+            told(result)
 
 
 class Host(Protocol):
@@ -168,7 +175,7 @@ class Peer:
         self._boot: Timer | None = None
         self._deadline: Timer | None = None
         self._replacement: _Replacement | None = None
-        self._waiting: deque[_Replacement] = deque()
+        self._waiting: _Replacement | None = None
         self._stops = False
         self._drains = False
         self._queue_tries = QUEUE_TRIES
@@ -197,7 +204,9 @@ class Peer:
         if self._stops:
             told(f"peer {self.peer_id} is stopping")
             return
-        self._waiting.append(_Replacement(told))
+        if self._waiting is None:
+            self._waiting = _Replacement([])
+        self._waiting.told.append(told)
         self._next_replacement()
 
     def stop(self) -> None:
@@ -206,9 +215,9 @@ class Peer:
             return
         self._stops = True
         self._cancel_restart()
-        waiting, self._waiting = self._waiting, deque()
-        for replacement in waiting:
-            replacement.told(f"peer {self.peer_id} is stopping")
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            waiting.tell(f"peer {self.peer_id} is stopping")
         if self._replacement is not None and self._replacement.handed_over_s is None:
             assert self.successor is not None
             self.successor.kill("stop")
@@ -241,7 +250,7 @@ class Peer:
             verdict = self._liveness.judge(slot, now_s)
             self.health = "ok" if verdict is Verdict.GETS_ON else verdict.value
             if verdict is Verdict.STUCK and worker.killed_for is None:
-                own_s = self._liveness.own_s(slot)
+                own_s = self._liveness.own_s
                 self._host.history.note(
                     "stuck", peer_id=self.peer_id, pid=worker.pid, for_s=round(own_s, 3)
                 )
@@ -295,6 +304,7 @@ class Peer:
         return worker
 
     def _serve_with(self, worker: Worker) -> None:
+        self._cancel_restart()
         self.worker = worker
         self.slot.pid = worker.pid
         self.slot.generation = worker.generation
@@ -322,6 +332,7 @@ class Peer:
         self._cancel_boot()
         self.worker = None
         self.slot.pid = 0
+        self.slot.log_dropped += worker.lines_dropped  # its writer is dead
         lost = self.slot.settle()
         self.slot.lost_in_flight += lost
         if self._replacement is not None and self.successor is not None:
@@ -430,9 +441,16 @@ class Peer:
     def _kill_with_stack(self, worker: Worker, why: str) -> None:
         worker.killed_for = why
         worker.send(DUMP_STACK)
+        progress = self.slot.progress
 
         def kill() -> None:
-            if worker in (self.worker, self.successor):
+            if worker not in (self.worker, self.successor):
+                return
+            gets_on = worker.is_ready if why == "late" else self.slot.progress != progress
+            if gets_on and worker.killed_for == why:
+                worker.killed_for = None
+                self._say(logging.WARNING, "worker pid %d gets on after all", worker.pid)
+            else:
                 worker.kill(why)
 
         self._host.loop.call_later(STACK_S, kill)
@@ -440,9 +458,10 @@ class Peer:
     # Replacing it
 
     def _next_replacement(self) -> None:
-        if self._replacement is not None or not self._waiting or self._stops:
+        if self._replacement is not None or self._waiting is None or self._stops:
             return
-        replacement = self._replacement = self._waiting.popleft()
+        replacement, self._waiting = self._waiting, None
+        self._replacement = replacement
         self._cancel_restart()  # this is it
         replacement.old_pid = self.slot.pid
         try:
@@ -464,7 +483,7 @@ class Peer:
         replacement = self._replacement
         if successor is not self.successor:
             self._reported(successor)  # it has taken over
-        elif not successor.is_prepared or replacement is None:
+        elif not successor.is_prepared or replacement is None or successor.killed_for:
             return
         elif self.worker is None:
             self._take_over()
@@ -487,7 +506,7 @@ class Peer:
             replacement.handed_over_s = time.monotonic()
             self.slot.restarts += 1
             self._becomes(Event.START)
-        if successor.is_prepared:
+        if successor.is_prepared and not successor.killed_for:
             self._take_over()
 
     def _take_over(self) -> None:
@@ -534,12 +553,12 @@ class Peer:
             f"pid {done.old_pid}" if done.old_pid else "nobody",
             done.gap_ms,
         )
-        replacement.told(done)
+        replacement.tell(done)
 
     def _not_replaced(self, why: str) -> None:
-        self._fail_replacement(why)
-        if self.worker is None and not self._stops and self._restart is None:
+        if self.worker is None and not self._stops:
             self._say(logging.ERROR, "no worker: %s", self._plan_restart())
+        self._fail_replacement(why)
         self._next_replacement()
 
     def _fail_replacement(self, why: str) -> None:
@@ -548,7 +567,7 @@ class Peer:
             self._host.history.note(
                 "not replaced", peer_id=self.peer_id, why=why.partition("\n")[0]
             )
-            replacement.told(f"peer {self.peer_id}: {why}")
+            replacement.tell(f"peer {self.peer_id}: {why}")
 
     # Its state
 

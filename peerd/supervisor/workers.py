@@ -66,6 +66,9 @@ class Worker:
         self.killed_for: str | None = None
         """Why the supervisor has killed it."""
 
+        self.lines_dropped = 0
+        """Of its output, at its end."""
+
         self._child = child
         self._report_fd: int | None = report_fd
         self._go_fd: int | None = go_fd
@@ -120,43 +123,54 @@ class Worker:
         self._child.send(signal.SIGKILL)
 
     def wait(self) -> Exit:
-        """The end of the process; blocks until it comes. What it has said until then is read."""
+        """The end of the process; blocks until it comes. What it has said until then is read: others may
+        have inherited its pipes, so nobody waits for their ends."""
         if self._loop is not None:
             self._loop.unwatch(self._child.pidfd)
         end = self._child.wait()
-        while self._report_fd is not None:
-            self._read_report()
+        while self._report_fd is not None and self._read_report():
+            pass
+        self._close_report()
         if self._go_fd is not None:
             os.close(self._go_fd)
             self._go_fd = None
-        if self._output.fd is not None:
-            if self._loop is not None:
-                self._loop.unwatch(self._output.fd)
-            self._output.finish()
+        self._close_output()
         return end
 
     def _read_report(self) -> bool:
         """Whether it has said something new."""
         assert self._report_fd is not None
-        chunk = os.read(self._report_fd, MAX_REPORT_BYTES)
-        self._said += chunk
+        try:
+            chunk = os.read(self._report_fd, MAX_REPORT_BYTES)
+        except BlockingIOError:
+            return False
+        self._said = (self._said + chunk)[:MAX_REPORT_BYTES]
         if self._said.startswith(b"PR") and self.ready_s is None:
             self.ready_s = time.monotonic()
         if not chunk:
+            self._close_report()
+        return bool(chunk)
+
+    def _close_report(self) -> None:
+        if self._report_fd is not None:
             if self._loop is not None:
                 self._loop.unwatch(self._report_fd)
             os.close(self._report_fd)
             self._report_fd = None
-        return bool(chunk)
 
     def _read_output(self) -> None:
-        assert self._output.fd is not None
-        fd = self._output.fd
-        self._output.read()
-        if self._output.has_ended:  # it has closed both
-            assert self._loop is not None
-            self._loop.unwatch(fd)
-            self._output.finish()
+        if self._output.fd is None:
+            return
+        if not self._output.read():  # it has closed both
+            self._close_output()
+        elif self._output.has_more and self._loop is not None:
+            self._loop.call_later(0.0, self._read_output)
+
+    def _close_output(self) -> None:
+        if self._output.fd is not None:
+            if self._loop is not None:
+                self._loop.unwatch(self._output.fd)
+            self.lines_dropped += self._output.finish()
 
 
 def start_worker(
@@ -180,5 +194,6 @@ def start_worker(
             output_fd=output_write,
         )
         kept.pop_all()
+    os.set_blocking(report_read, False)
     output = WorkerOutput(output_read, lambda record: log.take(record, child.pid, generation))
     return Worker(child, generation, report_read, go_write, output)

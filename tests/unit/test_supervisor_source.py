@@ -36,7 +36,7 @@ ALLOWED_BY_PID = {
 def calls(path: Path) -> list[tuple[str, str]]:
     """(the function it stands in, what is called by its full name), aliases of imports resolved."""
     tree = ast.parse(path.read_text())
-    names = {}
+    names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.asname or alias.name: alias.name for alias in node.names}
