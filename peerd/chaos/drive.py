@@ -152,6 +152,9 @@ class _Chaos:
         self._stopped: set[int] = set()
         self._futures: list[Future[None]] = []
         self._invariants: list[Invariant] = []
+        self._lost = 0
+        """When it had settled."""
+
         self._order = itertools.count()
         self._due: list[tuple[float, int, Callable[[], None]]] = []
 
@@ -342,6 +345,7 @@ class _Chaos:
         self._load.pace(self._rate_for(len(self._all_ports())))
         self._check_commands()
         report = self._load.finish(ANSWERED_WITHIN_S)
+        self._lost = report.missing
         self._look()
         asked_to_die = self._seen.done[Kind.DIE]
         ordered = not self._settings.coroutines
@@ -367,7 +371,6 @@ class _Chaos:
 
     def _stop(self) -> None:
         """With its queues full: they are served first."""
-        missing = self._load.report().missing
         self._load.pace(self._settings.rate)
         time.sleep(LOAD_BEFORE_STOP_S)
         self._load.pace(0.0)
@@ -378,8 +381,8 @@ class _Chaos:
             code = self._subject.process.wait(STOPPED_WITHIN_S)
         took_s = time.monotonic() - begun_s
         self._tell(f"stopped: {code}")
-        wait_for(lambda: self._load.report().missing == missing, checks.SETTLED_WITHIN_S)
-        lost = self._load.report().missing - missing
+        wait_for(lambda: self._load.report().missing == self._lost, checks.SETTLED_WITHIN_S)
+        lost = self._load.report().missing - self._lost
         self._check(
             "it stops in order, and answers all first",
             (code, lost) == (0, 0),
