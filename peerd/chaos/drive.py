@@ -19,36 +19,41 @@ import heapq
 import itertools
 import os
 import signal
+import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peerd.chaos.app import DIE_CODE, HANDLER_VARIABLE
-from peerd.chaos.load import Load, LoadReport
+from peerd.chaos import checks
+from peerd.chaos.app import HANDLER_VARIABLE
+from peerd.chaos.checks import Invariant
+from peerd.chaos.load import Load
 from peerd.chaos.schedule import SPARE_PEERS, Action, Kind, schedule
-from peerd.chaos.subject import COMMAND_TIMEOUT_S, Subject, is_free
+from peerd.chaos.subject import COMMAND_TIMEOUT_S, Subject, wait_for
 from peerd.embedded_etcd import EmbeddedEtcd
-from peerd.errors import ControlError, NotRunningError, PeerdError, RegistryError
+from peerd.errors import ControlError, NotRunningError, PeerdError
+from peerd.supervisor.restart import RestartPolicy
 
 LEASE_TTL_S = 4
 RECV_BUFFER_BYTES = 64 * 1024 * 1024
 """Room for what arrives while a slot is parked: at 1,000 a second, more than a minute."""
 
 STARTED_WITHIN_S = 20.0
-READY_WITHIN_S = 15.0 * 1.2 + 5.0
-"""The longest that a worker's start is put off (restart.py, with its jitter), and a start."""
+POLICY = RestartPolicy()
+READY_WITHIN_S = POLICY.max_delay_s * (1 + POLICY.jitter) + 5.0
+"""The longest that a worker's start is put off, and a start."""
 
 STOPPED_WITHIN_S = 9.0
 """--stop-timeout, and what it takes to say so."""
 
-SETTLED_WITHIN_S = 5.0
 ANSWERED_WITHIN_S = 60.0
 LOOK_S = 0.25
-POLL_S = 0.05
+LOAD_BEFORE_STOP_S = 0.3
+COMMANDS_AT_ONCE = 32
 
 Tell = Callable[[float, str], None]
 """Gets the seconds since the load has begun, and what happens."""
@@ -63,17 +68,12 @@ class ChaosSettings:
     """Datagrams a second, to all peers of the beginning together; more of them get more."""
 
     handler_s: float = 0.0002
-    """What a handler sleeps, so that queues are seldom empty."""
+    """What a plain handler sleeps, so that queues are seldom empty."""
+
+    coroutines: bool = False
+    """Handlers are coroutines, many at a time: a peer then does not promise the order of its answers."""
 
     kinds: frozenset[Kind] = frozenset(Kind)
-
-
-@dataclass(frozen=True)
-class Invariant:
-    name: str
-    holds: bool
-    counted: str
-    """The numbers that it is about; of a broken one, those that show it."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def run(settings: ChaosSettings, folder: Path, tell: Tell) -> ChaosReport:
         subject = Subject(
             folder,
             etcd.endpoint,
+            app=f"peerd.chaos.app:{'coroutines' if settings.coroutines else 'app'}",
             peers=settings.peers,
             most_peers=settings.peers + SPARE_PEERS,
             arguments=[f"--ttl={LEASE_TTL_S}", f"--recv-buffer={RECV_BUFFER_BYTES}"],
@@ -116,7 +117,7 @@ def run(settings: ChaosSettings, folder: Path, tell: Tell) -> ChaosReport:
 class _Seen:
     """What has been done, and what the supervisor has said of it."""
 
-    done: Counter[str] = field(default_factory=Counter)
+    done: Counter[Kind] = field(default_factory=Counter)
     harmed: set[int] = field(default_factory=set)
     """Workers that were killed or stopped."""
 
@@ -141,6 +142,7 @@ class _Chaos:
         tell: Tell,
     ) -> None:
         self._settings = settings
+        self._most_peers = settings.peers + SPARE_PEERS
         self._subject = subject
         self._etcd = etcd
         self._etcd_thread = etcd_thread
@@ -150,6 +152,9 @@ class _Chaos:
         self._stopped: set[int] = set()
         self._futures: list[Future[None]] = []
         self._invariants: list[Invariant] = []
+        self._lost = 0
+        """When it had settled."""
+
         self._order = itertools.count()
         self._due: list[tuple[float, int, Callable[[], None]]] = []
 
@@ -157,17 +162,22 @@ class _Chaos:
         self._wait_for_the_start()
         with (
             ThreadPoolExecutor(1) as self._resizing,
-            ThreadPoolExecutor(32) as self._commands,
+            ThreadPoolExecutor(COMMANDS_AT_ONCE) as self._commands,
             Load(self._all_ports(), rate=self._settings.rate) as self._load,
         ):
             try:
                 descriptors = self._settled_descriptors()
                 self._do_everything()
-                self._settle(descriptors)
+                self._settle()
+                self._check_what_is_settled(descriptors)
             except (ControlError, NotRunningError) as error:
                 self._check("the supervisor lives and answers", False, self._why_no_answer(error))
-        self._stop()
-        return ChaosReport(self._settings.seed, dict(self._seen.done), tuple(self._invariants))
+            except BaseException:
+                self._subject.kill()  # so that no command waits for its answer
+                raise
+            self._stop()
+        done = {str(kind): count for kind, count in self._seen.done.items()}
+        return ChaosReport(self._settings.seed, done, tuple(self._invariants))
 
     # The schedule
 
@@ -225,18 +235,18 @@ class _Chaos:
                 self._load.send(self._subject.port(slot), action.kind.upper())
             case Kind.RESTART:
                 self._tell(f"{action}")
-                self._beside(self._commands, f"{action}", self._command, "restart", slot=slot)
+                self._beside(self._commands, f"{action}", lambda: self._restart(slot))
             case Kind.HUP:
                 self._tell("hup")
                 self._subject.send(signal.SIGHUP)
             case Kind.SCALE | Kind.TTIN | Kind.TTOU:
-                self._beside(self._resizing, f"{action}", self._resize, action)
+                self._beside(self._resizing, f"{action}", lambda: self._resize(action))
             case Kind.REGISTRAR:
                 pid = self._subject.registrar()
                 killed = pid is not None and self._subject.send_child(pid, signal.SIGKILL)
                 self._tell(f"registrar: {f'pid {pid}: SIGKILL' if killed else 'there is none'}")
             case Kind.ETCD_STOP | Kind.ETCD_KILL:
-                self._beside(self._etcd_thread, f"{action}", self._disturb_etcd, action)
+                self._beside(self._etcd_thread, f"{action}", lambda: self._disturb_etcd(action))
 
     def _harm(self, action: Action, number: signal.Signals) -> int | None:
         assert action.slot is not None
@@ -269,21 +279,21 @@ class _Chaos:
     def _resize(self, action: Action) -> None:
         """The load leaves a port before it closes, and comes when it is open."""
         before = len(self._subject.peers())
-        most = self._settings.peers + SPARE_PEERS
         wanted = action.peers or before + (1 if action.kind is Kind.TTIN else -1)
         wanted = max(wanted, 1)
-        if wanted > most:
+        if wanted > self._most_peers:
             self._tell(f"{action}: there are no more ports")
             return
         self._tell(f"{action} ({before} now)")
         self._load.remove(self._subject.port(slot) for slot in range(wanted, before))
         try:
             if action.kind is Kind.SCALE:
-                self._command("scale", peers=wanted)
+                self._subject.command("scale", peers=wanted)
             else:
                 number = signal.SIGTTIN if action.kind is Kind.TTIN else signal.SIGTTOU
                 self._subject.send(number)
-                _wait_for(lambda: len(self._subject.peers()) == wanted, COMMAND_TIMEOUT_S)
+                if not wait_for(lambda: len(self._all_ports()) == wanted, COMMAND_TIMEOUT_S):
+                    self._seen.unanswered.append(f"{action}")
         finally:
             ports = self._all_ports()
             self._load.add(ports)
@@ -292,22 +302,17 @@ class _Chaos:
     def _rate_for(self, peers: int) -> float:
         return self._settings.rate * peers / self._settings.peers
 
-    def _command(self, name: str, **arguments: object) -> None:
-        self._subject.command(name, **arguments)
+    def _restart(self, slot: int) -> None:
+        self._subject.command("restart", slot=slot)
 
-    def _beside(
-        self,
-        pool: ThreadPoolExecutor,
-        what: str,
-        do: Callable[..., None],
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
+    def _beside(self, pool: ThreadPoolExecutor, what: str, do: Callable[[], None]) -> None:
+        """A command may be refused: the slot may be gone, and a successor may have been killed."""
+
         def run() -> None:
             begun_s = time.monotonic()
             try:
-                do(*args, **kwargs)
-            except (ControlError, NotRunningError, TimeoutError) as error:
+                do()
+            except (ControlError, NotRunningError) as error:
                 self._tell(f"{what} failed: {str(error).partition(chr(10))[0]}")
                 if time.monotonic() - begun_s >= COMMAND_TIMEOUT_S:
                     self._seen.unanswered.append(what)
@@ -316,13 +321,12 @@ class _Chaos:
 
     # The end
 
-    def _settle(self, descriptors: list[str]) -> None:
+    def _settle(self) -> None:
         self._tell("settling")
         for pid in self._stopped:
             self._subject.send_child(pid, signal.SIGCONT)
         for future in self._futures:
-            _wait_for(future.done, COMMAND_TIMEOUT_S + 10)
-            future.result(0)
+            future.result(COMMAND_TIMEOUT_S + STARTED_WITHIN_S)
         self._check(
             "every command is answered",
             not self._seen.unanswered,
@@ -330,181 +334,69 @@ class _Chaos:
         )
         # What is queued may hold what a worker dies of.
         self._load.pace(0.0)
-        recovered = _wait_for(self._is_idle, ANSWERED_WITHIN_S)
+        recovered = wait_for(self._is_idle, ANSWERED_WITHIN_S)
         self._check(
             "every peer is ready again",
             recovered and self._seen.longest_away_s <= READY_WITHIN_S,
-            f"{_states(self._subject.peers())}; away for {self._seen.longest_away_s:.1f} s at most",
+            f"{self._states()}; away for {self._seen.longest_away_s:.1f} s at most",
         )
+
+    def _check_what_is_settled(self, descriptors: list[str]) -> None:
         self._load.pace(self._rate_for(len(self._all_ports())))
         self._check_commands()
-        answered = self._load.finish(ANSWERED_WITHIN_S)
+        report = self._load.finish(ANSWERED_WITHIN_S)
+        self._lost = report.missing
         self._look()
-        self._check_loss(answered)
-        self._check_deaths()
-        self._check_records()
-        self._check_processes(descriptors)
+        asked_to_die = self._seen.done[Kind.DIE]
+        ordered = not self._settings.coroutines
+        self._invariants += checks.load(report, self._subject.peers(), ordered)
+        self._invariants.append(checks.deaths(self._seen.deaths, self._seen.harmed, asked_to_die))
+        self._invariants.append(checks.records(self._subject, LEASE_TTL_S + 1.0))
+        self._invariants.append(checks.processes(self._subject))
+        if len(self._subject.peers()) != self._settings.peers:
+            self._resize(Action(at_s=0.0, kind=Kind.SCALE, peers=self._settings.peers))
+        self._invariants.append(checks.descriptors(self._subject, descriptors))
 
     def _check_commands(self) -> None:
         """That they still work; a reload is also answered behind everything that was asked before."""
-        name, result = "scale and reload work afterwards", "done"
+        result = "done"
         try:
             if self._settings.kinds & {Kind.SCALE, Kind.TTIN, Kind.TTOU}:
                 # All there are once more: so what each has lost can be read.
-                most = self._settings.peers + SPARE_PEERS
-                self._resize(Action(at_s=0.0, kind=Kind.SCALE, peers=most))
-            self._command("reload")
+                self._resize(Action(at_s=0.0, kind=Kind.SCALE, peers=self._most_peers))
+            self._subject.command("reload")
         except ControlError as error:
             result = str(error)
-        self._check(name, result == "done", result)
-
-    def _check_loss(self, load: LoadReport) -> None:
-        peers = self._subject.peers()
-        self._check(
-            "all is answered or lost",
-            load.finished and not load.dropped and not load.foreign,
-            f"{load.sent} sent, {load.sent - load.missing} answered, {load.missing} lost; by the "
-            f"client itself {load.dropped}, strangers' {load.foreign}",
-        )
-        wrong = []
-        for peer in peers:
-            missing = load.of(peer["port"]).missing
-            if missing != peer["lost_in_flight"] + peer["rx_dropped"] + peer["lost_unread"]:
-                wrong.append(
-                    f"slot {peer['slot']}: {missing} missing, {peer['lost_in_flight']} lost in "
-                    f"flight, {peer['rx_dropped']} dropped, {peer['lost_unread']} unread"
-                )
-        lost, dropped = _sum(peers, "lost_in_flight"), _sum(peers, "rx_dropped")
-        unread = _sum(peers, "lost_unread")
-        said = (
-            f"{load.missing} missing; reported: {lost} lost in flight, {dropped} dropped, "
-            f"{unread} unread"
-        )
-        self._check(
-            "the loss is what is reported",
-            not wrong and load.missing == lost + dropped + unread,
-            "; ".join([said, *wrong]),
-        )
-        self._check("nothing is doubled", not load.doubled, str(load.doubled))
-        self._check("nothing is out of order", not load.out_of_order, str(load.out_of_order))
-        errors = {
-            name: _sum(peers, name) for name in ("decode_errors", "handler_errors", "tx_dropped")
-        }
-        said = ", ".join(f"{name} {count}" for name, count in errors.items())
-        self._check("no datagram is an error", not any(errors.values()), said)
-
-    def _check_deaths(self) -> None:
-        asked = self._seen.done[Kind.DIE]
-        died = sum(death["how"] == f"exit code {DIE_CODE}" for death in self._seen.deaths)
-        strange = [
-            f"pid {death['pid']} ({death['how']})"
-            for death in self._seen.deaths
-            if death["pid"] not in self._seen.harmed and death["how"] != f"exit code {DIE_CODE}"
-        ]
-        self._check(
-            "only who was harmed has died",
-            not strange and died <= asked,
-            f"{len(self._seen.deaths)} deaths, {died} of them by themselves of {asked} asked to; "
-            f"of no cause: {', '.join(strange) or 'none'}",
-        )
-
-    def _check_records(self) -> None:
-        name = "records and ready peers are the same"
-        records, peers = set[str](), set[str]()
-        from peerd.registry import Registry
-
-        def same() -> bool:
-            nonlocal records, peers
-            with contextlib.suppress(RegistryError):
-                records = {f"{node.peer_id} {node.port}" for node in registry.nodes()}
-            peers = {
-                f"{peer['peer_id']} {peer['port']}"
-                for peer in self._subject.peers()
-                if peer["state"] == "ready"
-            }
-            return records == peers
-
-        with Registry(self._etcd.endpoint, self._subject.prefix) as registry:
-            begun_s = time.monotonic()
-            held = _wait_for(same, LEASE_TTL_S + 1.0)
-            waited_s = time.monotonic() - begun_s
-        self._check(
-            name,
-            held,
-            f"{len(records)} records, {len(peers)} ready after {waited_s:.1f} s"
-            + (f"; differ: {sorted(records ^ peers)}" if records != peers else ""),
-        )
-
-    def _check_processes(self, descriptors: list[str]) -> None:
-        said = ""
-
-        def exact() -> bool:
-            nonlocal said
-            children = self._subject.children()
-            zombies = [child.pid for child in children if child.status() == "zombie"]
-            workers = {peer["pid"] for peer in self._subject.peers()}
-            expected = {self._subject.pid, *workers, self._subject.registrar()}
-            found = set(self._subject.processes())
-            said = f"{len(workers)} workers and a registrar"
-            if zombies or found != expected:
-                said += f"; zombies {zombies}, more {found - expected}, gone {expected - found}"
-            return not zombies and found == expected and len(children) == len(workers) + 1
-
-        self._check("no orphan, no zombie", _wait_for(exact, SETTLED_WITHIN_S), said)
-        now: list[str] = []
-
-        def as_before() -> bool:
-            nonlocal now
-            now = self._subject.descriptors()
-            return now == descriptors
-
-        if len(self._subject.peers()) != self._settings.peers:
-            self._command("scale", peers=self._settings.peers)
-        held = _wait_for(as_before, SETTLED_WITHIN_S)
-        more, fewer = Counter(now) - Counter(descriptors), Counter(descriptors) - Counter(now)
-        said = f"{len(descriptors)} before, {len(now)} after"
-        if not held:
-            said += f"; more {dict(more)}, fewer {dict(fewer)}"
-        self._check("the supervisor's descriptors are as before", held, said)
+        self._check("scale and reload work afterwards", result == "done", result)
 
     def _stop(self) -> None:
-        subject = self._subject
+        """With its queues full: they are served first."""
+        self._load.pace(self._settings.rate)
+        time.sleep(LOAD_BEFORE_STOP_S)
+        self._load.pace(0.0)
         begun_s = time.monotonic()
         code: int | str = "still running"
-        with contextlib.suppress(Exception):
-            subject.send(signal.SIGTERM)
-            code = subject.process.wait(STOPPED_WITHIN_S)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._subject.send(signal.SIGTERM)
+            code = self._subject.process.wait(STOPPED_WITHIN_S)
         took_s = time.monotonic() - begun_s
         self._tell(f"stopped: {code}")
-        self._check("it stops in order", code == 0, f"exit code {code} after {took_s:.1f} s")
-        left: list[str] = []
-
-        def gone() -> bool:
-            left[:] = [f"process {pid}" for pid in subject.processes()]
-            ports = range(subject.base_port, subject.port(self._settings.peers + SPARE_PEERS))
-            left.extend(f"port {port}" for port in ports if not is_free(port))
-            left.extend(f"file {path}" for path in subject.temporary.iterdir())
-            left.extend(["control socket"] * subject.control.exists())
-            left.extend(f"record {peer_id}" for peer_id in self._records())
-            return not left
-
-        held = _wait_for(gone, SETTLED_WITHIN_S)
-        self._check("nothing is left", held, ", ".join(left) or "no process, port, record, file")
-        log = (subject.folder / "err").read_text(errors="replace")
-        count = log.count("Traceback")
-        self._check("no traceback in the log", not count, str(count))
-
-    def _records(self) -> Iterator[str]:
-        from peerd.registry import Registry
-
-        with Registry(self._etcd.endpoint, self._subject.prefix) as registry:
-            yield from (node.peer_id for node in registry.nodes())
+        wait_for(lambda: self._load.report().missing == self._lost, checks.SETTLED_WITHIN_S)
+        lost = self._load.report().missing - self._lost
+        self._check(
+            "it stops in order, and answers all first",
+            (code, lost) == (0, 0),
+            f"exit code {code} after {took_s:.1f} s, {lost} lost",
+        )
+        ports = range(self._subject.base_port, self._subject.port(self._most_peers))
+        self._invariants.append(checks.nothing_left(self._subject, ports))
+        self._invariants.append(checks.log(self._subject))
 
     # Facts
 
     def _why_no_answer(self, error: PeerdError) -> str:
         """A process that is killed closes its sockets a moment before it can be waited for."""
-        _wait_for(lambda: self._subject.process.poll() is not None, SETTLED_WITHIN_S)
+        wait_for(lambda: self._subject.process.poll() is not None, checks.SETTLED_WITHIN_S)
         code = self._subject.process.poll()
         return str(error) if code is None else f"exit code {code}"
 
@@ -514,7 +406,7 @@ class _Chaos:
                 return all(peer["registered"] for peer in self._subject.peers())
             return self._subject.process.poll() is not None
 
-        _wait_for(registered, STARTED_WITHIN_S)
+        wait_for(registered, STARTED_WITHIN_S)
         if self._subject.process.poll() is not None or not self._all_ready():
             raise PeerdError(f"the supervisor has not started: {self._subject.folder}/err says why")
 
@@ -526,7 +418,7 @@ class _Chaos:
             found.append(self._subject.descriptors())
             return len(found) > 3 and found[-1] == found[-2] == found[-3]
 
-        _wait_for(same, SETTLED_WITHIN_S)
+        wait_for(same, checks.SETTLED_WITHIN_S)
         return found[-1]
 
     def _all_ports(self) -> list[int]:
@@ -539,29 +431,14 @@ class _Chaos:
         """All are ready and have nothing to do."""
         self._look()
         peers = self._subject.peers()
-        return self._all_ready() and not _sum(peers, "rx_queued_bytes")
+        return all(peer["state"] == "ready" and not peer["rx_queued_bytes"] for peer in peers)
+
+    def _states(self) -> str:
+        counts = Counter(peer["state"] for peer in self._subject.peers())
+        return ", ".join(f"{count} {state}" for state, count in counts.items())
 
     def _tell(self, text: str) -> None:
         self._tell_of(time.monotonic() - self._begun_s, text)
 
     def _check(self, name: str, holds: bool, counted: str) -> None:
         self._invariants.append(Invariant(name, holds, counted))
-
-
-def _wait_for(fact: Callable[[], bool], within_s: float) -> bool:
-    """Whether it came true in time."""
-    until_s = time.monotonic() + within_s
-    while not fact():
-        if time.monotonic() >= until_s:
-            return False
-        time.sleep(POLL_S)
-    return True
-
-
-def _states(peers: Iterable[dict[str, Any]]) -> str:
-    counts = Counter(peer["state"] for peer in peers)
-    return ", ".join(f"{count} {state}" for state, count in counts.items())
-
-
-def _sum(peers: Iterable[dict[str, Any]], name: str) -> int:
-    return sum(peer[name] for peer in peers)

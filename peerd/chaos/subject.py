@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from peerd.supervisor import control
 COMMAND_TIMEOUT_S = 90.0
 """Commands queue, and each of a full queue takes its time."""
 
+POLL_S = 0.05
+
 MARK = "PEERD_CHAOS_RUN"
 PORTS = range(10_000, 30_000)
 """Below the kernel's ephemeral ones."""
-
-APP = "peerd.chaos.app:app"
 
 
 class Subject:
@@ -36,6 +37,7 @@ class Subject:
         folder: Path,
         etcd: str,
         *,
+        app: str,
         peers: int,
         most_peers: int,
         arguments: Sequence[str] = (),
@@ -43,13 +45,14 @@ class Subject:
     ) -> None:
         """Starts it. ``folder`` exists, and gets its output and whatever it writes."""
         self.folder = folder
+        self.etcd = etcd
         self.base_port = _free_ports(most_peers)
         self.prefix = f"chaos-{uuid.uuid4().hex[:12]}"
         self.control = folder / "control.sock"
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         self._mark = f"{MARK}={uuid.uuid4().hex}"
-        command = [sys.executable, "-m", "peerd", "supervise", f"--app={APP}"]
+        command = [sys.executable, "-m", "peerd", "supervise", f"--app={app}"]
         command += [f"--peers={peers}", f"--base-port={self.base_port}", f"--etcd={etcd}"]
         command += [f"--prefix={self.prefix}", f"--control={self.control}", *arguments]
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
@@ -151,6 +154,16 @@ class Subject:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+
+
+def wait_for(fact: Callable[[], bool], within_s: float) -> bool:
+    """Whether it came true in time."""
+    until_s = time.monotonic() + within_s
+    while not fact():
+        if time.monotonic() >= until_s:
+            return False
+        time.sleep(POLL_S)
+    return True
 
 
 def is_free(port: int) -> bool:

@@ -70,6 +70,7 @@ class _Kinds(click.ParamType):  # type: ignore[type-arg]
     metavar="KIND[,KIND...]",
     help=f"Do these only, of {KINDS}.",
 )
+@click.option("--coroutines", is_flag=True, help="Peers whose handlers are coroutines.")
 @click.option("--keep", is_flag=True, help="Keep the supervisor's log when all is well, too.")
 @click.option(
     "--log-dir",
@@ -83,6 +84,7 @@ def chaos(
     peers: int,
     rate: float,
     kinds: frozenset[Kind],
+    coroutines: bool,
     keep: bool,
     log_dir: Path | None,
     as_json: bool,
@@ -101,6 +103,7 @@ def chaos(
         seconds=seconds,
         peers=peers,
         rate=rate,
+        coroutines=coroutines,
         kinds=kinds,
     )
     click.echo(f"again: {_command_line(settings)}", err=True)
@@ -144,6 +147,8 @@ def _command_line(settings: ChaosSettings) -> str:
     """What does the same again."""
     words = [f"peerd chaos --seed {settings.seed} --seconds {settings.seconds:g}"]
     words.append(f"--peers {settings.peers} --rate {settings.rate:g}")
+    if settings.coroutines:
+        words.append("--coroutines")
     if settings.kinds != frozenset(Kind):
         words.append(f"--actions {','.join(kind for kind in Kind if kind in settings.kinds)}")
     return " ".join(words)

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import orjson
@@ -44,64 +39,6 @@ COROUTINE = PLAIN.replace("import time", "import asyncio, time").replace(
 )
 
 
-SO_RCVBUFFORCE = 33  # socket(7); Python has no name for it
-
-
-class Numbers:
-    """A client that sends numbers to each port and notes what comes back from which."""
-
-    def __init__(self, ports: list[int], pause_s: float) -> None:
-        self.sent = dict.fromkeys(ports, 0)
-        self.received: dict[int, list[int]] = {port: [] for port in ports}
-        self._pause_s = pause_s
-        self._sockets = {port: self._socket(port) for port in ports}
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._send)]
-        self._threads += [threading.Thread(target=self._receive, args=(port,)) for port in ports]
-
-    @contextmanager
-    def going(self) -> Iterator[None]:
-        for thread in self._threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            self._stop.set()
-            self._threads[0].join()
-            try:
-                eventually(lambda: self.is_complete, within_s=10)
-            finally:
-                for sock in self._sockets.values():
-                    sock.shutdown(socket.SHUT_RDWR)
-                for thread in self._threads[1:]:
-                    thread.join()
-                for sock in self._sockets.values():
-                    sock.close()
-
-    @property
-    def is_complete(self) -> bool:
-        return all(len(self.received[port]) >= sent for port, sent in self.sent.items())
-
-    @staticmethod
-    def _socket(port: int) -> socket.socket:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
-        sock.connect(("127.0.0.1", port))
-        return sock
-
-    def _send(self) -> None:
-        while not self._stop.is_set():
-            for port, sock in self._sockets.items():
-                for _ in range(4):
-                    sock.send(encode("SEQ", "1", struct.pack(">Q", self.sent[port])))
-                    self.sent[port] += 1
-            time.sleep(self._pause_s)
-
-    def _receive(self, port: int) -> None:
-        while data := self._sockets[port].recv(2048):
-            self.received[port].append(struct.unpack(">Q", decode(data).body)[0])
-
-
 def peerd(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "peerd", *args], capture_output=True, text=True, timeout=60
@@ -130,12 +67,11 @@ def start(supervised: Supervised, source: str, *args: str, peers: int = 2) -> Ru
 @pytest.mark.parametrize("source", [PLAIN, COROUTINE], ids=["plain", "coroutine"])
 def test_reloads_under_load_lose_nothing(supervised: Supervised, source: str) -> None:
     running = start(supervised, source)
-    numbers = Numbers(list(running.ports), pause_s=0.001)
     seen = [pids(running)]
     with (
         Registry(running.etcd, running.prefix) as registry,
         registry.watch() as watch,
-        numbers.going(),
+        Load(running.ports, rate=6000) as load,
     ):
         assert [type(next(watch)) for _ in range(2)] == [Joined, Joined]
         for number in range(2, 7):
@@ -149,12 +85,11 @@ def test_reloads_under_load_lose_nothing(supervised: Supervised, source: str) ->
             assert seen[-1] == pids(running)
         marker = registry.register(next(iter(registry.nodes())).__class__("marker", 1))
         assert next(watch).record == marker.record, "no record has changed meanwhile"
+        report = load.finish()
+    assert (report.missing, report.doubled, report.finished) == (0, 0, True)
+    if source is PLAIN:
+        assert report.out_of_order == 0
     assert version_of(running, 0) == version_of(running, 1) == b"6"
-    for port, received in numbers.received.items():
-        if source is PLAIN:
-            assert received == list(range(numbers.sent[port]))
-        else:
-            assert sorted(received) == list(range(numbers.sent[port]))
     for peer in running.status()["peers"]:
         assert (peer["restarts"], peer["lost_in_flight"], peer["rx_dropped"]) == (0, 0, 0)
 

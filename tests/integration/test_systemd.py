@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import signal
 import socket
-import struct
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ import pytest
 
 from eventually import eventually
 from fake_systemd import FakeSystemd
-from peerd import decode, encode
+from peerd.chaos.load import Load
 from peerd.supervisor import control
 from raw_client import request
 from supervised import alive, free_ports, send_signal
@@ -41,9 +38,7 @@ def environment(message):
     return " ".join(os.environ).encode()
 """
 
-SO_RCVBUFFORCE = 33  # socket(7)
-PAUSE_S = 0.001
-BURST = 5
+RATE = 20_000
 
 
 class Service:
@@ -93,73 +88,13 @@ def all_gone(pids: list[int]) -> bool:
     return not alive(pids)
 
 
-class Load:
-    """Numbers to each port, at an even rate, and which of them came back."""
-
-    def __init__(self, ports: list[int]) -> None:
-        self.sent = 0
-        self.answered: dict[int, set[int]] = {port: set() for port in ports}
-        self._sockets = {port: self._socket(port) for port in ports}
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._send)]
-        self._threads += [threading.Thread(target=self._receive, args=(port,)) for port in ports]
-
-    @contextmanager
-    def going(self) -> Iterator[None]:
-        for thread in self._threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            self._stop.set()
-            self._threads[0].join()
-            # Whoever serves answers the last ones after all that it will ever answer.
-            self.sent += 1
-            last = self.sent - 1
-            for sock in self._sockets.values():
-                sock.send(self._message(last))
-            try:
-                eventually(lambda: all(last in got for got in self.answered.values()), within_s=10)
-            finally:
-                self._end()
-
-    def _end(self) -> None:
-        for sock in self._sockets.values():
-            sock.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads[1:]:
-            thread.join()
-        for sock in self._sockets.values():
-            sock.close()
-
-    def lost(self) -> int:
-        return sum(self.sent - len(answered) for answered in self.answered.values())
-
-    def wait_for_more(self, count: int = 500) -> None:
-        target = self.sent + count
-        eventually(lambda: all(max(got, default=0) > target for got in self.answered.values()), 20)
-
-    @staticmethod
-    def _socket(port: int) -> socket.socket:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
-        sock.connect(("127.0.0.1", port))
-        return sock
-
-    @staticmethod
-    def _message(number: int) -> bytes:
-        return encode("SEQ", "1", struct.pack(">Q", number))
-
-    def _send(self) -> None:
-        while not self._stop.wait(PAUSE_S):
-            for _ in range(BURST):
-                message = self._message(self.sent)
-                for sock in self._sockets.values():
-                    sock.send(message)
-                self.sent += 1
-
-    def _receive(self, port: int) -> None:
-        while data := self._sockets[port].recv(2048):
-            self.answered[port].add(struct.unpack(">Q", decode(data).body)[0])
+def wait_for_more(load: Load, service: Service, count: int = 500) -> None:
+    """Until every peer has answered as many more as were under way, and some."""
+    targets = {port: load.report().of(port).sent + count for port in service.ports}
+    eventually(
+        lambda: all(load.report().of(port).received > target for port, target in targets.items()),
+        within_s=20,
+    )
 
 
 def test_what_systemd_is_told(service: Service) -> None:
@@ -200,34 +135,37 @@ def test_workers_do_not_speak_to_systemd(service: Service) -> None:
 def test_a_restart_under_load_loses_nothing(service: Service) -> None:
     service.start()
     service.wait_ready()
-    load = Load(service.ports)
-    with load.going():
+    with Load(service.ports, rate=RATE) as load:
         for times in (2, 3):
-            load.wait_for_more()
+            wait_for_more(load, service)
             assert service.systemd.stop() == 0
             service.start()
             service.wait_ready(times)
-        load.wait_for_more()
-    assert load.lost() == 0
+        wait_for_more(load, service)
+        report = load.finish()
+    assert report.finished
+    assert (report.missing, report.doubled, report.out_of_order) == (0, 0, 0)
     assert service.keeps(PEERS)
 
 
 def test_a_killed_supervisor_costs_what_was_in_flight(service: Service) -> None:
     service.start()
     service.wait_ready()
-    load = Load(service.ports)
     kills = 3
-    with load.going():
+    with Load(service.ports, rate=RATE) as load:
         for times in range(2, 2 + kills):
-            load.wait_for_more()
+            wait_for_more(load, service)
             pids = service.pids()
             service.systemd.kill()
             # KillMode=mixed waits for the whole cgroup.
             eventually(partial(all_gone, pids))
             service.start()
             service.wait_ready(times)
-        load.wait_for_more()
-    assert load.lost() <= kills * PEERS * RX_BATCH
+        wait_for_more(load, service)
+        report = load.finish()
+    assert report.finished
+    assert report.missing <= kills * PEERS * RX_BATCH
+    assert (report.doubled, report.out_of_order) == (0, 0)
 
 
 def test_a_socket_unit(service: Service) -> None:
