@@ -45,6 +45,7 @@ def name_process(name: str) -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _Handler):
             handler.layout.process_name = name
+            handler.reopen()
 
 
 def become_worker(count_dropped: Callable[[int], None]) -> None:
@@ -143,6 +144,10 @@ class _Handler(logging.Handler):
         self.layout = layout
         self.dropped = 0
         self._untold = 0
+        self.reopen()
+
+    def reopen(self) -> None:
+        """After a fork, which has closed the writer's own descriptor."""
         self._writer = _PatientWriter(STDERR, self._count)
 
     def emit(self, record: logging.LogRecord) -> None:

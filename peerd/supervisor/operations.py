@@ -207,6 +207,10 @@ class Scaler:
             except (BindError, ControlError) as error:
                 self._current = None
                 scaling.answer(str(error))
+            except BaseException:  # a defect: it must not hold up all that come behind it
+                self._current = None
+                scaling.answer("internal error: see the supervisor's log")
+                raise
             else:
                 self._advance()
 
@@ -267,12 +271,12 @@ class Scaler:
 
     def _drain(self, ending: Sequence[Peer]) -> None:
         for peer in ending:
-            if not peer.has_ended:
+            if self._peers.get(peer.slot.index) is peer:
                 peer.drain()
 
     def _kill(self, ending: Sequence[Peer]) -> None:
         for peer in ending:
-            if not peer.has_ended:
+            if self._peers.get(peer.slot.index) is peer:
                 log.warning("the worker of %s has not stopped in time: SIGKILL", peer.peer_id)
                 peer.kill()
 

@@ -43,6 +43,10 @@ from peerd.supervisor.workers import Worker, WorkerEntry, start_worker
 
 EX_OK = 0
 
+FORK_DELAY_S = 0.25
+MAX_FORK_DELAY_S = 5.0
+"""Between two tries to fork where there was no process to be had; it doubles."""
+
 QUEUE_TRIES = 3
 """How many workers are started to serve the queue of a peer that stops and has none."""
 
@@ -179,6 +183,7 @@ class Peer:
         self._stops = False
         self._drains = False
         self._queue_tries = QUEUE_TRIES
+        self._fork_failures = 0
         self._liveness = Liveness(host.settings.stuck_timeout_s)
         self._seen_messages = 0
 
@@ -190,9 +195,7 @@ class Peer:
         try:
             worker = self._fork()
         except OSError as error:
-            self._host.history.note("cannot fork", peer_id=self.peer_id, why=str(error))
-            then = "stopping" if self._stops else self._plan_restart()
-            self._say(logging.ERROR, "cannot fork a worker: %s; %s", error, then)
+            self._cannot_fork(error)
             return False
         self._serve_with(worker)
         worker.watch(self._host.loop, lambda: self._reported(worker), lambda: self._exited(worker))
@@ -218,9 +221,9 @@ class Peer:
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
             waiting.tell(f"peer {self.peer_id} is stopping")
-        if self._replacement is not None and self._replacement.handed_over_s is None:
-            assert self.successor is not None
-            self.successor.kill("stop")
+        replacement, successor = self._replacement, self.successor
+        if successor is not None and replacement is not None and not replacement.handed_over_s:
+            successor.kill("stop")
         self._becomes(Event.STOP)
         self._has_perhaps_ended()
 
@@ -301,7 +304,25 @@ class Peer:
             self._host.worker_entry, self.slot, self.sock, self._generations + 1, self._log
         )
         self._generations += 1
+        self._fork_failures = 0
         return worker
+
+    def _cannot_fork(self, error: OSError) -> None:
+        """No process or descriptor to be had: the machine's fault, so it does not count as a failure of the
+        app, and nobody is parked for it."""
+        self._host.history.note("cannot fork", peer_id=self.peer_id, why=str(error))
+        if self._stops:
+            self._say(logging.ERROR, "cannot fork a worker: %s", error)
+            return
+        delay_s = min(FORK_DELAY_S * 2.0 ** min(self._fork_failures, 32), MAX_FORK_DELAY_S)
+        self._fork_failures += 1
+        self._start_later(delay_s)
+        self._becomes(Event.FAIL)
+        self._say(logging.ERROR, "cannot fork a worker: %s; next try in %.2g s", error, delay_s)
+
+    def _start_later(self, delay_s: float) -> None:
+        self.next_start_s = time.monotonic() + delay_s
+        self._restart = self._host.loop.call_at(self.next_start_s, self._start_again)
 
     def _serve_with(self, worker: Worker) -> None:
         self._cancel_restart()
@@ -339,7 +360,8 @@ class Peer:
         if self._replacement is not None and successor and successor.killed_for != "stop":
             self._predecessor_has_ended(worker, end, lost)
         elif self._stops:
-            if end.code != EX_OK and worker.killed_for != "stop" and worker.is_ready:
+            is_strange = end.code != EX_OK and worker.killed_for != "stop" and worker.is_ready
+            if is_strange or lost:
                 self._certify(worker, end, lost, "stopping")
             self._fail_replacement("it is stopping")
             self._has_perhaps_ended()
@@ -405,8 +427,7 @@ class Peer:
         self._failures.append(Failure(now_s, ready_for_s))
         restart = next_restart(self._policy, list(self._failures), random.random())
         self.slot.restarts += 1
-        self.next_start_s = now_s + restart.delay_s
-        self._restart = self._host.loop.call_at(self.next_start_s, self._start_again)
+        self._start_later(restart.delay_s)
         self._becomes(Event.PARK if restart.crashloop else Event.FAIL)
         if not restart.crashloop:
             if not restart.delay_s:
@@ -489,6 +510,10 @@ class Peer:
         elif self.worker is None:
             self._take_over()
         elif replacement.handed_over_s is None:
+            if self._liveness.is_stopped(self.slot):
+                # It would wait for whoever has stopped it, and so would everybody behind it.
+                successor.kill("stopped")
+                return
             # There is no deadline for it but the stuck clock: it may have much in hand.
             self.worker.send(HAND_OVER)
             replacement.handed_over_s = time.monotonic()
@@ -527,6 +552,8 @@ class Peer:
         self.successor = None
         self.slot.successor_pid = 0
         why = successor.failure or f"the successor ended before it was ready: {end}"
+        if successor.killed_for == "stopped":
+            why = "its worker is stopped (SIGSTOP, or a debugger): continue it first"
         if self._stops and successor.killed_for == "stop":
             why = "it is stopping"
         self._not_replaced(why)

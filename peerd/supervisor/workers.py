@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 
 from peerd._scoreboard import Slot
-from peerd.supervisor.loop import Callback, Loop
+from peerd.supervisor.loop import Callback, Loop, Timer
 from peerd.supervisor.output import PeerLog, WorkerOutput
 from peerd.supervisor.processes import EX_SOFTWARE, Child, Exit, spawn
 
@@ -75,6 +75,10 @@ class Worker:
         self._said = b""
         self._output = output
         self._loop: Loop | None = None
+        self._rest = Timer(lambda: None)
+        """Lines that were read and have to wait for another turn."""
+
+        self._rest.cancel()
 
     @property
     def is_prepared(self) -> bool:
@@ -163,8 +167,8 @@ class Worker:
             return
         if not self._output.read():  # it has closed both
             self._close_output()
-        elif self._output.has_more and self._loop is not None:
-            self._loop.call_later(0.0, self._read_output)
+        elif self._output.has_more and self._loop is not None and not self._rest.is_waiting:
+            self._rest = self._loop.call_later(0.0, self._read_output)
 
     def _close_output(self) -> None:
         if self._output.fd is not None:
