@@ -1,7 +1,7 @@
-"""What the kernel says of this process's control group: OOM kills, and how much CPU time it may have.
+"""What the kernel says of control groups: OOM kills, how much CPU time they may have, who is frozen.
 
 Version 2 first (the kernel's admin-guide/cgroup-v2.rst), then version 1, since a machine can have both and
-a controller is in one of them only. /proc/self/cgroup names the group and /proc/self/mountinfo says where
+a controller is in one of them only. /proc/pid/cgroup names a process's group and mountinfo beside it where
 it can be seen: a mount shows the tree from its own root on, which in a container is not "/". A group
 outside of that root is not to be seen.
 
@@ -87,6 +87,20 @@ def cpu_quota(proc: Path = OWN_PROC) -> float | None:
             if quota_us and period_us:
                 quotas.append(quota_us / period_us)
     return min(quotas, default=None)
+
+
+def is_frozen(pid: int) -> bool:
+    """Whether a process's group, or one above it, is frozen, as by ``docker pause``.
+
+    Its state in /proc does not say: version 2 shows it asleep, version 1 waiting for a device.
+    """
+    for group in _groups(Path(f"/proc/{pid}"), "freezer"):
+        if group.is_v2:
+            if "frozen 1" in _read(group.directory / "cgroup.events").splitlines():
+                return True
+        elif _read(group.directory / "freezer.state").strip() == "FROZEN":
+            return True
+    return False
 
 
 @dataclass(frozen=True)
