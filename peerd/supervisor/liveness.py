@@ -78,7 +78,7 @@ class Liveness:
             self._watched = _Watched(pid, progress, look)
             return Verdict.GETS_ON
         last, seen.last = seen.last, look
-        if look.state in "Tt" or (look.state in "SD" and is_frozen(pid)):
+        if _is_stopped(pid, look):
             return Verdict.STOPPED
         passed_s = min(now_s - last.at_s, MAX_LOOK_S)
         own_s = look.ran_s - last.ran_s
@@ -96,6 +96,16 @@ class Liveness:
     def own_s(self) -> float:
         """For how long the worker could have got on, and has not."""
         return 0.0 if self._watched is None else self._watched.own_s
+
+
+def is_stopped(pid: int) -> bool:
+    """Somebody has stopped the process, and may continue it."""
+    look = _look(pid, 0.0)
+    return look is not None and _is_stopped(pid, look)
+
+
+def _is_stopped(pid: int, look: _Look) -> bool:
+    return look.state in "Tt" or (look.state in "SD" and is_frozen(pid))
 
 
 def _look(pid: int, now_s: float) -> _Look | None:

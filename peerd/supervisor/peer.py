@@ -33,7 +33,7 @@ from peerd.signals import DUMP_STACK, HAND_OVER
 from peerd.supervisor.history import History
 from peerd.supervisor.kernel_drops import KernelDrops
 from peerd.supervisor.lifecycle import TRANSITIONS, Event
-from peerd.supervisor.liveness import Liveness, Verdict
+from peerd.supervisor.liveness import Liveness, Verdict, is_stopped
 from peerd.supervisor.loop import Loop, Timer
 from peerd.supervisor.output import PeerLog, RecentLines
 from peerd.supervisor.processes import Exit
@@ -490,7 +490,10 @@ class Peer:
             successor = self.successor = self._fork()
             self.slot.successor_pid = successor.pid
         except OSError as error:
-            self._host.history.note("cannot fork", peer_id=self.peer_id, why=str(error))
+            if self.worker is None:
+                self._cannot_fork(error)
+            else:
+                self._host.history.note("cannot fork", peer_id=self.peer_id, why=str(error))
             self._not_replaced(f"cannot fork a successor: {error}")
             return
         successor.watch(
@@ -510,7 +513,7 @@ class Peer:
         elif self.worker is None:
             self._take_over()
         elif replacement.handed_over_s is None:
-            if self._liveness.is_stopped(self.slot):
+            if is_stopped(self.worker.pid):
                 # It would wait for whoever has stopped it, and so would everybody behind it.
                 successor.kill("stopped")
                 return
@@ -584,7 +587,7 @@ class Peer:
         replacement.tell(done)
 
     def _not_replaced(self, why: str) -> None:
-        if self.worker is None and not self._stops:
+        if self.worker is None and self._restart is None and not self._stops:
             self._say(logging.ERROR, "no worker: %s", self._plan_restart())
         self._fail_replacement(why)
         self._next_replacement()
