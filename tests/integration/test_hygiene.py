@@ -184,7 +184,7 @@ def test_without_descriptors_a_worker_is_started_later(supervised: Supervised) -
     assert "Too many open files" in failed[0]["why"]
     assert running.peer(0)["state"] in ("starting", "backoff")
     assert raw_client.request(running.ports[1], b"SEQ", b"x")[2] == b"x"
-    assert "cannot fork a worker: [Errno 24] Too many open files; restarted in" in running.err
+    assert "cannot fork a worker: [Errno 24] Too many open files; next try in" in running.err
     raise_limit(running.pid, resource.RLIMIT_NOFILE)
     running.wait_ready()
     assert pids(running)[1] == second

@@ -28,13 +28,18 @@ from supervised import Running, Supervised, alive, free_ports, send_signal
 from supervisor_requests import Asked, pids
 
 HANGS = """
-import peerd
+import os, time
 from peerd.app import builtin_app
 app = builtin_app()
 
 @app.handler("HANG")
 def hang(message):
     while True: pass
+
+@app.handler("WAIT")
+def wait(message):
+    while not os.path.exists("go"): time.sleep(0.01)
+    return b"waited"
 """
 
 NEVER_LOADED = f"import time\ntime.sleep(60)\n{HANGS}"
@@ -236,35 +241,33 @@ def test_a_signal_while_a_successor_loads(supervised: Supervised) -> None:
 def test_a_signal_while_a_socket_is_handed_over(supervised: Supervised, goes_on: bool) -> None:
     """The successor is owed the queue; or the predecessor does not leave it, and both are killed."""
     running = start(supervised, "--stop-timeout=2", peers=1)
-    (pid,) = pids(running)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.settimeout(5)
         client.connect(("127.0.0.1", running.ports[0]))
-        with stopped(pid):
-            for number in range(20):
-                client.send(raw_client.pack(b"PING", b"1.0", b"%d" % number))
-            reload = Asked(running, "reload")
-            eventually(lambda: len(running.tree()) == 4)
-            eventually(lambda: is_told_to_hand_over(pid))
-            tree = tree_of(running)
-            running.signal(signal.SIGTERM)
-            eventually(lambda: "SIGTERM: stopping" in running.err)
-            if goes_on:
-                send_signal(pid, signal.SIGCONT)
-                bodies = {raw_client.unpack(client.recv(1 << 16))[2] for _ in range(20)}
-                assert len(bodies) == 20
-            assert running.wait(4) == 0
-    with contextlib.suppress(ControlError):  # it had to decide while the supervisor stopped
+        client.send(raw_client.pack(b"WAIT", b"1.0", b""))
+        eventually(lambda: running.peer(0)["rx_messages"] == 1)
+        for number in range(20):
+            client.send(raw_client.pack(b"PING", b"1.0", b"%d" % number))
+        reload = Asked(running, "reload")
+        eventually(lambda: is_told_to_wait(running))
+        tree = tree_of(running)
+        running.signal(signal.SIGTERM)
+        eventually(lambda: "SIGTERM: stopping" in running.err)
+        if goes_on:
+            (supervised.folder / "go").touch()
+            bodies = {raw_client.unpack(client.recv(1 << 16))[2] for _ in range(21)}
+            assert bodies == {b"waited", *(b"%d" % number for number in range(20))}
+        assert running.wait(4) == 0
+    with contextlib.suppress(ControlError):  # it may have been too late for it, or not
         reload.answer()
     assert not alive(tree)
     assert not has_records(running)
 
 
-def is_told_to_hand_over(pid: int) -> bool:
-    """Whether the signal is pending (proc(5)): its process is stopped."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    pending = next(line for line in status.splitlines() if line.startswith("ShdPnd:"))
-    return bool(int(pending.split()[1], 16) >> (signal.SIGRTMIN - 1) & 1)
+def is_told_to_wait(running: Running) -> bool:
+    """Whether there is a successor that has loaded the app: it reads the pipe that tells it to go on."""
+    workers = [child for child in running.tree()[1:] if "peerd: peer" in child.cmdline()[0]]
+    return len(workers) == 2 and "pipe" in Path(f"/proc/{workers[1].pid}/wchan").read_text()
 
 
 def test_a_stopped_worker_is_killed_in_the_end(supervised: Supervised) -> None:
