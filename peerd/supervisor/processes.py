@@ -102,6 +102,9 @@ def spawn(
                 _run_child(entry, keep_fds, unblocked, death_of, output_fd)
     finally:
         gc.unfreeze()
+    # As the child does: whichever is first, the group is there when either goes on.
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, or called exec
+        os.setpgid(pid, pid)
     try:
         return Child(pid, os.pidfd_open(pid))
     except OSError:
