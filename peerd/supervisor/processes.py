@@ -107,6 +107,9 @@ def spawn(
     finally:
         gc.unfreeze()
     _own_pids.add(pid)
+    # As the child does: whichever is first, the group is there when either goes on.
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, or called exec
+        os.setpgid(pid, pid)
     try:
         return Child(pid, os.pidfd_open(pid))
     except OSError:
