@@ -104,7 +104,9 @@ def run(
 def _wait_for_peers(board: Scoreboard, lifeline: _Lifeline) -> None:
     """To import gRPC takes a CPU for a fifth of a second, which workers that start can use better."""
     until_s = time.monotonic() + IMPORT_DELAY_S
-    while not lifeline.ended and any(slot.state is not PeerState.READY for slot in board.slots):
+    while not lifeline.ended and any(
+        slot.generation == 0 or slot.state is PeerState.STARTING for slot in board.slots
+    ):
         left_s = until_s - time.monotonic()
         if left_s <= 0:
             return

@@ -56,6 +56,7 @@ class Reloads:
         self._todo: deque[Peer] = deque()
         self._done: list[Replaced] = []
         self._total = 0
+        self._is_abandoned = False
 
     @property
     def is_under_way(self) -> bool:
@@ -66,6 +67,13 @@ class Reloads:
         if not self._answers:
             self._begin()
 
+    def abandon(self) -> None:
+        """The supervisor stops."""
+        self._is_abandoned = True
+        waiting, self._waiting = self._waiting, []
+        for answer in waiting:
+            answer("the supervisor is stopping")
+
     def _begin(self) -> None:
         self._answers, self._waiting = self._waiting, []
         self._todo = deque(self._peers.values())
@@ -75,21 +83,28 @@ class Reloads:
             self._next()
 
     def _next(self) -> None:
-        while self._todo and self._todo[0].slot.state in (PeerState.STOPPING, PeerState.STOPPED):
-            self._todo.popleft()  # scaled away meanwhile
+        while self._todo and self._is_leaving(self._todo[0]):
+            self._todo.popleft()
         if self._todo:
-            self._todo.popleft().replace(self._told)
+            peer = self._todo.popleft()
+            peer.replace(lambda result: self._told(peer, result))
         else:
             self._end({"replaced": [asdict(each) for each in self._done]})
 
-    def _told(self, result: Replaced | str) -> None:
+    def _told(self, peer: Peer, result: Replaced | str) -> None:
         if isinstance(result, Replaced):
             self._done.append(result)
+        if isinstance(result, Replaced) or self._is_leaving(peer):
             self._next()
             return
         kept = f"; {len(self._done)} of {self._total} were replaced before" if self._done else ""
         log.error("reload: not replaced%s: %s", kept, result)
         self._end(result + kept)
+
+    def _is_leaving(self, peer: Peer) -> bool:
+        """It is being scaled away, and nobody has to load the app for it."""
+        leaves = peer.slot.state in (PeerState.STOPPING, PeerState.STOPPED)
+        return leaves and not self._is_abandoned
 
     def _end(self, result: dict[str, object] | str) -> None:
         answers, self._answers = self._answers, []

@@ -38,6 +38,9 @@ MAX_TIME_S = 253_402_300_799.0
 TURN_LINES = 100
 """Of one worker in one turn: some milliseconds."""
 
+LAST_CHARS = 500
+"""Of each of a dead worker's last lines: the history keeps a thousand deaths."""
+
 KEPT_LINES = 200
 KEPT_BYTES = 256 * 1024
 """Of each peer."""
@@ -194,8 +197,8 @@ class RecentLines:
 
     def last_of(self, slot: int, generation: int, count: int) -> list[str]:
         """The last texts of one worker, oldest first."""
-        found = [each.text for each in self._kept.get(slot, ()) if each.generation == generation]
-        return found[-count:]
+        kept = [each for each in self._kept.get(slot, ()) if each.generation == generation]
+        return [each.text[-LAST_CHARS:] for each in kept[-count:]]
 
     def since(self, arguments: Mapping[str, object]) -> list[dict[str, object]]:
         """Those of ``slot`` (None: all) with a number above ``after``, oldest first, with their ``age_s``.

@@ -198,6 +198,7 @@ class Peer:
             self._cannot_fork(error)
             return False
         self._serve_with(worker)
+        worker.is_noted()
         worker.watch(self._host.loop, lambda: self._reported(worker), lambda: self._exited(worker))
         worker.go()
         return True
@@ -489,6 +490,7 @@ class Peer:
         try:
             successor = self.successor = self._fork()
             self.slot.successor_pid = successor.pid
+            successor.is_noted()
         except OSError as error:
             if self.worker is None:
                 self._cannot_fork(error)

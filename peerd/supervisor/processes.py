@@ -35,6 +35,9 @@ PR_SET_PDEATHSIG = 1
 # What the shell says for "cannot even start" and BSD's sysexits.h for an internal software error.
 EX_SOFTWARE = 70
 
+_own_pids: set[int] = set()
+"""Children that are not reaped yet."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -71,6 +74,7 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        _own_pids.discard(self.pid)
         assert result is not None  # only WNOHANG makes it None
         os.close(self.pidfd)
         if result.si_code == os.CLD_EXITED:
@@ -102,12 +106,27 @@ def spawn(
                 _run_child(entry, keep_fds, unblocked, death_of, output_fd)
     finally:
         gc.unfreeze()
+    _own_pids.add(pid)
+    # As the child does: whichever is first, the group is there when either goes on.
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, or called exec
+        os.setpgid(pid, pid)
     try:
         return Child(pid, os.pidfd_open(pid))
     except OSError:
+        _own_pids.discard(pid)
         os.kill(pid, signal.SIGKILL)  # not reaped yet, so the pid is still the child's
         os.waitpid(pid, 0)
         raise
+
+
+def reap_stranger() -> None:
+    """As PID 1 of a container: a process whose parent has ended is ours to reap, though it is nobody's child
+    here. One of our own that has ended is seen by its pidfd, and is gone at the next look."""
+    with contextlib.suppress(ChildProcessError):
+        while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if found.si_pid in _own_pids:
+                return
+            os.waitpid(found.si_pid, 0)  # a zombie's pid is nobody else's
 
 
 def redirect_output(fd: int) -> None:

@@ -66,7 +66,7 @@ class Stop:
         self._begun_s = time.monotonic()
         self._timers: list[Timer] = [
             loop.call_later(WITHDRAW_TIMEOUT_S, self._drain),
-            loop.call_later(settings.stop_timeout_s, self._kill_late),
+            loop.call_later(self._workers_timeout_s, self._kill_late),
             loop.call_later(NOTICE_S, self._notice),
         ]
         registrar.on_end = self.advance
@@ -79,6 +79,12 @@ class Stop:
         for peer in reversed(list(peers.values())):
             peer.stop()
         self.advance()
+
+    @property
+    def _workers_timeout_s(self) -> float:
+        """What is left at the end is the registrar's, to revoke the records."""
+        limit_s = self._settings.stop_timeout_s
+        return max(limit_s - LAST_TIMEOUT_S, limit_s / 2)
 
     def another_signal(self) -> None:
         self._signals += 1
@@ -138,7 +144,8 @@ class Stop:
                     log.warning("the worker of %s has not stopped in time: SIGKILL", peer.peer_id)
                     peer.kill()
             self._close()
-            self._later(LAST_TIMEOUT_S, self._kill_late)
+            left_s = self._settings.stop_timeout_s - self._workers_timeout_s
+            self._later(min(LAST_TIMEOUT_S, left_s), self._kill_late)
         elif self._phase is _Phase.CLOSE:
             for name in self._names():
                 log.warning("the %s has not stopped in time: SIGKILL", name)

@@ -36,6 +36,7 @@ from peerd.supervisor.notify import socket_name
 from peerd.supervisor.operations import Recycler, Reloads, Scaler
 from peerd.supervisor.output import RecentLines
 from peerd.supervisor.peer import Peer, Replaced
+from peerd.supervisor.processes import reap_stranger
 from peerd.supervisor.services import EtcdService, RegistrarService
 from peerd.supervisor.status import StatusReport
 from peerd.supervisor.stopping import Stop
@@ -297,6 +298,8 @@ class Supervisor:
     # What is done again and again
 
     def _look(self) -> None:
+        if os.getpid() == 1:
+            reap_stranger()
         if self._stop is None:
             now_s = time.monotonic()
             self._oom_kills.look()
@@ -346,6 +349,7 @@ class Supervisor:
         self.history.note("stopping", exit_code=exit_code)
         self._exit_code = exit_code
         self._notifier.stopping("stopping")
+        self._reloads.abandon()
         self._stop = Stop(
             self.loop, self.settings, self._peers, self._registrar, self._etcd, self._finish
         )

@@ -1,8 +1,11 @@
 """One worker process, and what it says.
 
 Two pipes for its start: on one the worker tells how it gets on (P: the app is loaded; R: the loop has
-turned; F and a text: it cannot start), on the other it is told to go on after P. A worker that is started
-where nobody serves finds that word there at once; a successor waits for it while its predecessor serves.
+turned; F and a text: it cannot start), on the other it is told to go on, to load the app at first and
+after P to serve. A worker that is started where nobody serves finds both words there at once; a successor
+waits for the second while its predecessor serves. The first comes when its pid is in the scoreboard: what
+an app starts is found by that pid when the supervisor is killed, and a supervisor that is killed right
+after its fork leaves a worker that has started nothing.
 
 A third pipe is its standard output and error (output.py).
 """
@@ -37,11 +40,14 @@ class BootReport:
         self._report_fd = report_fd
         self._go_fd = go_fd
 
+    def wait_until_noted(self) -> None:
+        """Nothing of the app may run before."""
+        self._wait()
+
     def prepared(self) -> None:
         """The app is loaded. Returns when this worker may read the socket: a predecessor may still."""
         os.write(self._report_fd, b"P")
-        if not os.read(self._go_fd, 1):
-            raise SystemExit(EX_SOFTWARE)  # the supervisor does without, or is gone
+        self._wait()
         os.close(self._go_fd)
 
     def ready(self) -> None:
@@ -51,6 +57,10 @@ class BootReport:
     def failed(self, text: str) -> None:
         os.write(self._report_fd, b"F" + text.encode("utf-8", "replace")[:MAX_REPORT_BYTES])
         os.close(self._report_fd)
+
+    def _wait(self) -> None:
+        if not os.read(self._go_fd, 1):
+            raise SystemExit(EX_SOFTWARE)  # the supervisor does without, or is gone
 
 
 class Worker:
@@ -110,6 +120,12 @@ class Worker:
             loop.watch(self._report_fd, read_report)
         if self._output.fd is not None:
             loop.watch(self._output.fd, self._read_output)
+
+    def is_noted(self) -> None:
+        """Its pid is in the scoreboard, so it may load the app."""
+        assert self._go_fd is not None
+        with contextlib.suppress(BrokenPipeError):  # dead, and its pidfd tells
+            os.write(self._go_fd, b"L")
 
     def go(self) -> None:
         """It may read the socket."""
@@ -191,8 +207,14 @@ def start_worker(
         output_read, output_write = os.pipe()
         kept.callback(os.close, output_read)
         given.callback(os.close, output_write)
+
+        def run() -> int:
+            report = BootReport(report_write, go_read)
+            report.wait_until_noted()
+            return entry(slot.index, sock, slot, report)
+
         child = spawn(
-            lambda: entry(slot.index, sock, slot, BootReport(report_write, go_read)),
+            run,
             (sock.fileno(), report_write, go_read),
             die_with_parent=True,
             output_fd=output_write,

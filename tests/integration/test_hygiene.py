@@ -463,3 +463,43 @@ def test_garbage_gets_an_error_or_nothing(supervised: Supervised) -> None:
     assert pids(running) == before
     assert running.process.poll() is None
     assert "Traceback" not in running.err
+
+
+def test_as_pid_1_it_reaps_strangers(supervised: Supervised, tmp_path: Path) -> None:
+    """What a handler has sent away comes to PID 1 when its parent has ended."""
+    if os.geteuid() != 0:
+        pytest.skip("a PID namespace takes root")
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    control_path = tmp_path / "control.sock"
+    base_port = free_ports(1)
+    command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-m"]
+    command += ["peerd", "supervise", "--app=leaves:app", f"--base-port={base_port}"]
+    command += [f"--control={control_path}", f"--etcd={supervised.etcd}", "--prefix=pid-1"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as outside:
+        try:
+            eventually(lambda: control.request(control_path, "status")["peers"][0]["pid"], 15)
+            (supervisor,) = eventually(lambda: psutil.Process(outside.pid).children())
+            for _ in range(3):
+                answer = raw_client.request(base_port, b"LEAVE", b"")
+                (_, worker, left) = (int(part) for part in answer[2].split())
+                assert worker == control.request(control_path, "status")["peers"][0]["pid"]
+                assert left != worker
+            control.request(control_path, "restart", {"slot": 0}, timeout_s=30)
+            eventually(lambda: len(supervisor.children()) == 2, within_s=10)
+        finally:
+            outside.send_signal(signal.SIGTERM)
+            for process in psutil.Process(outside.pid).children():
+                process.terminate()
+            outside.wait(15)
+
+
+LEAVES = """
+import os, subprocess
+from peerd.app import builtin_app
+app = builtin_app()
+
+@app.handler("LEAVE")
+def leave(message):
+    process = subprocess.Popen(["sleep", "0.2"], start_new_session=True)
+    return b"0 %d %d" % (os.getpid(), process.pid)
+"""
