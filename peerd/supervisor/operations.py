@@ -302,7 +302,9 @@ class Scaler:
         self._on_change()
         if self._failure is not None:
             self._history.note("not scaled", why=self._failure.partition("\n")[0])
-            scaling.answer(f"still {len(self._peers)} peers: {self._failure}")
+            scaling.answer(
+                f"not scaled, the number of peers is still {len(self._peers)}: {self._failure}"
+            )
         else:
             if self._before != len(self._peers):
                 self._history.note("scaled", before=self._before, peers=len(self._peers))

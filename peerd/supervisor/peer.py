@@ -340,6 +340,7 @@ class Peer:
             return
         self._cancel_boot()
         self._becomes(Event.SERVE)
+        self.health = "idle"
         self._host.history.note("ready", peer_id=self.peer_id, pid=worker.pid)
         if self._replacement is not None and self.successor is None:  # it is the successor
             self._replaced(self._replacement, worker.pid)

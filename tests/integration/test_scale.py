@@ -253,7 +253,7 @@ def test_an_app_that_is_broken_by_now_leaves_the_old_set(supervised: Supervised)
     write_app(supervised, BROKEN)
     with pytest.raises(ControlError) as refused:
         scale(running, 4)
-    assert str(refused.value).startswith("still 2 peers: ")
+    assert str(refused.value).startswith("not scaled, the number of peers is still 2: ")
     assert str(refused.value).count("Traceback") == 1
     assert "ValueError: broken today" in str(refused.value)
     assert pids(running) == before
@@ -271,7 +271,8 @@ def test_newcomers_that_die_again_and_again_are_given_up(supervised: Supervised)
     before = pids(running)
     write_app(supervised, DIES)
     with pytest.raises(
-        ControlError, match=r"still 1 peers: worker pid .*: exit code 3 before it was ready"
+        ControlError,
+        match=r"not scaled, the number of peers is still 1: worker pid .*: exit code 3 before it was ready",
     ) as refused:
         scale(running, 3)
     assert "restarted" not in str(refused.value), "that is what does not happen any more"
