@@ -84,8 +84,8 @@ class Notifier:
         return cls(address, interval_s)
 
     @property
-    def keeps_sockets(self) -> bool:
-        """Whether there is somebody to store() them."""
+    def is_heard(self) -> bool:
+        """Whether there is a manager, and so somebody who keeps what is stored."""
         return self._socket is not None
 
     def ready(self, status: str) -> None:

@@ -244,11 +244,11 @@ class Peer:
     def look(self, now_s: float) -> None:
         """Judge the worker, and end one that is stuck. To be called about twice a second."""
         worker, slot = self.worker, self.slot
-        messages = slot.counters()["rx_messages"]
+        heartbeat_ns, messages = slot.progress
         moves, self._seen_messages = messages != self._seen_messages, messages
         if worker is None or slot.state is not PeerState.READY:
             self.health = None
-        elif slot.heartbeat_ns > time.monotonic_ns() - OLD_HEARTBEAT_NS:
+        elif heartbeat_ns > time.monotonic_ns() - OLD_HEARTBEAT_NS:
             self.health = "ok" if moves else "idle"
         else:
             verdict = self._liveness.judge(slot, now_s)

@@ -327,7 +327,7 @@ class Supervisor:
 
     def _tell_manager(self) -> None:
         """systemd's status line, and its READY: when all peers are, and no reload is under way."""
-        if self._stop is not None or not self._is_running:
+        if self._stop is not None or not self._is_running or not self._notifier.is_heard:
             return
         status = self._status.line()
         # Once it was, a reload ends with READY whatever it found: systemd waits for that.
@@ -442,7 +442,7 @@ class Supervisor:
             for worker in (peer.worker, peer.successor):
                 if worker is not None:
                     worker.wait()
-            peer.close(is_kept=self._notifier.keeps_sockets)
+            peer.close(is_kept=self._notifier.is_heard)
         self._registrar.release()
         if self._etcd is not None:
             self._etcd.release()
