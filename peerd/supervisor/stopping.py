@@ -113,6 +113,7 @@ class Stop:
             self._etcd.kill()
         elif all(peer.has_ended for peer in self._peers.values()):
             self._phase = _Phase.DONE
+            log.info("stopped, in %.1f s", time.monotonic() - self._begun_s)
             for timer in self._timers:
                 timer.cancel()
             self._on_done()
