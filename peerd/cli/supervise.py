@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import resource
-import shutil
 import socket
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from peerd import __version__, embedded_etcd, registrar, worker
+from peerd import __version__, registrar, worker
 from peerd._scoreboard import Scoreboard, Slot
 from peerd.cli import logs
 from peerd.cli.supervisor_options import LaunchOptions, SupervisorCommand, supervisor_options
@@ -113,6 +111,11 @@ def raise_descriptor_limit(peers: int) -> None:
 
 def _own_etcd() -> EmbeddedEtcdSettings | None:
     """An etcd at the default endpoint, if nobody is there and a binary is."""
+    # What it takes to run an etcd, only where it may have to: the workers wait for all that is imported.
+    import tempfile
+
+    from peerd import embedded_etcd
+
     if embedded_etcd.is_listening(DEFAULT_ENDPOINT):
         return None
     binary = embedded_etcd.find_etcd()
@@ -193,6 +196,8 @@ def _registrar_entry(settings: SupervisorSettings, own_etcd: EmbeddedEtcdSetting
 def _discard(own_etcd: EmbeddedEtcdSettings | None) -> None:
     if own_etcd is None:
         return
+    import shutil
+
     # Again while an etcd that was killed a moment ago still writes.
     for _ in range(DISCARD_TRIES):
         shutil.rmtree(own_etcd.data_dir, ignore_errors=True)

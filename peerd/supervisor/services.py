@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable
 
 from peerd._scoreboard import RegistryState, Scoreboard
-from peerd.embedded_etcd import is_listening
 from peerd.settings import EmbeddedEtcdSettings, RegistrySettings
 from peerd.supervisor.history import History
 from peerd.supervisor.loop import Callback, Loop, Timer
@@ -221,6 +220,8 @@ class EtcdService(_Service):
     def _has_ended(self, pid: int, end: Exit) -> None:
         if not self.keeps_running:
             return
+        from peerd.embedded_etcd import is_listening  # with all that it takes to run an etcd
+
         if is_listening(self._endpoint):
             # Two supervisors started at once, and the other one's etcd was first.
             log.info("etcd pid %d: %s; another one listens there by now and is used", pid, end)
