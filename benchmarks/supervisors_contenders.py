@@ -100,7 +100,7 @@ def _peerd(order: Order) -> list[str]:
         (order.folder / order.app.name).symlink_to(order.app)
         app = ["--app", f"{order.app.stem}:app"]
     return [
-        *(sys.executable, "-m", "peerd", "supervise", "--host", "127.0.0.1"),
+        *(str(environment(None).scripts / "peerd"), "supervise", "--host", "127.0.0.1"),
         *("--peers", str(len(order.ports)), "--base-port", str(order.ports[0])),
         *("--etcd", order.etcd, "--prefix", order.folder.name),
         *("--control", str(order.folder / "peerd.sock")),

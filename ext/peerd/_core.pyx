@@ -98,8 +98,6 @@ from peerd.wire cimport DECODE_EMPTY, DECODE_OK, MAX_DATAGRAM_BYTES, DecodeReaso
 import os
 from typing import Union
 
-import orjson
-
 from peerd.errors import DecodeError
 
 cdef extern from "Python.h":
@@ -138,6 +136,9 @@ cdef dict _DECODE_TEXTS = {
 }
 
 
+cdef object _loads = None
+
+
 @cython.final
 @cython.no_gc
 @cython.freelist(1024)
@@ -164,7 +165,12 @@ cdef class Message:
         return self._sender
 
     def json(self):
-        return orjson.loads(self.body)
+        global _loads
+        if _loads is None:
+            import orjson  # when somebody wants it: with what it imports itself, it takes 4 ms
+
+            _loads = orjson.loads
+        return _loads(self.body)
 
     def __richcmp__(self, other, int op):
         if op not in (Py_EQ, Py_NE) or not isinstance(other, Message):

@@ -221,7 +221,7 @@ def _as_json(
             "registry": asdict(registry),
             "control": str(launch.control_path),
             "metrics": str(settings.metrics) if settings.metrics else None,
-            "settings": [asdict(setting) for setting in changed],
+            "settings": [setting._asdict() for setting in changed],
         },
         option=orjson.OPT_INDENT_2,
     )

@@ -22,8 +22,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-import orjson
-
 from peerd.supervisor.output import record_line
 
 STDERR = 2
@@ -200,6 +198,8 @@ class _Json(logging.Formatter):
         self.process_name = "supervisor"
 
     def format(self, record: logging.LogRecord) -> str:
+        import orjson  # not at the top, as the first peers would wait for it
+
         fields = vars(record)
         when = datetime.fromtimestamp(record.created, UTC)
         line: dict[str, object] = {

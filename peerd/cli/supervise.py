@@ -51,6 +51,8 @@ def supervise(ctx: click.Context, settings: SupervisorSettings, launch: LaunchOp
     from peerd.supervisor.sockets import listen
     from peerd.supervisor.supervisor import Supervisor
 
+    if settings.app is not None:
+        import orjson  # noqa: F401 - an app may use Message.json(), and forked workers share it
     log_dropped = logs.configure(launch.log_level, launch.log_format)
     assert isinstance(ctx.command, SupervisorCommand)
     for line in ctx.command.misspelt_variables():

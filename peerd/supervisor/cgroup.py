@@ -18,8 +18,8 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 OWN_PROC = Path("/proc/self")
 
@@ -103,8 +103,7 @@ def is_frozen(pid: int) -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class _Group:
+class _Group(NamedTuple):
     is_v2: bool
     directory: Path
     mount_point: Path

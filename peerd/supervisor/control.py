@@ -21,8 +21,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from peerd.errors import ControlError, NotRunningError
 from peerd.supervisor.listener import Listener
 from peerd.supervisor.loop import Loop
@@ -74,6 +72,8 @@ def request(
     path: Path, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float = 5.0
 ) -> Any:
     """What a supervisor answers. Raises NotRunningError or ControlError."""
+    import orjson
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         _limit_waits(client, timeout_s)
         try:
@@ -196,15 +196,17 @@ class ControlServer:
                 return
             if isinstance(answer, Pending):  # it took no time at all
                 answer = answer._answer or {}
-            client.unsent = orjson.dumps(answer) + b"\n"
+            client.unsent = _line(answer)
 
     def _deliver(self, client: _Client, answer: dict[str, object]) -> None:
         if client.connection in self._clients:
             client.waits = False
-            client.unsent = orjson.dumps(answer) + b"\n"
+            client.unsent = _line(answer)
             self._serve(client, 0)
 
     def _answer(self, line: bytes) -> dict[str, object] | Pending:
+        import orjson
+
         try:
             asked = orjson.loads(line)
             if asked["v"] != VERSION:
@@ -236,6 +238,13 @@ class ControlServer:
             return
         self._selector.unregister(client.connection)
         client.connection.close()
+
+
+def _line(answer: dict[str, object]) -> bytes:
+    # Not at the top, as the first peers would wait for it.
+    import orjson
+
+    return orjson.dumps(answer) + b"\n"
 
 
 class _Client:

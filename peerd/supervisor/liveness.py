@@ -19,6 +19,7 @@ import enum
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from peerd._scoreboard import Slot
 from peerd.supervisor.cgroup import is_frozen
@@ -38,8 +39,7 @@ class Verdict(enum.Enum):
     STUCK = "stuck"
 
 
-@dataclass(frozen=True)
-class _Look:
+class _Look(NamedTuple):
     at_s: float
     state: str
     """proc(5)'s letter."""

@@ -24,7 +24,7 @@ import logging
 import os
 import socket
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,7 @@ LATE_S = 2.0
 """A manager that has not read for so long is worth a warning; a full queue is not."""
 
 
-@dataclass(frozen=True)
-class _Message:
+class _Message(NamedTuple):
     text: str
     sock: socket.socket | None = None
 

@@ -14,7 +14,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from peerd._scoreboard import PeerState
 from peerd.address import MAX_PORT
@@ -89,7 +89,7 @@ class Reloads:
             peer = self._todo.popleft()
             peer.replace(lambda result: self._told(peer, result))
         else:
-            self._end({"replaced": [asdict(each) for each in self._done]})
+            self._end({"replaced": [each._asdict() for each in self._done]})
 
     def _told(self, peer: Peer, result: Replaced | str) -> None:
         if isinstance(result, Replaced):

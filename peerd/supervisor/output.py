@@ -17,9 +17,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-
-import orjson
+from typing import NamedTuple
 
 from peerd._scoreboard import Slot
 from peerd.errors import ControlError
@@ -53,6 +51,8 @@ _exceptions = logging.Formatter()
 
 def record_line(record: logging.LogRecord) -> bytes:
     """What a worker writes for a log record. Raises TypeError where the message's arguments do not fit."""
+    import orjson  # not at the top, as the first peers would wait for it
+
     exception = None
     if record.exc_info and record.exc_info[0] is not None:
         exception = _exceptions.formatException(record.exc_info)
@@ -73,6 +73,8 @@ def _plain(text: str) -> str:
 def _read_record(line: bytes) -> logging.LogRecord:
     """Of what ``record_line`` made; anything else is a printed line."""
     if line.startswith(SEPARATOR):
+        import orjson
+
         try:
             created, level, name, message, exception = orjson.loads(line[1:])
             if (
@@ -165,8 +167,7 @@ class WorkerOutput:
         self._unfinished = b""
 
 
-@dataclass(frozen=True)
-class _Kept:
+class _Kept(NamedTuple):
     number: int
     at_s: float
     level: str

@@ -18,14 +18,14 @@ Stuck workers (liveness.py) write their Python stack into the log and are killed
 from __future__ import annotations
 
 import logging
-import random
+import os
 import signal
 import socket
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from peerd._scoreboard import PeerState, Slot
 from peerd.settings import SupervisorSettings
@@ -60,8 +60,7 @@ LAST_LINES = 40
 """Of a worker, in its death certificate. The stack of a crash in C takes 30, the handler's line first."""
 
 
-@dataclass(frozen=True)
-class Death:
+class Death(NamedTuple):
     """The certificate of a worker that ended without having been asked to."""
 
     pid: int
@@ -108,8 +107,7 @@ Told = Callable[["Replaced | str"], None]
 """Gets what happened, or why nothing did. Called once."""
 
 
-@dataclass(frozen=True)
-class Replaced:
+class Replaced(NamedTuple):
     slot: int
     peer_id: str
     old_pid: int | None
@@ -427,7 +425,7 @@ class Peer:
         """When, in words."""
         now_s = time.monotonic()
         self._failures.append(Failure(now_s, ready_for_s))
-        restart = next_restart(self._policy, list(self._failures), random.random())
+        restart = next_restart(self._policy, list(self._failures), os.urandom(1)[0] / 255)
         self.slot.restarts += 1
         self._start_later(restart.delay_s)
         self._becomes(Event.PARK if restart.crashloop else Event.FAIL)

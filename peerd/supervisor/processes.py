@@ -26,8 +26,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +37,12 @@ EX_SOFTWARE = 70
 _own_pids: set[int] = set()
 """Children that are not reaped yet."""
 
+_ALL_SIGNALS = signal.valid_signals()
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclass(frozen=True)
-class Exit:
+class Exit(NamedTuple):
     """How a process ended: with a code, or by a signal."""
 
     code: int | None
@@ -57,8 +57,7 @@ class Exit:
             return f"killed by signal {self.signal}"
 
 
-@dataclass(frozen=True)
-class Child:
+class Child(NamedTuple):
     pid: int
     pidfd: int
 
@@ -183,7 +182,7 @@ def _close_all_but(keep_fds: Collection[int]) -> None:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[set[int | signal.Signals]]:
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL_SIGNALS)
     try:
         yield previous
     finally:

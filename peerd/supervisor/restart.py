@@ -9,11 +9,10 @@ number of failures in a window the peer is parked and retried slowly, and its si
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class RestartPolicy:
+class RestartPolicy(NamedTuple):
     first_delay_s: float = 0.25
     max_delay_s: float = 15.0
     jitter: float = 0.2
@@ -24,15 +23,13 @@ class RestartPolicy:
     parked_delay_s: float = 60.0
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     at_s: float
     ready_for_s: float
     """How long the worker had been ready when it died; 0 when it never was."""
 
 
-@dataclass(frozen=True)
-class Restart:
+class Restart(NamedTuple):
     delay_s: float
     crashloop: bool
 
@@ -40,7 +37,8 @@ class Restart:
 def next_restart(policy: RestartPolicy, failures: Sequence[Failure], random_unit: float) -> Restart:
     """What to do after the last of ``failures`` (oldest first, at least one).
 
-    ``random_unit`` is a random number from 0 to 1.
+    ``random_unit`` is a random number from 0 to 1. (From os.urandom: the module random takes its time at
+    each fork, for a new seed.)
     """
     now_s = failures[-1].at_s
     streak = 0

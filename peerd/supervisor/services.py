@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import random
 import signal
 import sys
 import time
@@ -100,7 +99,7 @@ class _Service:
     def _start_again(self) -> None:
         now_s = time.monotonic()
         self._failures.append(Failure(now_s, now_s - self._started_s))
-        restart = next_restart(self._policy, list(self._failures), random.random())
+        restart = next_restart(self._policy, list(self._failures), os.urandom(1)[0] / 255)
         self._restart = self._loop.call_later(restart.delay_s, self.start)
         when = f"in {restart.delay_s:.2g} s" if restart.delay_s else "now"
         log.info("restarting the %s %s", self.name, when)

@@ -18,8 +18,7 @@ import socket
 import stat
 import struct
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from peerd.address import Address
 from peerd.errors import BindError, PortInUseError
@@ -51,8 +50,7 @@ FIRST_PASSED_FD = 3
 Protocol = Literal["tcp", "udp"]
 
 
-@dataclass(frozen=True)
-class QueueState:
+class QueueState(NamedTuple):
     queued_bytes: int
     dropped: int
     """Datagrams that found the buffer full since the socket was made."""

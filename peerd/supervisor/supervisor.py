@@ -19,7 +19,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from setproctitle import setproctitle
@@ -138,7 +137,7 @@ class Supervisor:
                     peer.start()
                 if self._etcd is not None:
                     self._etcd.start()
-                self._look()
+                self.loop.call_later(LOOK_S, self._look)
                 self._recycle()
                 self._feed_watchdog()
                 while not self._is_done:
@@ -170,7 +169,7 @@ class Supervisor:
         answer = _answering(pending)
 
         def told(result: Replaced | str) -> None:
-            answer(result if isinstance(result, str) else {"replaced": [asdict(result)]})
+            answer(result if isinstance(result, str) else {"replaced": [result._asdict()]})
 
         peer.replace(told)
         return pending
