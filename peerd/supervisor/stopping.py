@@ -66,7 +66,8 @@ class Stop:
         self._begun_s = time.monotonic()
         self._timers: list[Timer] = [
             loop.call_later(WITHDRAW_TIMEOUT_S, self._drain),
-            loop.call_later(self._workers_timeout_s, self._kill_late),
+            loop.call_later(self._workers_timeout_s, self._kill_workers),
+            loop.call_later(settings.stop_timeout_s, self._kill_rest),
             loop.call_later(NOTICE_S, self._notice),
         ]
         registrar.on_end = self.advance
@@ -93,7 +94,7 @@ class Stop:
             for peer in self._peers.values():
                 peer.kill()
             self._close()
-            self._later(LAST_TIMEOUT_S, self._kill_late)
+            self._later(LAST_TIMEOUT_S, self._kill_rest)
         else:
             log.warning("signal %d: SIGKILL for all that is left", self._signals)
             self._kill_all()
@@ -138,19 +139,18 @@ class Stop:
             )
         self._registrar.cut_lifeline()
 
-    def _kill_late(self) -> None:
+    def _kill_workers(self) -> None:
         if self._phase in (_Phase.WITHDRAW, _Phase.DRAIN):
             for peer in self._peers.values():
                 if not peer.has_ended:
                     log.warning("the worker of %s has not stopped in time: SIGKILL", peer.peer_id)
                     peer.kill()
             self._close()
-            left_s = self._settings.stop_timeout_s - self._workers_timeout_s
-            self._later(min(LAST_TIMEOUT_S, left_s), self._kill_late)
-        elif self._phase is _Phase.CLOSE:
-            for name in self._names():
-                log.warning("the %s has not stopped in time: SIGKILL", name)
-            self._kill_all()
+
+    def _kill_rest(self) -> None:
+        for name in self._names():
+            log.warning("the %s has not stopped in time: SIGKILL", name)
+        self._kill_all()
 
     def _kill_all(self) -> None:
         for peer in self._peers.values():

@@ -178,14 +178,14 @@ def test_it_is_said_who_is_waited_for_and_what_they_do(supervised: Supervised) -
 
 
 def test_the_registrar_is_waited_for_by_name(supervised: Supervised) -> None:
-    running = start(supervised, "--stop-timeout=2")
+    running = start(supervised, "--stop-timeout=3.5")
     registrar = running.registrar()
     tree = tree_of(running)
     registrar.suspend()
     begun_s = time.monotonic()
     running.signal(signal.SIGTERM)
     assert running.wait() == 0
-    assert time.monotonic() - begun_s < 3.5
+    assert 3 < time.monotonic() - begun_s < 5
     assert not alive(tree)
     assert "the registrar has not stopped in time: SIGKILL" in running.err
     assert "waiting for: registrar" in running.err

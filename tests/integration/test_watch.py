@@ -305,6 +305,19 @@ def test_values_that_are_too_large_for_one_page(
     store.revoke([lease_id])
 
 
+def test_more_at_once_than_one_message_takes(registry: Registry, store: Etcd, prefix: str) -> None:
+    """What has happened before a stream is opened comes in one message."""
+    lease_id = store.grant(60).lease_id
+    with registry.watch() as watch:
+        assert watch.take() == []
+        for number in range(40):
+            store.put(f"{prefix}/zz-{number}".encode(), bytes(1_400_000), lease_id)
+        record = PeerRecord("localhost", 1)
+        store.put(f"{prefix}/{record.peer_id}".encode(), record.to_json())
+        assert next(watch).record == record
+    store.revoke([lease_id])
+
+
 # Updating
 
 
