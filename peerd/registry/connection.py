@@ -352,7 +352,8 @@ class Members:
             return LeaseNotFoundError(f"etcd at {self.urls}: {details}")
         if code is status.OUT_OF_RANGE:
             return CompactedError(f"etcd at {self.urls}: {details}")
-        if "larger than max" in details:
+        # Not "frame size ... is larger than max", which a network that garbles bytes brings about.
+        if code is status.RESOURCE_EXHAUSTED and "message larger than max" in details:
             return TooLargeError(f"etcd at {self.urls}: {details}")
         if "invalid auth token" in details or "revision in header is old" in details:
             return _LoginEndedError(f"etcd at {self.urls}: {details}")

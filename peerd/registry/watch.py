@@ -104,9 +104,6 @@ class Watch:
         self._pending: deque[Event] = deque()
         self._known_s = -float("inf")
         self._pause_s = FIRST_PAUSE_S
-        self._too_large_at = -1
-        """The revision behind which etcd has last sent more than was taken."""
-
         self._closed = threading.Event()
         self._pid = os.getpid()
         self._asking = threading.Lock()
@@ -205,12 +202,10 @@ class Watch:
                 events = self._list()
             self._known_s = time.monotonic()
             return events
-        except CompactedError as error:
+        except (CompactedError, TooLargeError) as error:
             log.info("%s: the peers are listed again", error)
             self._broken()
             return self._list_again()
-        except TooLargeError as error:
-            return self._too_large(error)
         except RegistryAuthError:
             self._broken()
             if self._closed.is_set():
@@ -219,16 +214,6 @@ class Watch:
         except RegistryError as error:
             self._broken()
             return self._pause(error)
-
-    def _too_large(self, error: TooLargeError) -> list[Event] | None:
-        """A list tells less than the events do, and a network that garbles lengths says this as well: so
-        only where it happens twice."""
-        is_again, self._too_large_at = self._too_large_at == self._revision, self._revision
-        self._broken()
-        if not is_again:
-            return self._pause(error)
-        log.info("%s: the peers are listed again", error)
-        return self._list_again()
 
     def _list_again(self) -> list[Event] | None:
         try:
