@@ -4,6 +4,8 @@
     DRAIN     the workers get SIGTERM, serve what their queues hold, and exit
     CLOSE     the registrar's lifeline is cut, then etcd is ended
 
+Workers that are late are killed a second before that end, which leaves it to the registrar.
+
 A second signal skips to SIGKILL for the workers and the end of the lifeline: the registrar revokes what is
 left by itself, as it does when the supervisor is killed. A third kills whatever is left.
 
