@@ -31,7 +31,7 @@ import os
 import random
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -420,13 +420,16 @@ class Session:
         now_s = time.monotonic()
         if now_s < self._refresh_at_s:
             return
+        held: defaultdict[int, list[_HeldLease]] = defaultdict(list)
         with self._lock:
-            leases = {lease.lease_id: lease for lease in self._live_leases()}
-        if leases:
-            shortest_s = min(lease.ttl_s for lease in leases.values())
+            for lease in self._live_leases():
+                held[lease.lease_id].append(lease)  # two registrations where one adopted the other's
+        if held:
+            shortest_s = min(lease.ttl_s for leases in held.values() for lease in leases)
             timeout_s = min(self._etcd.timeout_s, max(shortest_s / 3, _RETRY_S))
-            for lease_id, ttl_s in self._etcd.keep_alive(leases, timeout_s):
-                leases[lease_id].ends_at_s = now_s + ttl_s if ttl_s > 0 else 0.0
+            for lease_id, ttl_s in self._etcd.keep_alive(held, timeout_s):
+                for lease in held[lease_id]:
+                    lease.ends_at_s = now_s + ttl_s if ttl_s > 0 else 0.0
             self._answered = True
         with self._lock:
             self._refresh_at_s = math.inf

@@ -320,6 +320,15 @@ def test_all_keep_alives_go_over_one_stream(etcd: str, prefix: str) -> None:
         assert registry._etcd._keep_alives is stream
 
 
+def test_a_lease_that_two_registrations_hold_is_refreshed_for_both(etcd: str, prefix: str) -> None:
+    with Registry(etcd, prefix, lease_ttl_s=2) as registry:
+        first = registry.register(SEED)
+        both = (first, registry.register(SEED, adopt_lease_id=first.lease_id))
+        until_s = max(registration.registered_until_s for registration in both)
+        eventually(lambda: min(registration.registered_until_s for registration in both) > until_s)
+        assert both[0].lease_id == both[1].lease_id
+
+
 def test_a_stream_that_broke_between_two_rounds_is_no_failure() -> None:
     """As with an etcd that was restarted, or a member that was left: the next round has another."""
     states: list[SessionState] = []
