@@ -423,7 +423,9 @@ class Session:
         held: defaultdict[int, list[_HeldLease]] = defaultdict(list)
         with self._lock:
             for lease in self._live_leases():
-                held[lease.lease_id].append(lease)  # two registrations where one adopted the other's
+                held[lease.lease_id].append(
+                    lease
+                )  # two registrations where one adopted the other's
         if held:
             shortest_s = min(lease.ttl_s for leases in held.values() for lease in leases)
             timeout_s = min(self._etcd.timeout_s, max(shortest_s / 3, _RETRY_S))

@@ -81,6 +81,40 @@ class Child(NamedTuple):
         return Exit(None, result.si_status)
 
 
+class ChildPipes:
+    """Pipes between this process and a child that is about to be forked.
+
+    After the ``with`` block the child's ends are closed here, and ours as well unless ``keep`` was called.
+    """
+
+    def __enter__(self) -> ChildPipes:
+        self._ours, self._childs = contextlib.ExitStack(), contextlib.ExitStack()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._childs.close()
+        self._ours.close()
+
+    def to_child(self) -> tuple[int, int]:
+        """(the child's end, ours)"""
+        read_fd, write_fd = os.pipe()
+        return self._close_later(read_fd, write_fd)
+
+    def from_child(self) -> tuple[int, int]:
+        """(the child's end, ours)"""
+        read_fd, write_fd = os.pipe()
+        return self._close_later(write_fd, read_fd)
+
+    def keep(self) -> None:
+        """There is a child: our ends are the caller's."""
+        self._ours.pop_all()
+
+    def _close_later(self, childs_fd: int, our_fd: int) -> tuple[int, int]:
+        self._childs.callback(os.close, childs_fd)
+        self._ours.callback(os.close, our_fd)
+        return childs_fd, our_fd
+
+
 def spawn(
     entry: Callable[[], int],
     keep_fds: Collection[int],

@@ -8,6 +8,7 @@ supervisor for as long as it takes to revoke the records.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import logging
 import os
@@ -21,7 +22,7 @@ from peerd._scoreboard import RegistryState, Scoreboard
 from peerd.settings import EmbeddedEtcdSettings, RegistrySettings
 from peerd.supervisor.history import History
 from peerd.supervisor.loop import Callback, Loop, Timer
-from peerd.supervisor.processes import Child, Exit, redirect_output, spawn
+from peerd.supervisor.processes import Child, ChildPipes, Exit, redirect_output, spawn
 from peerd.supervisor.restart import Failure, RestartPolicy, next_restart
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ A byte written to the report means that a registration has changed.
 """
 
 
-class _Service:
+class _Service(abc.ABC):
     """Starts a child, and starts it again until it is told not to."""
 
     name = "service"
@@ -104,11 +105,10 @@ class _Service:
         when = f"in {restart.delay_s:.2g} s" if restart.delay_s else "now"
         log.info("restarting the %s %s", self.name, when)
 
-    def _spawn(self) -> Child:
-        raise NotImplementedError
-
-    def _has_ended(self, pid: int, end: Exit) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _spawn(self) -> Child: ...
+    @abc.abstractmethod
+    def _has_ended(self, pid: int, end: Exit) -> None: ...
 
 
 class RegistrarService(_Service):
@@ -149,23 +149,19 @@ class RegistrarService(_Service):
         self._close_report()
 
     def _spawn(self) -> Child:
-        with contextlib.ExitStack() as kept, contextlib.ExitStack() as given:
-            lifeline_read, lifeline_write = os.pipe()
-            kept.callback(os.close, lifeline_write)
-            given.callback(os.close, lifeline_read)
-            report_read, report_write = os.pipe()
-            kept.callback(os.close, report_read)
-            given.callback(os.close, report_write)
-            os.set_blocking(lifeline_write, False)
-            os.set_blocking(report_read, False)
+        with ChildPipes() as pipes:
+            read_lifeline_fd, lifeline_fd = pipes.to_child()
+            report_fd, read_report_fd = pipes.from_child()
+            os.set_blocking(lifeline_fd, False)
+            os.set_blocking(read_report_fd, False)
             child = spawn(
-                lambda: self._entry(self._board, lifeline_read, report_write),
-                (lifeline_read, report_write),
+                lambda: self._entry(self._board, read_lifeline_fd, report_fd),
+                (read_lifeline_fd, report_fd),
                 die_with_parent=False,
             )
-            kept.pop_all()
-        self._lifeline_fd, self._report_fd = lifeline_write, report_read
-        self._loop.watch(report_read, self._read_report)
+            pipes.keep()
+        self._lifeline_fd, self._report_fd = lifeline_fd, read_report_fd
+        self._loop.watch(read_report_fd, self._read_report)
         return child
 
     def _read_report(self) -> None:

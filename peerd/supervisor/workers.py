@@ -22,7 +22,7 @@ from collections.abc import Callable
 from peerd._scoreboard import Slot
 from peerd.supervisor.loop import Callback, Loop, Timer
 from peerd.supervisor.output import PeerLog, WorkerOutput
-from peerd.supervisor.processes import EX_SOFTWARE, Child, Exit, spawn
+from peerd.supervisor.processes import EX_SOFTWARE, Child, ChildPipes, Exit, spawn
 
 MAX_REPORT_BYTES = 32 * 1024
 
@@ -197,29 +197,23 @@ def start_worker(
     entry: WorkerEntry, slot: Slot, sock: socket.socket, generation: int, log: PeerLog
 ) -> Worker:
     """Fork one. Raises OSError when there is no process or no descriptor to be had."""
-    with contextlib.ExitStack() as kept, contextlib.ExitStack() as given:
-        report_read, report_write = os.pipe()
-        kept.callback(os.close, report_read)
-        given.callback(os.close, report_write)
-        go_read, go_write = os.pipe()
-        kept.callback(os.close, go_write)
-        given.callback(os.close, go_read)
-        output_read, output_write = os.pipe()
-        kept.callback(os.close, output_read)
-        given.callback(os.close, output_write)
+    with ChildPipes() as pipes:
+        report_fd, read_report_fd = pipes.from_child()
+        await_go_fd, go_fd = pipes.to_child()
+        output_fd, read_output_fd = pipes.from_child()
 
         def run() -> int:
-            report = BootReport(report_write, go_read)
+            report = BootReport(report_fd, await_go_fd)
             report.wait_until_noted()
             return entry(slot.index, sock, slot, report)
 
         child = spawn(
             run,
-            (sock.fileno(), report_write, go_read),
+            (sock.fileno(), report_fd, await_go_fd),
             die_with_parent=True,
-            output_fd=output_write,
+            output_fd=output_fd,
         )
-        kept.pop_all()
-    os.set_blocking(report_read, False)
-    output = WorkerOutput(output_read, lambda record: log.take(record, child.pid, generation))
-    return Worker(child, generation, report_read, go_write, output)
+        pipes.keep()
+    os.set_blocking(read_report_fd, False)
+    output = WorkerOutput(read_output_fd, lambda record: log.take(record, child.pid, generation))
+    return Worker(child, generation, read_report_fd, go_fd, output)
