@@ -100,9 +100,9 @@ class DatagramLoop:
     ``slot``
         Heartbeat and counters are written here.
     ``on_handler_error``
-        Called with (magic, sender, exception) when a handler raises an Exception or returns
-        something else. The loop has counted it and goes on. What this callable raises, and what a
-        handler raises beside Exception (SystemExit), ends :meth:`run`.
+        Called with (magic, sender, exception) when a handler raises an Exception (or, a coroutine,
+        CancelledError) or returns something else. The loop has counted it and goes on. What this
+        callable raises, and what a handler raises beside that (SystemExit), ends :meth:`run`.
     ``on_icmp_error``
         Called with (address, errno) when a host or router says that a reply did not arrive; None:
         these errors are counted only.
@@ -123,7 +123,7 @@ class DatagramLoop:
         handlers: Mapping[str, Callable[[Message], Reply]],
         batch_handlers: Mapping[str, Callable[[list[Message]], None]],
         slot: Slot,
-        on_handler_error: Callable[[str, tuple[str, int] | None, Exception], object],
+        on_handler_error: Callable[[str, tuple[str, int] | None, BaseException], object],
         *,
         coroutine_handlers: Mapping[str, Callable[[Message], Coroutine[Any, Any, Reply]]]
         | None = None,
@@ -166,17 +166,20 @@ class DatagramLoop:
         """Let coroutine handlers run: where their spare tasks come from, and who continues them.
 
         ``continue_`` gets the spare, the coroutine, what it waits for (as a task would), and the
-        message; in the end it calls :meth:`answer` or :meth:`abandon`.
+        message; in the end it calls :meth:`answer`.
         """
 
-    def answer(self, message: Message, result: Reply | Exception) -> None:
-        """What a continued coroutine returned or raised. Queued: :meth:`flush` sends it."""
+    def answer(self, message: Message, result: Reply | BaseException) -> None:
+        """What a continued coroutine returned or raised. Queued: :meth:`flush` sends it.
 
-    def abandon(self) -> None:
-        """A continued coroutine was cancelled and gives no answer."""
+        Raises what is neither an Exception nor CancelledError.
+        """
 
     def flush(self) -> None:
         """Send what is queued, as far as the kernel takes it."""
+
+    def beat(self) -> None:
+        """Write a heartbeat: the event loop turns, and this loop has a reason not to."""
 
     @property
     def suspended(self) -> int:

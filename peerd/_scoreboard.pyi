@@ -1,7 +1,7 @@
 """What all processes of a supervisor know about its peers, in one shared mapping.
 
 Made before the first fork and inherited; read without a lock, a pipe or a system call. Each field
-has one writer: the supervisor, the registrar or the peer's worker.
+but ``log_dropped`` has one writer: the supervisor, the registrar or the peer's worker.
 """
 
 from enum import IntEnum
@@ -77,10 +77,10 @@ class Slot:
     def progress(self) -> tuple[int, int]:
         """A value that changes as long as the worker gets on: heartbeat and messages handed out."""
     @property
-    def rx_queued_bytes(self) -> int:
-        """What the socket's queue held when the worker last looked, at most a second ago."""
-    log_dropped: int
-    """Lines that the worker wrote and nobody had room for. Written by the worker."""
+    def log_dropped(self) -> int:
+        """Lines that workers wrote and nobody had room for."""
+    def add_log_dropped(self, lines: int) -> None:
+        """Atomic: a worker, its successor and the supervisor may do this at once."""
     def new_socket(self) -> None:
         """The next worker has another socket, whose drops count from 0. Only while there is no worker."""
     def histograms(self) -> dict[str, list[int]]:

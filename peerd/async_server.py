@@ -10,12 +10,15 @@ from the beginning, and steps it from there on. The next coroutine gets a new sp
 eager tasks do the same with a task for each; here a handler that does not wait costs none.)
 
 Coroutines that wait are bounded: above MAX_SUSPENDED the socket is not read, and datagrams wait in the
-kernel's buffer, until half of them have ended.
+kernel's buffer, until half of them have ended. That holds in a drain, too.
+
+The end of a worker waits for jobs in the event loop's executor, even for those that nobody awaits.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import signal
 import time
@@ -67,6 +70,10 @@ class AsyncServer:
         self._flushing = False
         self._leaves_queue = False
         self._is_over = False
+        self._room = asyncio.Event()
+        """There are no more coroutines than may wait."""
+
+        self._room.set()
 
     async def serve(self, on_serving: Callable[[], None], drain_timeout_s: float) -> None:
         """See :func:`run`. ``on_serving`` is called when the loop has turned once."""
@@ -101,6 +108,7 @@ class AsyncServer:
     def _hand_over(self) -> None:
         self._leaves_queue = True
         self._do_not_read()
+        self._room.set()  # a drain that waits for it has nothing more to read
         self._stop()
 
     async def _drain(self, until_s: float) -> None:
@@ -109,11 +117,13 @@ class AsyncServer:
         Where a successor reads on, the queue is left to it, and handlers have all the time that the
         supervisor gives a loop that does not turn (its stuck clock).
         """
-        while (
-            not self._leaves_queue and time.monotonic() < until_s and await self._turn_in_callback()
-        ):
-            pass
         self._do_not_read()
+        while not self._leaves_queue and (left_s := until_s - time.monotonic()) > 0:
+            if not self._room.is_set():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._room.wait(), left_s)
+            elif not await self._turn_in_callback():
+                break
         if self._continued:
             left_s = max(0.0, until_s - time.monotonic())
             await asyncio.wait(self._continued, timeout=None if self._leaves_queue else left_s)
@@ -134,8 +144,9 @@ class AsyncServer:
         def turn() -> None:
             try:
                 turned.set_result(self._core.turn())
-            except OSError as error:
+            except BaseException as error:
                 turned.set_exception(error)
+            self._note_room()
 
         self._events.call_soon(turn)
         taken: int = await turned
@@ -144,17 +155,23 @@ class AsyncServer:
     def _turn(self) -> None:
         if self._leaves_queue:
             return
-        if self._core.suspended >= MAX_SUSPENDED:
-            self._do_not_read()
+        if not self._room.is_set():
+            self._core.beat()
             return
         try:
             self._core.turn()
-        except OSError as error:
+        except BaseException as error:
             # An event loop logs what its callbacks raise and goes on, here for ever.
             self._do_not_read()
             if not self._end.done():
                 self._end.set_exception(error)
+        self._note_room()
         self._flush_later()
+
+    def _note_room(self) -> None:
+        if self._core.suspended >= MAX_SUSPENDED:
+            self._room.clear()
+            self._do_not_read()
 
     def _read(self) -> None:
         if not self._reading:
@@ -181,16 +198,16 @@ class AsyncServer:
 
     def _take_spare(self) -> _SpareTask:
         if self._spare is None:
-            self._spare = _SpareTask(self._events, self._core, self._forget_spare, self._abandoned)
+            self._spare = _SpareTask(self._events, self._forget_spare, self._answer)
         return self._spare
 
     def _forget_spare(self) -> None:
         self._spare = None
 
-    def _abandoned(self) -> None:
-        """A handler was cancelled. At the end its datagram stays unfinished: it is lost, and counted so."""
-        if not self._is_over:
-            self._core.abandon()
+    def _answer(self, message: Message, result: Reply | BaseException) -> None:
+        """At the end, those that are cancelled stay unfinished: they are lost, and counted so."""
+        if not (self._is_over and isinstance(result, asyncio.CancelledError)):
+            self._core.answer(message, result)
 
     def _continue(
         self, spare: _Spare, coroutine: Coroutine[Any, Any, Reply], awaited: Any, message: Message
@@ -204,8 +221,10 @@ class AsyncServer:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._continued.discard(task)
         self._flush_later()
-        if self._core.suspended < MAX_SUSPENDED // 2 and not self._end.done():
-            self._read()
+        if self._core.suspended < MAX_SUSPENDED // 2 and not self._room.is_set():
+            self._room.set()
+            if not self._end.done():
+                self._read()
 
 
 class _SpareTask(Coroutine[Any, Any, None]):
@@ -218,16 +237,14 @@ class _SpareTask(Coroutine[Any, Any, None]):
     def __init__(
         self,
         events: asyncio.AbstractEventLoop,
-        core: DatagramLoop,
         forget: Callable[[], None],
-        abandoned: Callable[[], None],
+        answer: Callable[[Message, Reply | BaseException], None],
     ) -> None:
         self.context = contextvars.copy_context()
         self.clean_context = self.context.copy()
         self._events = events
-        self._core = core
         self._forget = forget
-        self._abandoned = abandoned
+        self._answer = answer
         self._parked: asyncio.Future[None] = events.create_future()
         self._coroutine: Coroutine[Any, Any, Reply] | None = None
         self._awaited: Any = None
@@ -281,12 +298,12 @@ class _SpareTask(Coroutine[Any, Any, None]):
         try:
             return step(value)
         except StopIteration as end:
-            self._core.answer(self._message, end.value)
-        except asyncio.CancelledError:
-            self._abandoned()
+            self._answer(self._message, end.value)
+        except asyncio.CancelledError as error:
+            self._answer(self._message, error)
             raise
         except Exception as error:
-            self._core.answer(self._message, error)
+            self._answer(self._message, error)
         raise StopIteration
 
 

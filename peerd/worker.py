@@ -134,7 +134,7 @@ class HandlerErrorLog:
         self._last_s: dict[str, float] = {}
         self._left_out: dict[str, int] = {}
 
-    def __call__(self, magic: str, sender: tuple[str, int] | None, error: Exception) -> None:
+    def __call__(self, magic: str, sender: tuple[str, int] | None, error: BaseException) -> None:
         now_s = time.monotonic()
         if now_s - self._last_s.get(magic, -self.INTERVAL_S) < self.INTERVAL_S:
             self._left_out[magic] = self._left_out.get(magic, 0) + 1

@@ -119,7 +119,6 @@ cdef enum:
     MEMINFO_INTERVAL_NS = 1000000000
     # SK_MEMINFO_VARS, SK_MEMINFO_RMEM_ALLOC and SK_MEMINFO_DROPS of linux/sock_diag.h.
     MEMINFO_VARS = 9
-    MEMINFO_QUEUED = 0
     MEMINFO_DROPS = 8
     # ICMP errors that one look at the error queue takes.
     ICMP_BATCH = 64
@@ -264,6 +263,7 @@ cdef class DatagramLoop:
     cdef list _batched
     cdef object _new_spare
     cdef object _continue
+    cdef tuple _failures  # of a handler, which cost its message and nothing else
     cdef object _spare  # entered as the current task and context, or None
     cdef unsigned int _suspended  # coroutines that wait for something
     # The last header that parsed and had a handler: nearly all messages repeat it.
@@ -311,6 +311,7 @@ cdef class DatagramLoop:
         self._routes = {}
         self._versions = {}
         self._batched = []
+        self._failures = (Exception,)
         for magic, handler in handlers.items():
             self._add_route(magic, handler, None)
         for magic, handler in batch_handlers.items():
@@ -398,6 +399,9 @@ cdef class DatagramLoop:
         return self._tx.queued
 
     def attach(self, new_spare, continue_):
+        from asyncio import CancelledError  # whose loop this is attached to
+
+        self._failures = (Exception, CancelledError)
         self._new_spare = new_spare
         self._continue = continue_
 
@@ -405,9 +409,8 @@ cdef class DatagramLoop:
         """The reply of a coroutine that had waited, or its exception."""
         cdef linux.msghdr to
         cdef bytes header
-        self._suspended -= 1
         try:
-            if isinstance(result, Exception):
+            if isinstance(result, BaseException):
                 raise result
             if result is not None:
                 header = encode(message.magic, message.version)
@@ -415,17 +418,17 @@ cdef class DatagramLoop:
                 to.msg_namelen = message._address_bytes
                 self._reply(message.magic, result, <const uint8_t *>PyBytes_AS_STRING(header),
                             PyBytes_GET_SIZE(header), &to)
-        except Exception as error:
+        except self._failures as error:
             self._handler_failed(message.magic, message, error)
+        finally:  # after the reply is queued, or it would be counted as done in between
+            self._suspended -= 1
+            self._count_handled()
 
     def flush(self):
-        """Send what answer() has queued."""
         self._flush()
 
-    def abandon(self):
-        """Count a coroutine that was cancelled: it gives no answer."""
-        self._suspended -= 1
-        self._count_handled()
+    def beat(self):
+        self._stats.heartbeat_ns = monotonic_ns()
 
     def stop(self, double drain_s=0.0, *, bint hand_over=False):
         cdef char byte = 0
@@ -556,7 +559,7 @@ cdef class DatagramLoop:
             self._rx_buffers = min(RX_BATCH, 2 * self._rx_buffers)
 
     cdef void _look_at_queue(self, int64_t now_ns) noexcept nogil:
-        """The kernel's drops and queued bytes, once a second."""
+        """The kernel's drops, once a second."""
         cdef uint32_t memory[MEMINFO_VARS]
         cdef linux.socklen_t size = sizeof(memory)
         cdef SlotData *stats = self._stats
@@ -564,7 +567,6 @@ cdef class DatagramLoop:
             return
         self._meminfo_ns = now_ns
         if linux.getsockopt(self._fd, linux.SOL_SOCKET, linux.SO_MEMINFO, memory, &size) == 0:
-            stats.rx_queued_bytes = memory[MEMINFO_QUEUED]
             stats.counters[RX_KERNEL_DROPS] += <uint32_t>(
                 memory[MEMINFO_DROPS] - <uint32_t>stats.kernel_drops_raw
             )
@@ -670,7 +672,7 @@ cdef class DatagramLoop:
             result = route.handler(message)
             if result is not None:
                 self._reply(route.magic, result, data, header_bytes, header)
-        except Exception as error:
+        except self._failures as error:
             self._handler_failed(route.magic, message, error)
         return 0
 

@@ -57,14 +57,15 @@ cdef struct SlotData:
     int64_t registrar_pad[6]
     # The worker writes.
     int64_t heartbeat_ns
-    uint64_t rx_queued_bytes
     uint64_t kernel_drops_raw  # as the socket counts them, modulo 2**32
-    uint64_t log_dropped
-    int64_t worker_pad[4]
+    int64_t worker_pad[6]
     uint64_t counters[32]
     uint64_t batch_datagrams[BATCH_BUCKETS]
     uint64_t turn_us[TURN_BUCKETS]
     Flight flight
+    # A worker, its successor and the supervisor add.
+    uint64_t log_dropped
+    int64_t shared_pad[7]
 
 # The head of the mapping.
 cdef struct BoardData:

@@ -1,7 +1,7 @@
 """What all processes of one supervisor know about its peers, in one anonymous shared mapping.
 
 The supervisor makes the mapping before its first fork; every child inherits it. There is one slot a
-peer. Every field has a single writer (the supervisor, the registrar or the peer's worker), groups of
+peer. Every field but one has a single writer (the supervisor, the registrar or the peer's worker), groups of
 one writer have cache lines of their own, and every field is one aligned 64-bit word: a reader sees
 the old or the new value, never half of one, so nobody takes a lock, and a writer that is killed
 leaves nothing held. The mapping outlives the workers, so a counter never goes back when one is
@@ -24,7 +24,8 @@ from libc.errno cimport errno
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
-from peerd.flight cimport UNTOUCHED
+cimport peerd.linux_udp as linux
+from peerd.flight cimport RX_BATCH, RX_CONTROL_BYTES, TX_WINDOW, UNTOUCHED
 from peerd.linux_udp cimport MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from peerd.receive cimport segments
 
@@ -74,16 +75,27 @@ class RegistryState(IntEnum):
     LOST = 2
 
 
+cdef extern from *:
+    uint64_t atomic_add "__atomic_fetch_add"(uint64_t *at, uint64_t value, int order) nogil
+    const int RELAXED "__ATOMIC_RELAXED"
+
+
+# Of a worker that died since its memory was corrupted, no number and no address here is to be trusted.
+
 cdef uint64_t taken(SlotData *data):
     """With what a recvmmsg had done that nobody came to count."""
+    cdef linux.mmsghdr header
     cdef uint64_t i
     cdef uint64_t count = data.counters[RX_DATAGRAMS]
     if data.flight.receiving:
         count = data.flight.rx_datagrams_before
-        for i in range(data.flight.receiving):
-            if data.flight.rx[i].msg_len == UNTOUCHED:
+        for i in range(min(data.flight.receiving, <uint64_t>RX_BATCH)):
+            header = data.flight.rx[i]
+            if header.msg_len == UNTOUCHED:
                 break
-            count += segments(&data.flight.rx[i])
+            header.msg_hdr.msg_control = data.flight.rx_control[i]
+            header.msg_hdr.msg_controllen = min(header.msg_hdr.msg_controllen, <size_t>RX_CONTROL_BYTES)
+            count += segments(&header)
     return count
 
 
@@ -93,7 +105,7 @@ cdef uint64_t handled(SlotData *data):
     cdef uint64_t count = data.counters[HANDLED]
     if data.flight.sending:
         count = data.flight.handled_before
-        for i in range(data.flight.sending):
+        for i in range(min(data.flight.sending, <uint64_t>TX_WINDOW)):
             if data.flight.tx[i].msg_len == UNTOUCHED:
                 break
             count += data.flight.tx_datagrams[i]
@@ -210,16 +222,11 @@ cdef class Slot:
         return self.data.heartbeat_ns
 
     @property
-    def rx_queued_bytes(self):
-        return self.data.rx_queued_bytes
-
-    @property
     def log_dropped(self):
         return self.data.log_dropped
 
-    @log_dropped.setter
-    def log_dropped(self, uint64_t value):
-        self.data.log_dropped = value
+    def add_log_dropped(self, uint64_t lines):
+        atomic_add(&self.data.log_dropped, lines, RELAXED)
 
     def new_socket(self):
         self.data.kernel_drops_raw = 0

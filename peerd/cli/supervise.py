@@ -159,10 +159,7 @@ def _worker_entry(settings: SupervisorSettings) -> Any:
     cpus = pinning.plan(pinning.usable_cpus(), cpu_quota(), MAX_PEERS) if settings.pin else ()
 
     def run_worker(index: int, sock: socket.socket, slot: Slot, report: BootReport) -> int:
-        def count_dropped(number: int) -> None:
-            slot.log_dropped += number
-
-        logs.become_worker(count_dropped)
+        logs.become_worker(slot.add_log_dropped)
         if cpus:
             os.sched_setaffinity(0, {cpus[index]})
         return worker.run(

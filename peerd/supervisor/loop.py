@@ -12,14 +12,15 @@ import selectors
 import time
 from collections.abc import Callable
 
-Callback = Callable[[], None]
+Callback = Callable[[], object]
 
 
 class Timer:
     """A callback that waits for its time. Cancelling it more than once, or too late, is fine."""
 
-    def __init__(self, callback: Callback) -> None:
-        self._callback: Callback | None = callback
+    def __init__(self, callback: Callback | None = None) -> None:
+        """Without a callback, one whose time is over."""
+        self._callback = callback
 
     def cancel(self) -> None:
         self._callback = None

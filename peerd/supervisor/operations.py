@@ -23,7 +23,8 @@ from peerd.settings import MAX_PEERS, SupervisorSettings
 from peerd.supervisor.history import History
 from peerd.supervisor.loop import Callback, Loop
 from peerd.supervisor.peer import Peer, Replaced
-from peerd.supervisor.sockets import bind_one
+from peerd.supervisor.sockets import bind_one, resolve
+from peerd.supervisor.stopping import WITHDRAW_TIMEOUT_S
 from peerd.supervisor.workers import DESCRIPTORS
 
 log = logging.getLogger(__name__)
@@ -36,10 +37,6 @@ DESCRIPTORS_PER_PEER = 1 + 2 * DESCRIPTORS
 
 OTHER_DESCRIPTORS = 160
 """Control and metrics clients, the registrar, etcd, what Python has open."""
-
-WITHDRAW_TIMEOUT_S = 2.0
-"""For how long a peer that is scaled away serves on while its record is not revoked: etcd may be away."""
-
 
 RECYCLE_REST_S = 60.0
 """After a worker could not be replaced: the next one would most likely load the same broken app."""
@@ -102,9 +99,9 @@ class Reloads:
         self._end(result + kept)
 
     def _is_leaving(self, peer: Peer) -> bool:
-        """It is being scaled away, and nobody has to load the app for it."""
-        leaves = peer.slot.state in (PeerState.STOPPING, PeerState.STOPPED)
-        return leaves and not self._is_abandoned
+        """It is being scaled away, and nobody has to load the app for it. (Its slot may have another peer
+        by now.)"""
+        return peer.leaves and not self._is_abandoned
 
     def _end(self, result: dict[str, object] | str) -> None:
         answers, self._answers = self._answers, []
@@ -142,6 +139,8 @@ class Scaler:
         self._remove = remove
         self._history = history
         self._on_change = on_change
+        # Now, since a name server may take its time.
+        _, self._address = resolve(settings.host, "--host")
         self._waiting: deque[_Scaling] = deque()
         self._current: _Scaling | None = None
         self._before = 0
@@ -152,10 +151,6 @@ class Scaler:
         self._failure: str | None = None
         self._by_signals: _Scaling | None = None
         self._signalled = 0
-
-    @property
-    def is_under_way(self) -> bool:
-        return self._current is not None
 
     def scale_to(self, peers: int, answer: Answer) -> None:
         self._ask(_Scaling(lambda _: peers, answer))
@@ -236,7 +231,7 @@ class Scaler:
         try:
             for index in range(self._before, target):
                 sockets[index] = bind_one(
-                    self._settings.host,
+                    self._address,
                     self._settings.base_port + index,
                     self._settings.recv_buffer_bytes,
                     "number of peers",
@@ -360,7 +355,7 @@ class Recycler:
         self._next()
 
     def _next(self) -> None:
-        while self._due and self._due[0][0].slot.state is not PeerState.READY:
+        while self._due and not _serves(self._due[0][0]):
             self._due.popleft()
         if self._due:
             peer, why = self._due[0]
@@ -369,7 +364,7 @@ class Recycler:
 
     def _told(self, result: Replaced | str) -> None:
         peer, _ = self._due.popleft()
-        if isinstance(result, str) and peer.slot.state is PeerState.READY:
+        if isinstance(result, str) and _serves(peer):
             log.error("not replaced, and tried again in %g s: %s", RECYCLE_REST_S, result)
             self._due.clear()
             self._rests_until_s = time.monotonic() + RECYCLE_REST_S
@@ -393,6 +388,10 @@ class Recycler:
             self._large[peer.slot.index] = pid
             return None
         return f"having {rss_bytes} bytes of memory (--max-rss)"
+
+
+def _serves(peer: Peer) -> bool:
+    return peer.slot.state is PeerState.READY and not peer.leaves
 
 
 def _rss_bytes(pid: int) -> int:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from peerd._scoreboard import PeerState, Slot
-from peerd.settings import SupervisorSettings
+from peerd.settings import OnCrashloop, SupervisorSettings
 from peerd.signals import DUMP_STACK, HAND_OVER
 from peerd.supervisor.history import History
 from peerd.supervisor.kernel_drops import KernelDrops
@@ -38,7 +38,7 @@ from peerd.supervisor.loop import Loop, Timer
 from peerd.supervisor.output import PeerLog, RecentLines
 from peerd.supervisor.processes import Exit
 from peerd.supervisor.restart import Failure, RestartPolicy, next_restart
-from peerd.supervisor.sockets import count_unread, queue_state
+from peerd.supervisor.sockets import count_unread, has_datagrams, queue_state
 from peerd.supervisor.workers import Worker, WorkerEntry, start_worker
 
 EX_OK = 0
@@ -173,9 +173,12 @@ class Peer:
         self._generations = slot.generation
         self._policy = RestartPolicy()
         self._failures: deque[Failure] = deque(maxlen=64)
-        self._restart: Timer | None = None
-        self._boot: Timer | None = None
-        self._deadline: Timer | None = None
+        self._was_parked = False
+        self._restart = Timer()
+        self._boot = Timer()
+        """The limit of the worker, and the deadline of a successor."""
+
+        self._deadline = Timer()
         self._replacement: _Replacement | None = None
         self._waiting: _Replacement | None = None
         self._stops = False
@@ -230,8 +233,11 @@ class Peer:
         """Answer what the queue holds, and exit. A worker that starts with a queue before it is let begin."""
         self._drains = True
         worker = self.worker
-        if worker is not None and (worker.is_ready or not self.queued_bytes):
+        if worker is not None and (worker.is_ready or not self.has_datagrams):
             worker.send(signal.SIGTERM)
+        successor = self.successor
+        if worker is None and successor and not (successor.is_prepared or self.has_datagrams):
+            successor.kill("stop")
 
     def kill(self, why: str = "stop") -> None:
         self._queue_tries = 0
@@ -271,6 +277,11 @@ class Peer:
         return self._stops and self.slot.state is PeerState.STOPPED
 
     @property
+    def leaves(self) -> bool:
+        """It was told to stop."""
+        return self._stops
+
+    @property
     def is_replacing(self) -> bool:
         return self._replacement is not None
 
@@ -284,11 +295,14 @@ class Peer:
     def queued_bytes(self) -> int:
         return queue_state(self.sock).queued_bytes
 
+    @property
+    def has_datagrams(self) -> bool:
+        return has_datagrams(self.sock)
+
     def close(self, *, is_kept: bool = False) -> None:
         """After its end. Counts what is lost with the socket, if nobody keeps it."""
-        queue, _ = self.drops.read()  # the kernel's count ends with the socket
-        if not is_kept and queue.queued_bytes:
-            unread = count_unread(self.sock)
+        self.drops.read()  # the kernel's count ends with the socket
+        if not is_kept and (unread := count_unread(self.sock)):
             self.slot.lost_unread += unread
             self._host.history.note("closed", peer_id=self.peer_id, lost_unread=unread)
             self._say(
@@ -321,7 +335,7 @@ class Peer:
 
     def _start_later(self, delay_s: float) -> None:
         self.next_start_s = time.monotonic() + delay_s
-        self._restart = self._host.loop.call_at(self.next_start_s, self._start_again)
+        self._restart = self._host.loop.call_at(self.next_start_s, self.start)
 
     def _serve_with(self, worker: Worker) -> None:
         self._cancel_restart()
@@ -336,7 +350,7 @@ class Peer:
     def _reported(self, worker: Worker) -> None:
         if worker is not self.worker or not worker.is_ready or worker.ready_s is None:
             return
-        self._cancel_boot()
+        self._boot.cancel()
         self._becomes(Event.SERVE)
         self.health = "idle"
         self._host.history.note("ready", peer_id=self.peer_id, pid=worker.pid)
@@ -350,10 +364,10 @@ class Peer:
     def _exited(self, worker: Worker) -> None:
         end = worker.wait()
         assert worker is self.worker
-        self._cancel_boot()
+        self._boot.cancel()
         self.worker = None
         self.slot.pid = 0
-        self.slot.log_dropped += worker.lines_dropped  # its writer is dead
+        self.slot.add_log_dropped(worker.lines_dropped)
         lost = self.slot.settle()
         self.slot.lost_in_flight += lost
         successor = self.successor
@@ -373,9 +387,11 @@ class Peer:
                 self._say(
                     logging.ERROR, "cannot start: %s; %s", worker.failure, self._plan_restart()
                 )
+                self._tell_if_parked()
         else:
             ready_for_s = 0.0 if worker.ready_s is None else time.monotonic() - worker.ready_s
             self._certify(worker, end, lost, self._plan_restart(ready_for_s))
+            self._tell_if_parked()
             self._fail_replacement(f"the successor: {end}")
             self._next_replacement()
 
@@ -424,29 +440,36 @@ class Peer:
     def _plan_restart(self, ready_for_s: float = 0.0) -> str:
         """When, in words."""
         now_s = time.monotonic()
-        self._failures.append(Failure(now_s, ready_for_s))
+        was_parked = self._was_parked
+        self._failures.append(Failure(now_s, ready_for_s, was_parked))
         restart = next_restart(self._policy, list(self._failures), os.urandom(1)[0] / 255)
         self.slot.restarts += 1
         self._start_later(restart.delay_s)
+        self._was_parked = restart.crashloop
         self._becomes(Event.PARK if restart.crashloop else Event.FAIL)
         if not restart.crashloop:
             if not restart.delay_s:
                 return "restarted at once"
             return f"restarted in {restart.delay_s:.2g} s"
-        self._host.history.note(
-            "parked", peer_id=self.peer_id, retry_in_s=round(restart.delay_s, 3)
+        policy = self._policy
+        why = (
+            f"parked again, as it was not ready for {policy.reset_after_ready_s:g} s"
+            if was_parked
+            else f"parked, as it failed {policy.max_failures + 1} times within {policy.window_s:g} s"
         )
-        self._host.peer_is_parked(self)
-        if self._stops:
-            return "stopping"
+        if self._host.settings.on_crashloop is OnCrashloop.EXIT:
+            return f"{why}; the supervisor stops (--on-crashloop)"
         return (
-            f"parked, as it failed {self._policy.max_failures + 1} times within "
-            f"{self._policy.window_s:g} s; tried again in {restart.delay_s:g} s, or by "
-            f"'peerd restart {self.slot.index}'"
+            f"{why}; tried again in {restart.delay_s:g} s, or by 'peerd restart {self.slot.index}'"
         )
 
-    def _start_again(self) -> None:
-        self.start()
+    def _tell_if_parked(self) -> None:
+        """After the certificate."""
+        if self.slot.state is PeerState.CRASHLOOP:
+            self._host.history.note(
+                "parked", peer_id=self.peer_id, retry_in_s=self._policy.parked_delay_s
+            )
+            self._host.peer_is_parked(self)
 
     def _is_late(self, worker: Worker) -> None:
         if worker not in (self.worker, self.successor):
@@ -521,7 +544,7 @@ class Peer:
             # There is no deadline for it but the stuck clock: it may have much in hand.
             self.worker.send(HAND_OVER)
             replacement.handed_over_s = time.monotonic()
-            self._cancel_deadline()
+            self._deadline.cancel()
 
     def _predecessor_has_ended(self, worker: Worker, end: Exit, lost: int) -> None:
         """As it was told to, or because it died."""
@@ -530,7 +553,7 @@ class Peer:
         assert successor is not None
         was_told = replacement.handed_over_s is not None
         is_clean = was_told and (end.code == EX_OK or end.signal == HAND_OVER)
-        if not is_clean and worker.killed_for != "stop":
+        if (not is_clean or lost) and worker.killed_for != "stop":
             self._certify(worker, end, lost, "its successor, which was starting, takes over")
         if not was_told:
             replacement.handed_over_s = time.monotonic()
@@ -542,7 +565,7 @@ class Peer:
     def _take_over(self) -> None:
         worker, self.successor = self.successor, None
         assert worker is not None
-        self._cancel_deadline()
+        self._deadline.cancel()
         self._serve_with(worker)
         self.slot.successor_pid = 0
         worker.go()
@@ -551,8 +574,9 @@ class Peer:
         if successor is not self.successor:
             self._exited(successor)
             return
-        self._cancel_deadline()
+        self._deadline.cancel()
         end = successor.wait()
+        self.slot.add_log_dropped(successor.lines_dropped)
         self.successor = None
         self.slot.successor_pid = 0
         why = successor.failure or f"the successor ended before it was ready: {end}"
@@ -565,6 +589,7 @@ class Peer:
 
     def _replaced(self, replacement: _Replacement, pid: int) -> None:
         self._replacement = None
+        self._was_parked = False  # somebody has asked for this one, and may have mended the app
         now_s = time.monotonic()
         gap_s = now_s - (replacement.handed_over_s or now_s)
         done = Replaced(
@@ -588,8 +613,9 @@ class Peer:
         replacement.tell(done)
 
     def _not_replaced(self, why: str) -> None:
-        if self.worker is None and self._restart is None and not self._stops:
+        if self.worker is None and not self._restart.is_waiting and not self._stops:
             self._say(logging.ERROR, "no worker: %s", self._plan_restart())
+            self._tell_if_parked()
         self._fail_replacement(why)
         self._next_replacement()
 
@@ -611,7 +637,7 @@ class Peer:
     def _has_perhaps_ended(self) -> None:
         if not self._stops or self.worker is not None or self.successor is not None:
             return
-        while self._queue_tries and self.queued_bytes:
+        while self._queue_tries and self.has_datagrams:
             # Nobody serves it, and it will be closed: what is in it is still owed an answer.
             self._queue_tries -= 1
             if self.start():
@@ -621,19 +647,8 @@ class Peer:
             self._host.peer_has_ended(self)
 
     def _cancel_restart(self) -> None:
-        if self._restart is not None:
-            self._restart.cancel()
-        self._restart = self.next_start_s = None
-
-    def _cancel_boot(self) -> None:
-        if self._boot is not None:
-            self._boot.cancel()
-        self._boot = None
-
-    def _cancel_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._deadline = None
+        self._restart.cancel()
+        self.next_start_s = None
 
     def _say(self, level: int, message: str, *args: object) -> None:
         self._log.log(level, message, *args)

@@ -3,7 +3,8 @@
 At once after the first failure, then after a delay that doubles up to a cap. What resets it is a
 minute of being ready, never merely having stayed alive: a process that dies 1.2 s after each start
 escapes the usual "up for a second" rule and is restarted for ever (supervisord issue 1285). Past a
-number of failures in a window the peer is parked and retried slowly, and its siblings go on.
+number of failures in a window the peer is parked and retried slowly, until it has been ready for that
+minute, and its siblings go on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Failure(NamedTuple):
     at_s: float
     ready_for_s: float
     """How long the worker had been ready when it died; 0 when it never was."""
+    was_parked: bool = False
+    """The peer was in a crash loop when this worker was started."""
 
 
 class Restart(NamedTuple):
@@ -40,15 +43,17 @@ def next_restart(policy: RestartPolicy, failures: Sequence[Failure], random_unit
     ``random_unit`` is a random number from 0 to 1. (From os.urandom: the module random takes its time at
     each fork, for a new seed.)
     """
-    now_s = failures[-1].at_s
+    last = failures[-1]
+    now_s = last.at_s
     streak = 0
     for failure in reversed(failures):
         if failure.ready_for_s >= policy.reset_after_ready_s:
-            streak += failure is failures[-1]
+            streak += failure is last
             break
         streak += 1
     recent = sum(1 for failure in failures[-streak:] if now_s - failure.at_s <= policy.window_s)
-    if recent > policy.max_failures:
+    still_fails = last.was_parked and last.ready_for_s < policy.reset_after_ready_s
+    if recent > policy.max_failures or still_fails:
         return Restart(policy.parked_delay_s, crashloop=True)
     if streak == 1:
         return Restart(0.0, crashloop=False)

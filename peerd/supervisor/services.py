@@ -27,6 +27,8 @@ from peerd.supervisor.restart import Failure, RestartPolicy, next_restart
 
 log = logging.getLogger(__name__)
 
+LAST_WORDS_BYTES = 8 * 1024
+
 RegistrarEntry = Callable[[Scoreboard, int, int], int]
 """(scoreboard, lifeline, report) -> exit code; runs in the registrar.
 
@@ -46,7 +48,7 @@ class _Service(abc.ABC):
         self._child: Child | None = None
         self._policy = RestartPolicy(max_failures=sys.maxsize, max_delay_s=max_delay_s)
         self._failures: deque[Failure] = deque(maxlen=64)
-        self._restart: Timer | None = None
+        self._restart = Timer()
         self._started_s = 0.0
         self.keeps_running = True
         self.on_end: Callback = lambda: None
@@ -57,8 +59,7 @@ class _Service(abc.ABC):
         return self._child is not None
 
     def start(self) -> None:
-        if self._restart is not None:
-            self._restart.cancel()
+        self._restart.cancel()
         self._started_s = time.monotonic()
         try:
             child = self._child = self._spawn()
@@ -79,8 +80,7 @@ class _Service(abc.ABC):
     def no_more(self) -> None:
         """Do not start it again when it ends."""
         self.keeps_running = False
-        if self._restart is not None:
-            self._restart.cancel()
+        self._restart.cancel()
 
     def release(self) -> None:
         """What ``run`` leaves when it fails."""
@@ -227,6 +227,8 @@ class EtcdService(_Service):
 
     def _last_words(self) -> str:
         with contextlib.suppress(OSError):
-            text = (self._settings.data_dir / "etcd.log").read_text(errors="replace")
+            with (self._settings.data_dir / "etcd.log").open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - LAST_WORDS_BYTES))
+                text = file.read(LAST_WORDS_BYTES).decode(errors="replace")
             return "\n".join(text.splitlines()[-3:]) or "(its log is empty)"
         return "(it has no log)"

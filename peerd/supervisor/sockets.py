@@ -14,6 +14,7 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import socket
 import stat
 import struct
@@ -69,7 +70,7 @@ def bind_all(
     the caller to close. Raises PortInUseError, or BindError when the host does not resolve, the bind is
     refused, or an inherited socket has another address than ``host``.
     """
-    family, address = _resolve(host, "--host")
+    family, address = resolve(host, "--host")
     ports = range(base_port, base_port + count)
     adopted = {port: sock for port, sock in (inherited or {}).items() if port in ports}
     for port, sock in adopted.items():
@@ -98,7 +99,7 @@ def bind_one(
 
     Raises PortInUseError, or BindError when the host does not resolve or the bind is refused.
     """
-    family, address = _resolve(host, "--host")
+    family, address = resolve(host, "--host")
     sock = _bound(host, family, address, port, flag)
     _grow_buffer(sock, recv_buffer_bytes)
     return sock
@@ -113,7 +114,7 @@ def inherited_sockets(host: str) -> dict[int, socket.socket]:
     names = _passed_names()
     if not names:
         return {}
-    family, address = _resolve(host, "--host")
+    family, address = resolve(host, "--host")
     found: dict[int, socket.socket] = {}
     for fd, name in enumerate(names, FIRST_PASSED_FD):
         sock = _udp_socket(fd, name)
@@ -142,9 +143,9 @@ def listen(at: Address, flag: str) -> socket.socket:
 
     Raises PortInUseError, or BindError when the host does not resolve or the bind is refused.
     """
-    family, address = _resolve(at.host, flag)
+    family, address = resolve(at.host, flag)
     with contextlib.ExitStack() as opened:
-        sock = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        sock = opened.enter_context(_new(family, socket.SOCK_STREAM, at.port))
         # Who closes a connection first keeps its port in TIME_WAIT, and here that is the server: the
         # next supervisor could not bind for a minute. Two listeners it does not allow on TCP (socket(7)).
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -160,6 +161,13 @@ def queue_state(sock: socket.socket) -> QueueState:
     """What the kernel holds and has dropped, by one getsockopt and nothing per datagram."""
     fields = MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size))
     return QueueState(queued_bytes=fields[0], dropped=fields[8])
+
+
+def has_datagrams(sock: socket.socket) -> bool:
+    """Whether there is something to read. ICMP errors, which take room in the queue as well, are not."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return any(events & select.POLLIN for _, events in poll.poll(0))
 
 
 def count_unread(sock: socket.socket) -> int:
@@ -319,7 +327,8 @@ def _has_port(process: psutil.Process, port: int, protocol: Protocol) -> bool:
         return False
 
 
-def _resolve(host: str, flag: str) -> tuple[socket.AddressFamily, str]:
+def resolve(host: str, flag: str) -> tuple[socket.AddressFamily, str]:
+    """Where to bind. Raises BindError when the host does not resolve."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)
     except OSError as error:
@@ -335,13 +344,20 @@ def _bound(
     host: str, family: socket.AddressFamily, address: str, port: int, flag: str
 ) -> socket.socket:
     with contextlib.ExitStack() as opened:
-        sock = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+        sock = opened.enter_context(_new(family, socket.SOCK_DGRAM, port))
         if family == socket.AF_INET6:
             # "::" then takes IPv4 as well, whatever net.ipv6.bindv6only says (ipv6(7)).
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         _bind(sock, host, address, port, flag)
         opened.pop_all()
     return sock
+
+
+def _new(family: socket.AddressFamily, kind: socket.SocketKind, port: int) -> socket.socket:
+    try:
+        return socket.socket(family, kind)
+    except OSError as error:  # no descriptor, no memory, or no such family
+        raise BindError(f"no socket to be had for port {port}: {error.strerror}") from None
 
 
 def _bind(sock: socket.socket, host: str, address: str, port: int, flag: str) -> None:

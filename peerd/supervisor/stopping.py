@@ -27,7 +27,8 @@ from peerd.supervisor.services import EtcdService, RegistrarService
 log = logging.getLogger(__name__)
 
 WITHDRAW_TIMEOUT_S = 2.0
-"""For how long a stop waits for the registrar; longer than etcd's answer, shorter than the stop."""
+"""For how long a stop waits for the registrar, and a peer that is scaled away serves on; longer than etcd's
+answer, shorter than the stop."""
 
 LAST_TIMEOUT_S = 1.0
 """What a stop at its end leaves the registrar to revoke the records."""
@@ -56,7 +57,7 @@ class Stop:
         etcd: EtcdService | None,
         on_done: Callback,
     ) -> None:
-        """``peers`` is the supervisor's, from which those that have ended are not removed any more."""
+        """``peers`` is the supervisor's, which those that were being scaled away still leave."""
         self._loop = loop
         self._settings = settings
         self._peers = peers
@@ -66,10 +67,11 @@ class Stop:
         self._phase = _Phase.WITHDRAW
         self._signals = 1
         self._begun_s = time.monotonic()
+        limit_s = settings.stop_timeout_s
         self._timers: list[Timer] = [
             loop.call_later(WITHDRAW_TIMEOUT_S, self._drain),
-            loop.call_later(self._workers_timeout_s, self._kill_workers),
-            loop.call_later(settings.stop_timeout_s, self._kill_rest),
+            loop.call_later(max(limit_s - LAST_TIMEOUT_S, limit_s / 2), self._kill_workers),
+            loop.call_later(limit_s, self._kill_rest),
             loop.call_later(NOTICE_S, self._notice),
         ]
         registrar.on_end = self.advance
@@ -82,12 +84,6 @@ class Stop:
         for peer in reversed(list(peers.values())):
             peer.stop()
         self.advance()
-
-    @property
-    def _workers_timeout_s(self) -> float:
-        """What is left at the end is the registrar's, to revoke the records."""
-        limit_s = self._settings.stop_timeout_s
-        return max(limit_s - LAST_TIMEOUT_S, limit_s / 2)
 
     def another_signal(self) -> None:
         self._signals += 1

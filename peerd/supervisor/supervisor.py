@@ -259,8 +259,8 @@ class Supervisor:
 
     def _remove_peer(self, peer: Peer) -> None:
         del self._peers[peer.slot.index]
-        peer.close()
         self._peers_have_changed(peer, stored=False)
+        peer.close()  # after systemd has been told to discard it: nobody sends to a socket that is kept
 
     def _peers_have_changed(self, peer: Peer, *, stored: bool) -> None:
         if self._is_running:

@@ -71,7 +71,6 @@ class Worker:
     ) -> None:
         self.pid = child.pid
         self.generation = generation
-        self.started_s = time.monotonic()
         self.ready_s: float | None = None
         self.killed_for: str | None = None
         """Why the supervisor has killed it."""
@@ -85,10 +84,8 @@ class Worker:
         self._said = b""
         self._output = output
         self._loop: Loop | None = None
-        self._rest = Timer(lambda: None)
+        self._rest = Timer()
         """Lines that were read and have to wait for another turn."""
-
-        self._rest.cancel()
 
     @property
     def is_prepared(self) -> bool:

@@ -131,7 +131,6 @@ def test_a_socket_that_overran(gro: bool, family: socket.AddressFamily) -> None:
         for number in range(5000):
             client.send(encode("M", "1", b"%04d" % number))
         assert peer.loop.turn() == RX_BATCH
-        assert peer.slot.rx_queued_bytes > 0
         peer.turn_until_empty()
         assert peer.accounted == 5000
         assert peer.counters["rx_kernel_drops"] == 5000 - len(peer.seen) > 4000

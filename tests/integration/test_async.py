@@ -16,7 +16,7 @@ import pytest
 
 import raw_client
 from eventually import eventually
-from peerd import App, Message, decode, encode
+from peerd import App, Message, async_server, decode, encode
 from peerd._core import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
 from peerd.async_server import AsyncServer
@@ -31,7 +31,7 @@ class Client:
         self.sock.connect(address)
         self.sock.setblocking(False)
         self.slot = slot
-        self.errors: list[Exception] = []
+        self.errors: list[BaseException] = []
 
     def send(self, magic: str, body: bytes = b"") -> None:
         self.sock.send(encode(magic, "1", body))
@@ -241,6 +241,102 @@ def test_a_handler_that_cancels_itself_gives_no_answer() -> None:
         assert await client.receive() == b"next"
 
     assert serve(app, test).slot.counters()["handled"] == 2
+
+
+def test_a_handler_that_awaits_what_was_cancelled_costs_its_own_message_only() -> None:
+    """At its first step, in the middle of a batch."""
+    app = App()
+
+    @app.handler("N")
+    async def number(message: Message) -> bytes:
+        if message.body == b"3":
+            cancelled = asyncio.get_running_loop().create_future()
+            cancelled.cancel()
+            await cancelled
+        return message.body
+
+    def send_twenty(client: Client) -> None:
+        for i in range(20):
+            client.send("N", b"%d" % i)
+
+    async def test(client: Client) -> None:
+        received = [await client.receive() for _ in range(19)]
+        assert received == [b"%d" % i for i in range(20) if i != 3]
+        # The last message is counted after its reply.
+        while client.slot.unfinished:
+            await asyncio.sleep(0)
+
+    # All of them wait when the server begins.
+    client = serve(app, test, send_twenty)
+    assert [type(error) for error in client.errors] == [asyncio.CancelledError]
+    assert client.slot.counters()["handler_errors"] == 1
+    assert client.slot.counters()["handled"] == client.slot.counters()["rx_messages"] == 20
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_is_no_exception_ends_the_server(waits: bool) -> None:
+    class EndOfTheWorld(BaseException):
+        pass
+
+    app = App()
+
+    @app.handler("END")
+    async def end(message: Message) -> bytes:
+        raise EndOfTheWorld
+
+    async def test(client: Client) -> None:
+        if waits:
+            client.send("END")
+        await asyncio.sleep(5)
+
+    with pytest.raises(BaseExceptionGroup) as raised:
+        serve(app, test, lambda client: None if waits else client.send("END"))
+    assert raised.group_contains(EndOfTheWorld)
+
+
+def test_a_message_without_a_reply_is_handled_when_its_handler_ends() -> None:
+    app = App()
+
+    @app.handler("PUT")
+    async def put(message: Message) -> None:
+        await asyncio.sleep(0.01)
+
+    async def test(client: Client) -> None:
+        for _ in range(10):
+            client.send("PUT")
+        while client.slot.counters()["handled"] < 10:
+            await asyncio.sleep(0)
+
+    serve(app, test)
+
+
+def test_a_bounded_number_of_handlers_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While they do, the heart beats on and the rest is left in the queue; in a drain, too."""
+    monkeypatch.setattr(async_server, "MAX_SUSPENDED", 10)
+    app = App()
+    gate = asyncio.Event()
+    waiting = [0]
+
+    @app.handler("WAIT")
+    async def wait(message: Message) -> bytes:
+        waiting[0] += 1
+        assert waiting[0] < 50  # one batch more than may wait
+        await gate.wait()
+        waiting[0] -= 1
+        return b""
+
+    async def test(client: Client) -> None:
+        for _ in range(200):
+            client.send("WAIT")
+            await asyncio.sleep(0)
+        begun_ns = client.slot.heartbeat_ns
+        while client.slot.heartbeat_ns < begun_ns + 500_000_000:
+            await asyncio.sleep(0.01)
+        asyncio.get_running_loop().call_later(0.1, gate.set)  # in the drain
+
+    client = serve(app, test)
+    assert client.errors == []
+    assert client.slot.counters()["handled"] == 200
 
 
 def test_a_stop_waits_for_handlers_under_way() -> None:

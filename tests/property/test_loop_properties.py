@@ -102,7 +102,7 @@ class Real:
             return Message("ANSWER", message.version[:3], message.body)
         return None if message.magic == "NONE" else message.body
 
-    def _failed(self, magic: str, sender: tuple[str, int] | None, error: Exception) -> None:
+    def _failed(self, magic: str, sender: tuple[str, int] | None, error: BaseException) -> None:
         assert (magic, sender, type(error)) == ("RAISE", self.client.getsockname(), RuntimeError)
 
     def send(self, datagrams: Sent) -> None:
