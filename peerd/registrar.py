@@ -69,8 +69,10 @@ def run(
 ) -> int:
     """Reconcile until the lifeline ends. Returns 0. ``at_end`` is called however late etcd answers."""
     setproctitle("peerd: registrar")
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # its end is the supervisor's end
+    # Its end is the supervisor's end. The last two would stop it where it writes to a terminal whose
+    # foreground is not its process group (stty tostop).
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU, signal.SIGTTIN):
+        signal.signal(number, signal.SIG_IGN)
     os.set_blocking(report_fd, False)
     lifeline = _Lifeline(lifeline_fd, board, at_end)
     _wait_for_peers(board, lifeline)

@@ -16,9 +16,10 @@ import io
 import logging
 import os
 import select
+import signal
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -66,8 +67,8 @@ class _PatientWriter:
     """Writes what there is room for, and drops and counts the rest. Never blocks."""
 
     def __init__(self, fd: int, count_dropped: Callable[[int], None]) -> None:
-        self.fd = _terminal_of_its_own(fd) if os.isatty(fd) else fd
-        fd = self.fd
+        self._is_terminal = os.isatty(fd)
+        fd = self.fd = _terminal_of_its_own(fd) if self._is_terminal else fd
         self._count_dropped = count_dropped
         self._is_torn = False  # a line was begun and found no room for its end
         self._poll = select.poll()
@@ -82,8 +83,9 @@ class _PatientWriter:
         try:
             if self._is_torn:
                 data = b"\n" + data
-            while written < len(data) and self._has_room():
-                written += os.write(self.fd, data[written : written + self._piece])
+            with _in_the_background() if self._is_terminal else contextlib.nullcontext():
+                while written < len(data) and self._has_room():
+                    written += os.write(self.fd, data[written : written + self._piece])
         except OSError:  # a terminal that is full, nobody who reads it any more, or a full disk
             pass
         if written == len(data):
@@ -95,6 +97,17 @@ class _PatientWriter:
 
     def _has_room(self) -> bool:
         return any(events & select.POLLOUT for _, events in self._poll.poll(0))
+
+
+@contextlib.contextmanager
+def _in_the_background() -> Iterator[None]:
+    """Where the terminal stops whoever writes from there (stty tostop), only a process that blocks or ignores
+    SIGTTOU is let (termios(3)); and the supervisor would take the signal for "one peer fewer"."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _terminal_of_its_own(fd: int) -> int:

@@ -167,13 +167,14 @@ class ControlServer:
             self._answer_next(client)
             while client.unsent:
                 client.unsent = client.unsent[client.connection.send(client.unsent) :]
-                self._answer_next(client)
         except BlockingIOError:
             pass
         except OSError:
             self._drop(client)
             return
-        wanted = selectors.EVENT_WRITE if client.unsent else selectors.EVENT_READ
+        # One answer a turn: others wait, too, and this one may have asked for many.
+        has_more = client.unsent or (b"\n" in client.received and not client.waits)
+        wanted = selectors.EVENT_WRITE if has_more else selectors.EVENT_READ
         self._selector.modify(client.connection, wanted, lambda events: self._serve(client, events))
 
     def _read(self, client: _Client) -> bool:
@@ -240,18 +241,18 @@ class ControlServer:
         client.connection.close()
 
 
-def _line(answer: dict[str, object]) -> bytes:
+def _line(answer: dict[str, object]) -> memoryview:
     # Not at the top, as the first peers would wait for it.
     import orjson
 
-    return orjson.dumps(answer) + b"\n"
+    return memoryview(orjson.dumps(answer) + b"\n")
 
 
 class _Client:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.received = b""
-        self.unsent = b""
+        self.unsent = memoryview(b"")
         self.waits = False  # for the answer to a command that takes its time
 
 

@@ -23,6 +23,7 @@ This module is imported for ``--metrics`` only: prometheus_client takes 65 ms an
 
 from __future__ import annotations
 
+import logging
 import re
 import selectors
 import socket
@@ -53,6 +54,8 @@ from peerd.supervisor.peer import Peer
 from peerd.supervisor.sockets import QueueState
 from peerd.supervisor.status import StatusReport
 from peerd.supervisor.surroundings import Surroundings
+
+log = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 8 * 1024
 MAX_CLIENTS = 32
@@ -170,7 +173,12 @@ class MetricsServer:
         if not chunk or len(client.received) > MAX_REQUEST_BYTES:
             self._drop(client)
         elif END_OF_HEADERS.search(client.received):
-            client.unsent = deque(memoryview(part) for part in self._answer(client.received))
+            try:
+                answer = self._answer(client.received)
+            except Exception:  # no scrape is worth the whole service
+                log.exception("a request for the metrics failed")
+                answer = _response(HTTPStatus.INTERNAL_SERVER_ERROR, b"see the supervisor's log\n")
+            client.unsent = deque(memoryview(part) for part in answer)
             self._selector.modify(
                 client.connection, selectors.EVENT_WRITE, lambda _: self._write(client)
             )
