@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -383,6 +384,17 @@ def test_bind_one() -> None:
         assert sock.getsockname() == ("127.0.0.1", port)
         with pytest.raises(PortInUseError, match="another --flag"):
             bind_one("localhost", port, 65536, "--flag")
+
+
+def test_no_descriptor_is_a_bind_error() -> None:
+    port = free_ports(1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # all of those are taken
+    try:
+        with pytest.raises(BindError, match=f"port {port}: Too many open files"):
+            bind_one("127.0.0.1", port, 65536)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_bind_all_takes_nothing_when_it_fails() -> None:

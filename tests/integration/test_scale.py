@@ -310,6 +310,28 @@ def test_a_reload_while_peers_are_added(supervised: Supervised) -> None:
     assert events(running, "died") == []
 
 
+def test_a_reload_while_a_peer_goes_and_another_comes_in_its_place(supervised: Supervised) -> None:
+    """The one that the reload meant is gone, and the new one has the app of today."""
+    running = start(supervised, peers=3, room=3, app=SLOW)
+    reload = Asked(running, "reload")
+    scale(running, 2)
+    scale(running, 3)
+    assert reload.is_under_way
+    replaced = [each["slot"] for each in reload.answer()["replaced"]]
+    assert replaced in ([0, 1], [0, 1, 2])
+
+
+def test_a_reload_that_waits_for_a_peer_that_is_scaled_away(supervised: Supervised) -> None:
+    running = start(supervised, peers=2, room=2, app=SLOW)
+    restart = Asked(running, "restart", slot=1)
+    reload = Asked(running, "reload")
+    eventually(lambda: len(running.tree()) == 1 + 1 + 2 + 2)  # both of them have a successor
+    scale(running, 1)
+    with pytest.raises(ControlError, match="stopping"):
+        restart.answer()
+    assert [each["slot"] for each in reload.answer()["replaced"]] == [0]
+
+
 def test_a_peer_is_scaled_away_while_it_is_replaced(supervised: Supervised) -> None:
     running = start(supervised, peers=2, room=2, app=PLAIN)
     before = pids(running)

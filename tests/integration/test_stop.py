@@ -301,6 +301,34 @@ def test_a_parked_peer_does_not_delay_a_stop(supervised: Supervised) -> None:
     assert time.monotonic() - begun_s < 1
 
 
+LATE_REPLY = """
+import asyncio
+from peerd import App, Message
+
+app = App()
+print("loaded")
+
+@app.handler("LATE")
+async def late(message: Message) -> bytes:
+    await asyncio.sleep(1)
+    return b"too late"
+"""
+
+
+def test_a_client_that_has_gone_is_no_queue(supervised: Supervised) -> None:
+    """The ICMP error about the last reply takes room in the queue, and nobody has to be started for it."""
+    (supervised.folder / "late.py").write_text(LATE_REPLY)
+    running = supervised.start("--app=late:app", peers=1)
+    running.wait_registered()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.sendto(raw_client.pack(b"LATE", b"1", b""), ("127.0.0.1", running.ports[0]))
+    eventually(lambda: running.peer(0)["rx_messages"] == 1)
+    running.signal(signal.SIGTERM)
+    assert running.wait() == 0
+    assert running.err.count("loaded") == 1
+    assert "when its port was closed" not in running.err
+
+
 class Terminal:
     """``peerd supervise`` in the foreground of a terminal, typed at."""
 
