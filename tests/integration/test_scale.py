@@ -322,10 +322,12 @@ def test_a_reload_while_a_peer_goes_and_another_comes_in_its_place(supervised: S
 
 
 def test_a_reload_that_waits_for_a_peer_that_is_scaled_away(supervised: Supervised) -> None:
-    running = start(supervised, peers=2, room=2, app=SLOW)
-    restart = Asked(running, "restart", slot=1)
+    running = start(supervised, peers=2, room=2, app=f"print('loads')\n{SLOW}")
     reload = Asked(running, "reload")
-    eventually(lambda: len(running.tree()) == 1 + 1 + 2 + 2)  # both of them have a successor
+    eventually(lambda: logged(running, 0).count("loads") == 2)
+    write_app(supervised, NEVER_LOADED)
+    restart = Asked(running, "restart", slot=1)
+    eventually(lambda: events(running, "replaced"))  # so the reload waits behind the restart by now
     scale(running, 1)
     with pytest.raises(ControlError, match="stopping"):
         restart.answer()
