@@ -93,6 +93,7 @@ cdef inline bint transmitter_open(
     tx.counters = counters
     tx.flight = flight
     flight.sending = 0
+    tx.prepared = 0
     # The arena, then what each run has, from the strictest alignment to none.
     tx.pages_bytes = TX_ARENA_BYTES + TX_RUNS * (
         sizeof(linux.mmsghdr) + sizeof(linux.iovec) + sizeof(Run) + TX_CONTROL_BYTES + TX_ADDRESS_BYTES
