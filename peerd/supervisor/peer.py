@@ -175,10 +175,6 @@ class Peer:
         self._failures: deque[Failure] = deque(maxlen=64)
         self._was_parked = False
         self._restart = Timer()
-        self._boot = Timer()
-        """The limit of the worker, and the deadline of a successor."""
-
-        self._deadline = Timer()
         self._replacement: _Replacement | None = None
         self._waiting: _Replacement | None = None
         self._stops = False
@@ -344,13 +340,12 @@ class Peer:
         self.slot.generation = worker.generation
         if self.slot.state is not PeerState.READY:
             self._becomes(Event.START)
-        limit_s = self._host.settings.boot_timeout_s
-        self._boot = self._host.loop.call_later(limit_s, lambda: self._is_late(worker))
+        self._limit_boot(worker)
 
     def _reported(self, worker: Worker) -> None:
         if worker is not self.worker or not worker.is_ready or worker.ready_s is None:
             return
-        self._boot.cancel()
+        worker.deadline.cancel()
         self._becomes(Event.SERVE)
         self.health = "idle"
         self._host.history.note("ready", peer_id=self.peer_id, pid=worker.pid)
@@ -364,7 +359,6 @@ class Peer:
     def _exited(self, worker: Worker) -> None:
         end = worker.wait()
         assert worker is self.worker
-        self._boot.cancel()
         self.worker = None
         self.slot.pid = 0
         self.slot.add_log_dropped(worker.lines_dropped)
@@ -471,9 +465,12 @@ class Peer:
             )
             self._host.peer_is_parked(self)
 
+    def _limit_boot(self, worker: Worker) -> None:
+        worker.deadline.cancel()
+        limit_s = self._host.settings.boot_timeout_s
+        worker.deadline = self._host.loop.call_later(limit_s, lambda: self._is_late(worker))
+
     def _is_late(self, worker: Worker) -> None:
-        if worker not in (self.worker, self.successor):
-            return
         limit_s = self._host.settings.boot_timeout_s
         self._say(
             logging.ERROR,
@@ -525,8 +522,7 @@ class Peer:
             lambda: self._successor_reported(successor),
             lambda: self._successor_exited(successor),
         )
-        limit_s = self._host.settings.boot_timeout_s
-        self._deadline = self._host.loop.call_later(limit_s, lambda: self._is_late(successor))
+        self._limit_boot(successor)
 
     def _successor_reported(self, successor: Worker) -> None:
         replacement = self._replacement
@@ -544,7 +540,7 @@ class Peer:
             # There is no deadline for it but the stuck clock: it may have much in hand.
             self.worker.send(HAND_OVER)
             replacement.handed_over_s = time.monotonic()
-            self._deadline.cancel()
+            successor.deadline.cancel()
 
     def _predecessor_has_ended(self, worker: Worker, end: Exit, lost: int) -> None:
         """As it was told to, or because it died."""
@@ -565,7 +561,6 @@ class Peer:
     def _take_over(self) -> None:
         worker, self.successor = self.successor, None
         assert worker is not None
-        self._deadline.cancel()
         self._serve_with(worker)
         self.slot.successor_pid = 0
         worker.go()
@@ -574,7 +569,6 @@ class Peer:
         if successor is not self.successor:
             self._exited(successor)
             return
-        self._deadline.cancel()
         end = successor.wait()
         self.slot.add_log_dropped(successor.lines_dropped)
         self.successor = None

@@ -75,6 +75,9 @@ class Worker:
         self.killed_for: str | None = None
         """Why the supervisor has killed it."""
 
+        self.deadline = Timer()
+        """Until when it is to be ready, or prepared."""
+
         self.lines_dropped = 0
         """Of its output, at its end."""
 
@@ -144,6 +147,7 @@ class Worker:
         have inherited its pipes, so nobody waits for their ends."""
         if self._loop is not None:
             self._loop.unwatch(self._child.pidfd)
+        self.deadline.cancel()
         end = self._child.wait()
         while self._report_fd is not None and self._read_report():
             pass
