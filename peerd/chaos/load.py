@@ -22,7 +22,6 @@ import orjson
 from peerd.chaos.streams import Count
 from peerd.errors import PeerdError
 
-
 PATIENCE_S = 30.0
 """For an answer that should come at once."""
 

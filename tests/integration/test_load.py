@@ -177,7 +177,7 @@ def test_a_client_that_dies_or_hangs_is_an_error(number: signal.Signals) -> None
     with server.going(), Load([server.port], rate=RATE, patience_s=1.0) as load:
         (client,) = psutil.Process().children()
         client.send_signal(number)
-        with pytest.raises(LoadError, match="ended early|does not answer within 1 s"):
+        with pytest.raises(LoadError, match=r"ended early|does not answer within 1 s"):
             load.report()
         with pytest.raises(LoadError, match="ended early"):
             load.report()
