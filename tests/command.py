@@ -1,10 +1,13 @@
-"""Runs a command of peerd to its end, as a script does."""
+"""Runs a command of peerd as a script does: to its end, or until the test has seen enough."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def peerd(*args: str, stdin: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -15,3 +18,13 @@ def peerd(*args: str, stdin: str = "", cwd: Path | None = None) -> subprocess.Co
 
 def command(*args: str) -> list[str]:
     return [sys.executable, "-m", "peerd", *args]
+
+
+@contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process that has ended when the block ends, also by a failed assertion. ``options`` of Popen."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()

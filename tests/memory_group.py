@@ -17,9 +17,10 @@ class MemoryGroup:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def add(self, pid: int) -> None:
-        """With what it starts from now on."""
-        (self._directory / "cgroup.procs").write_text(str(pid))
+    @property
+    def enter(self) -> list[str]:
+        """Put before a command, it is run in the group."""
+        return ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(self._directory / "cgroup.procs")]
 
     def pids(self) -> set[int]:
         return {int(pid) for pid in (self._directory / "cgroup.procs").read_text().split()}

@@ -25,3 +25,9 @@ def request(
         client.connect(("127.0.0.1", port))
         client.send(pack(magic, b"1.0", body))
         return unpack(client.recv(1 << 16))
+
+
+def send(port: int, magic: bytes, body: bytes = b"") -> None:
+    """Without waiting for an answer."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.sendto(pack(magic, b"1.0", body), ("127.0.0.1", port))

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,12 @@ class Supervised:
         prefix: str | None = None,
         etcd: str | None = None,
         cwd: Path | None = None,
+        through: Sequence[str] = (),
     ) -> Running:
-        """Start it and return at once; ``Running.wait_ready()`` and the like wait for facts."""
+        """Start it and return at once; ``Running.wait_ready()`` and the like wait for facts.
+
+        ``through``: a command that runs the rest of its line in its place.
+        """
         number = len(self._running)
         running = Running(
             self.folder / f"supervisor-{number}",
@@ -43,6 +48,7 @@ class Supervised:
             etcd or self.etcd,
             args,
             cwd or self.folder,
+            through,
         )
         self._running.append(running)
         return running
@@ -62,6 +68,7 @@ class Running:
         etcd: str,
         args: tuple[str, ...],
         cwd: Path,
+        through: Sequence[str],
     ) -> None:
         folder.mkdir()
         self.base_port = base_port
@@ -71,7 +78,7 @@ class Running:
         self.control = folder / "control.sock"
         self._out = folder / "out"
         self._err = folder / "err"
-        command = [sys.executable, "-m", "peerd", "supervise", f"--peers={peers}"]
+        command = [*through, sys.executable, "-m", "peerd", "supervise", f"--peers={peers}"]
         command += [f"--base-port={base_port}", f"--prefix={prefix}", f"--etcd={etcd}"]
         command += [f"--control={self.control}", "--log-format=text", *args]
         with self._out.open("wb") as out, self._err.open("wb") as err:
@@ -140,6 +147,18 @@ def free_ports(count: int) -> int:
             except OSError:
                 continue
             return base
+
+
+def free_tcp_port() -> int:
+    """Below the kernel's ephemeral range, from which no connection takes it meanwhile."""
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def is_gone(pid: int) -> bool:

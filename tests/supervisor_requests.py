@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from typing import Any
 
+from eventually import eventually
 from peerd.errors import ControlError
 from peerd.supervisor import control
 from supervised import Running
@@ -34,6 +36,34 @@ def logged(running: Running, slot: int) -> list[str]:
 
 def pids(running: Running) -> list[int]:
     return [peer["pid"] for peer in running.status()["peers"]]
+
+
+def serving(running: Running, slot: int, but_not: Collection[int] = ()) -> int:
+    """The pid of a slot's worker, once it has one that serves. One that is put off is started.
+
+    ``but_not``: those that were killed; of one that was just now, the supervisor may not know yet.
+    """
+
+    def pid() -> int | None:
+        peer = running.peer(slot)
+        if peer["state"] in ("backoff", "crashloop"):
+            ask(running, "restart", slot=slot)
+        return peer["pid"] if peer["state"] == "ready" and peer["pid"] not in but_not else None
+
+    found = eventually(pid, within_s=30)
+    assert found is not None
+    return found
+
+
+def death_of(running: Running, pid: int) -> dict[str, Any]:
+    """As an event, once it is known."""
+
+    def find() -> dict[str, Any] | None:
+        return next((each for each in events(running, "died") if each["pid"] == pid), None)
+
+    found = eventually(find)
+    assert found is not None
+    return found
 
 
 class Asked:

@@ -6,15 +6,20 @@ Each check returns one invariant with the numbers that it has looked at, whether
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from peerd.chaos.app import DIE_CODE
 from peerd.chaos.load import LoadReport
 from peerd.chaos.subject import Subject, is_free, wait_for
 from peerd.errors import RegistryError
+
+Events = Iterable[Mapping[str, Any]]
 
 SETTLED_WITHIN_S = 5.0
 
@@ -24,6 +29,15 @@ REPORTED = {
     "lost_unread": "unread",
 }
 """Where the status of a peer says what it has lost, and in words."""
+
+DEFECTS = re.compile("Traceback|Fatal Python error|Exception ignored|Logging error")
+"""What Python writes of an error that nobody has expected."""
+
+KILLED_BY_SUPERVISOR = ("stuck", "late")
+"""Of what is done here, nothing takes a worker so long."""
+
+LEAST_PART = 0.5
+"""Of what the load was to send. A run in which little is sent shows little."""
 
 ERRORS = ("decode_errors", "handler_errors", "tx_dropped")
 
@@ -36,8 +50,13 @@ class Invariant:
     """The numbers that it is about; of a broken one, those that show it."""
 
 
-def load(report: LoadReport, peers: Sequence[Mapping[str, Any]], ordered: bool) -> list[Invariant]:
-    """What the clients have and what the peers say of it. ``ordered``: whether they promise the order."""
+def load(
+    report: LoadReport, peers: Sequence[Mapping[str, Any]], *, ordered: bool, due: float
+) -> list[Invariant]:
+    """What the clients have and what the peers say of it.
+
+    ``ordered``: whether they promise the order. ``due``: how much was to be sent.
+    """
     by_peer = {peer["slot"]: (report.of(peer["port"]).missing, _lost(peer)) for peer in peers}
     wrong = [
         f"slot {peer['slot']}: {by_peer[peer['slot']][0]} missing, {_reported([peer])}"
@@ -47,6 +66,11 @@ def load(report: LoadReport, peers: Sequence[Mapping[str, Any]], ordered: bool) 
     lost = sum(_lost(peer) for peer in peers)
     errors = {name: sum(peer[name] for peer in peers) for name in ERRORS}
     return [
+        Invariant(
+            "there was a load",
+            report.sent >= LEAST_PART * due > 0,
+            f"{report.sent} sent of {due:.0f}",
+        ),
         Invariant(
             "all is answered or lost",
             report.finished and not report.dropped and not report.foreign,
@@ -69,22 +93,48 @@ def load(report: LoadReport, peers: Sequence[Mapping[str, Any]], ordered: bool) 
 
 
 def deaths(
-    events: Iterable[Mapping[str, Any]], harmed: Collection[int], asked_to_die: int
-) -> Invariant:
-    """``harmed``: the pids of those that were killed or stopped. Nobody else is to die."""
-    by_themselves, strange, count = 0, [], 0
-    for event in events:
-        count += 1
+    died: Events,
+    peers: Iterable[Mapping[str, Any]],
+    *,
+    killed: Collection[int],
+    told_to_end: Collection[int | None],
+    asked_to_die: int,
+) -> list[Invariant]:
+    """What the certificates say, ``died``, of what was done.
+
+    ``killed``: the pids of the workers that got a SIGKILL. Nobody else is to die, also not who was stopped
+    for a while. ``told_to_end``: those who may have ended in order, before they were killed or instead.
+    """
+    by_themselves, strange, certified, lost = 0, list[str](), set[int](), 0
+    for event in died:
+        certified.add(event["pid"])
+        lost += event["lost_in_flight"]
         if event["how"] == f"exit code {DIE_CODE}":
             by_themselves += 1
-        elif event["pid"] not in harmed:
-            strange.append(f"pid {event['pid']} ({event['how']})")
-    return Invariant(
-        "only who was harmed has died",
-        not strange and by_themselves <= asked_to_die,
-        f"{count} deaths, {by_themselves} of them by themselves of {asked_to_die} asked to; "
-        f"of no cause: {', '.join(strange) or 'none'}",
-    )
+        elif event["pid"] in told_to_end and event["how"] == "exit code 0":
+            pass
+        elif event["pid"] not in killed or event["cause"] in KILLED_BY_SUPERVISOR:
+            strange.append(f"pid {event['pid']} ({event['how']}, cause {event['cause']})")
+    unnoticed = sorted({*killed} - certified - {*told_to_end})
+    lost_of_peers = sum(peer["lost_in_flight"] for peer in peers)
+    return [
+        Invariant(
+            "only who was killed has died",
+            not strange and by_themselves <= asked_to_die,
+            f"{len(certified)} deaths, {by_themselves} of them by themselves of {asked_to_die} asked "
+            f"to; of no cause: {', '.join(strange) or 'none'}",
+        ),
+        Invariant(
+            "each kill has a certificate",
+            not unnoticed,
+            f"{len(killed)} kills; without one: {', '.join(map(str, unnoticed)) or 'none'}",
+        ),
+        Invariant(
+            "the certificates have the whole loss",
+            lost == lost_of_peers,
+            f"{lost} lost in flight, of {lost_of_peers}",
+        ),
+    ]
 
 
 def records(subject: Subject, within_s: float) -> Invariant:
@@ -122,11 +172,15 @@ def processes(subject: Subject) -> Invariant:
     def exact() -> bool:
         nonlocal more, fewer, zombies, workers
         children = subject.children()
+        zombies = []
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.status() == psutil.STATUS_ZOMBIE:
+                    zombies.append(child.pid)
         peers = {peer["pid"] for peer in subject.peers()}
         expected = {subject.pid, subject.registrar(), *peers}
         found = set[int | None](subject.processes())
         workers, more, fewer = len(peers), found - expected, expected - found
-        zombies = [child.pid for child in children if child.status() == "zombie"]
         return not more and not fewer and not zombies and len(children) == workers + 1
 
     holds = wait_for(exact, SETTLED_WITHIN_S)
@@ -174,8 +228,11 @@ def nothing_left(subject: Subject, ports: Iterable[int]) -> Invariant:
 
 
 def log(subject: Subject) -> Invariant:
-    count = (subject.folder / "err").read_text(errors="replace").count("Traceback")
-    return Invariant("no traceback in the log", not count, str(count))
+    found = Counter[str]()
+    for name in ("err", "out"):
+        found.update(DEFECTS.findall((subject.folder / name).read_text(errors="replace")))
+    counted = ", ".join(f"{count} {what!r}" for what, count in found.items())
+    return Invariant("no traceback in the log", not found, counted or "0")
 
 
 def _in_order(report: LoadReport) -> Invariant:

@@ -123,7 +123,7 @@ class _Sender:
         stream = next((s for s in self._targets if s.port == command["port"]), None)
         if stream is not None:
             self._send(stream, encode(command["magic"], "1"))
-        _answer({})
+        _answer({"sent": stream is not None})
 
     def _report(self, finished: bool = False) -> None:
         _answer(
@@ -197,11 +197,16 @@ class _Sender:
 def _socket() -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.setblocking(False)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECV_BUFFER_BYTES)
-    except PermissionError:  # above net.core.rmem_max only with CAP_NET_ADMIN
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECV_BUFFER_BYTES)
+    make_room(sock, RECV_BUFFER_BYTES)
     return sock
+
+
+def make_room(sock: socket.socket, size_bytes: int) -> None:
+    """For so much, or for as much as it may have."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size_bytes)
+    except PermissionError:  # above net.core.rmem_max only with CAP_NET_ADMIN
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size_bytes)
 
 
 def _answer(result: Mapping[str, object]) -> None:

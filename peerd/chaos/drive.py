@@ -22,8 +22,8 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ ANSWERED_WITHIN_S = 60.0
 LOOK_S = 0.25
 LOAD_BEFORE_STOP_S = 0.3
 COMMANDS_AT_ONCE = 32
+SUCCESSOR_WITHIN_S = 2.0
+NO_REFUSALS = ("internal error", "busy")
 
 Tell = Callable[[float, str], None]
 """Gets the seconds since the load has begun, and what happens."""
@@ -117,14 +119,19 @@ def run(settings: ChaosSettings, folder: Path, tell: Tell) -> ChaosReport:
 class _Seen:
     """What has been done, and what the supervisor has said of it."""
 
-    done: Counter[Kind] = field(default_factory=Counter)
-    harmed: set[int] = field(default_factory=set)
-    """Workers that were killed or stopped."""
+    done: list[Kind] = field(default_factory=list)
+    killed: set[int] = field(default_factory=set)
+    """Workers that got a SIGKILL."""
+
+    told_to_end: set[int | None] = field(default_factory=set)
+    """Those that were replaced or scaled away, and may have ended before they were killed; and those that
+    were to be replaced by a successor that was killed."""
 
     deaths: list[dict[str, Any]] = field(default_factory=list)
     last_event: int = 0
+    missed_events: int = 0
     unanswered: list[str] = field(default_factory=list)
-    """Commands."""
+    """Commands; and those that were answered as none should be."""
 
     away_since_s: dict[int, float] = field(default_factory=dict)
     """Slots that are not ready."""
@@ -150,6 +157,14 @@ class _Chaos:
         self._tell_of = tell
         self._seen = _Seen()
         self._stopped: set[int] = set()
+        self._leaving: Collection[int] = ()
+        """Slots that a change of the number of peers is about."""
+
+        self._rate = 0.0
+        self._paced_s = self._begun_s
+        self._due_datagrams = 0.0
+        """Before it was paced last."""
+
         self._futures: list[Future[None]] = []
         self._invariants: list[Invariant] = []
         self._lost = 0
@@ -160,6 +175,7 @@ class _Chaos:
 
     def run(self) -> ChaosReport:
         self._wait_for_the_start()
+        done_in_time: list[Kind] = []
         with (
             ThreadPoolExecutor(1) as self._resizing,
             ThreadPoolExecutor(COMMANDS_AT_ONCE) as self._commands,
@@ -167,8 +183,10 @@ class _Chaos:
         ):
             try:
                 descriptors = self._settled_descriptors()
+                self._pace(self._settings.rate)
                 self._do_everything()
                 self._settle()
+                done_in_time = self._seen.done.copy()  # what follows is not of the schedule
                 self._check_what_is_settled(descriptors)
             except (ControlError, NotRunningError) as error:
                 self._check("the supervisor lives and answers", False, self._why_no_answer(error))
@@ -176,7 +194,7 @@ class _Chaos:
                 self._subject.kill()  # so that no command waits for its answer
                 raise
             self._stop()
-        done = {str(kind): count for kind, count in self._seen.done.items()}
+        done = {str(kind): count for kind, count in Counter(done_in_time).items()}
         return ChaosReport(self._settings.seed, done, tuple(self._invariants))
 
     # The schedule
@@ -204,26 +222,35 @@ class _Chaos:
     def _look(self) -> None:
         """Note who has died since and who is away, and restart who is parked."""
         for event in self._subject.events(self._seen.last_event):
+            self._seen.missed_events += event["number"] - self._seen.last_event - 1
             self._seen.last_event = event["number"]
             if event["event"] == "died" and "peer_id" in event:
                 self._seen.deaths.append(event)
+            elif event["event"] == "replaced" and "old_pid" in event:
+                self._seen.told_to_end.add(event["old_pid"])
         now_s = time.monotonic()
         away_since_s, self._seen.away_since_s = self._seen.away_since_s, {}
         for peer in self._subject.peers():
             slot = peer["slot"]
             if peer["state"] == "crashloop":
                 self._tell(f"slot {slot} is parked")
-                self._do(Action(at_s=0.0, kind=Kind.RESTART, slot=slot))
+                restart = functools.partial(self._restart, slot)
+                self._beside(self._commands, f"restart of the parked slot {slot}", restart)
             if peer["state"] != "ready":
                 since_s = self._seen.away_since_s[slot] = away_since_s.get(slot, now_s)
                 self._seen.longest_away_s = max(self._seen.longest_away_s, now_s - since_s)
 
     def _do(self, action: Action) -> None:
-        self._seen.done[action.kind] += 1
         slot, for_s = action.slot or 0, action.for_s or 0.0
+        what = _with_time(action)
         match action.kind:
             case Kind.KILL:
                 self._harm(action, signal.SIGKILL)
+            case Kind.SUCCESSOR:
+                self._tell(what)
+                known = [child.pid for child in self._subject.children()]
+                self._beside(self._commands, what, lambda: self._kill_successor(action, known))
+                self._beside(self._commands, what, lambda: self._restart(slot))
             case Kind.STOP:
                 pid = self._harm(action, signal.SIGSTOP)
                 if pid is not None:
@@ -231,32 +258,58 @@ class _Chaos:
                     now_s = time.monotonic() - self._begun_s
                     self._plan(now_s + for_s, functools.partial(self._continue, pid))
             case Kind.SPIN | Kind.DIE:
-                self._tell(f"{action}")
-                self._load.send(self._subject.port(slot), action.kind.upper())
+                self._tell(what)
+                if self._load.send(self._subject.port(slot), action.kind.upper()):
+                    self._seen.done.append(action.kind)
             case Kind.RESTART:
-                self._tell(f"{action}")
-                self._beside(self._commands, f"{action}", lambda: self._restart(slot))
+                self._tell(what)
+                self._beside(self._commands, what, lambda: self._restart(slot), action.kind)
             case Kind.HUP:
-                self._tell("hup")
+                self._tell(what)
                 self._subject.send(signal.SIGHUP)
+                self._seen.done.append(action.kind)
             case Kind.SCALE | Kind.TTIN | Kind.TTOU:
-                self._beside(self._resizing, f"{action}", lambda: self._resize(action))
+                self._beside(self._resizing, what, lambda: self._resize(action))
             case Kind.REGISTRAR:
                 pid = self._subject.registrar()
-                killed = pid is not None and self._subject.send_child(pid, signal.SIGKILL)
-                self._tell(f"registrar: {f'pid {pid}: SIGKILL' if killed else 'there is none'}")
+                if pid is not None and self._subject.send_child(pid, signal.SIGKILL):
+                    self._seen.done.append(action.kind)
+                    self._tell(f"{what}: pid {pid}: SIGKILL")
+                else:
+                    self._tell(f"{what}: there is none")
             case Kind.ETCD_STOP | Kind.ETCD_KILL:
-                self._beside(self._etcd_thread, f"{action}", lambda: self._disturb_etcd(action))
+                disturb = functools.partial(self._disturb_etcd, action)
+                self._beside(self._etcd_thread, what, disturb, action.kind)
 
     def _harm(self, action: Action, number: signal.Signals) -> int | None:
         assert action.slot is not None
         pid = self._subject.worker(action.slot)
         if pid is None or not self._subject.send_child(pid, number):
-            self._tell(f"{action}: there is no worker")
+            self._tell(f"{_with_time(action)}: there is no worker")
             return None
-        self._seen.harmed.add(pid)
-        self._tell(f"{action}: pid {pid}: {number.name}")
+        if number is signal.SIGKILL:
+            self._seen.killed.add(pid)
+        if action.slot in self._leaving:
+            self._seen.told_to_end.add(pid)
+        self._seen.done.append(action.kind)
+        self._tell(f"{_with_time(action)}: pid {pid}: {number.name}")
         return pid
+
+    def _kill_successor(self, action: Action, known: Collection[int]) -> None:
+        """One that has not taken over by then has no death that would need a certificate. The worker may
+        have been told to leave its socket to it just before."""
+        assert action.slot is not None
+        until_s = time.monotonic() + SUCCESSOR_WITHIN_S
+        while (pid := self._subject.successor(action.slot, known)) is None:
+            if time.monotonic() >= until_s:
+                self._tell(f"{action}: there is none")
+                return
+        worker = self._subject.worker(action.slot)
+        if self._subject.send_child(pid, signal.SIGKILL):
+            self._seen.killed.add(pid)
+            self._seen.told_to_end.update((pid, worker))
+            self._seen.done.append(action.kind)
+            self._tell(f"{action}: pid {pid}: SIGKILL")
 
     def _continue(self, pid: int) -> None:
         self._stopped.discard(pid)
@@ -265,7 +318,7 @@ class _Chaos:
 
     def _disturb_etcd(self, action: Action) -> None:
         assert action.for_s is not None
-        self._tell(f"{action}")
+        self._tell(_with_time(action))
         if action.kind is Kind.ETCD_STOP:
             os.kill(self._etcd.pid, signal.SIGSTOP)
             time.sleep(action.for_s)
@@ -284,20 +337,48 @@ class _Chaos:
         if wanted > self._most_peers:
             self._tell(f"{action}: there are no more ports")
             return
-        self._tell(f"{action} ({before} now)")
+        self._tell(f"{_with_time(action)} ({before} now)")
         self._load.remove(self._subject.port(slot) for slot in range(wanted, before))
+        self._leaving = range(min(wanted, before), max(wanted, before))
+        peers = self._subject.peers()
+        self._seen.told_to_end.update(p["pid"] for p in peers if p["slot"] in self._leaving)
         try:
             if action.kind is Kind.SCALE:
                 self._subject.command("scale", peers=wanted)
             else:
-                number = signal.SIGTTIN if action.kind is Kind.TTIN else signal.SIGTTOU
-                self._subject.send(number)
-                if not wait_for(lambda: len(self._all_ports()) == wanted, COMMAND_TIMEOUT_S):
-                    self._seen.unanswered.append(f"{action}")
+                self._resize_by_signal(action, wanted)
+            self._seen.done.append(action.kind)
         finally:
+            self._leaving = ()
             ports = self._all_ports()
             self._load.add(ports)
-            self._load.pace(self._rate_for(len(ports)))
+            self._pace(self._rate_for(len(ports)))
+
+    def _resize_to(self, peers: int) -> None:
+        now_s = time.monotonic() - self._begun_s
+        self._resize(Action(at_s=now_s, kind=Kind.SCALE, peers=peers))
+
+    def _resize_by_signal(self, action: Action, wanted: int) -> None:
+        last = max((event["number"] for event in self._subject.events(0)), default=0)
+        refused: list[str] = []
+
+        def is_over() -> bool:
+            news = self._subject.events(last)
+            refused.extend(event["why"] for event in news if event["event"] == "not scaled")
+            return bool(refused) or len(self._all_ports()) == wanted
+
+        self._subject.send(signal.SIGTTIN if action.kind is Kind.TTIN else signal.SIGTTOU)
+        if not wait_for(is_over, COMMAND_TIMEOUT_S):
+            raise ControlError(f"not {wanted} peers after {COMMAND_TIMEOUT_S:g} s")
+        if refused:
+            raise ControlError(f"not scaled: {refused[0]}")
+
+    def _pace(self, rate: float) -> None:
+        """And keep account of how much is to be sent."""
+        now_s = time.monotonic()
+        self._due_datagrams += self._rate * (now_s - self._paced_s)
+        self._rate, self._paced_s = rate, now_s
+        self._load.pace(rate)
 
     def _rate_for(self, peers: int) -> float:
         return self._settings.rate * peers / self._settings.peers
@@ -305,17 +386,29 @@ class _Chaos:
     def _restart(self, slot: int) -> None:
         self._subject.command("restart", slot=slot)
 
-    def _beside(self, pool: ThreadPoolExecutor, what: str, do: Callable[[], None]) -> None:
-        """A command may be refused: the slot may be gone, and a successor may have been killed."""
+    def _beside(
+        self,
+        pool: ThreadPoolExecutor,
+        what: str,
+        do: Callable[[], None],
+        kind: Kind | None = None,
+    ) -> None:
+        """``kind`` is noted when it is done. A command may be refused: the slot may be gone, and a
+        successor may have been killed. But no command is answered "busy", or meets a defect."""
 
         def run() -> None:
             begun_s = time.monotonic()
             try:
                 do()
             except (ControlError, NotRunningError) as error:
-                self._tell(f"{what} failed: {str(error).partition(chr(10))[0]}")
-                if time.monotonic() - begun_s >= COMMAND_TIMEOUT_S:
-                    self._seen.unanswered.append(what)
+                why = str(error).partition("\n")[0]
+                self._tell(f"{what} failed: {why}")
+                took_s = time.monotonic() - begun_s
+                if took_s >= COMMAND_TIMEOUT_S or any(each in why for each in NO_REFUSALS):
+                    self._seen.unanswered.append(f"{what} ({why})")
+            else:
+                if kind is not None:
+                    self._seen.done.append(kind)
 
         self._futures.append(pool.submit(run))
 
@@ -325,15 +418,23 @@ class _Chaos:
         self._tell("settling")
         for pid in self._stopped:
             self._subject.send_child(pid, signal.SIGCONT)
+        until_s = time.monotonic() + COMMAND_TIMEOUT_S + STARTED_WITHIN_S
         for future in self._futures:
-            future.result(COMMAND_TIMEOUT_S + STARTED_WITHIN_S)
+            while not future.done() and time.monotonic() < until_s:
+                self._look()
+                wait([future], LOOK_S)
+            if future.done():
+                future.result()
+        unfinished = sum(not future.done() for future in self._futures)
+        if unfinished:
+            self._seen.unanswered.append(f"{unfinished} that still run")
         self._check(
             "every command is answered",
             not self._seen.unanswered,
             f"within {COMMAND_TIMEOUT_S:g} s, not: {', '.join(self._seen.unanswered) or 'none'}",
         )
         # What is queued may hold what a worker dies of.
-        self._load.pace(0.0)
+        self._pace(0.0)
         recovered = wait_for(self._is_idle, ANSWERED_WITHIN_S)
         self._check(
             "every peer is ready again",
@@ -342,19 +443,28 @@ class _Chaos:
         )
 
     def _check_what_is_settled(self, descriptors: list[str]) -> None:
-        self._load.pace(self._rate_for(len(self._all_ports())))
+        self._pace(self._rate_for(len(self._all_ports())))
         self._check_commands()
+        self._pace(self._rate)  # up to now
         report = self._load.finish(ANSWERED_WITHIN_S)
         self._lost = report.missing
         self._look()
-        asked_to_die = self._seen.done[Kind.DIE]
-        ordered = not self._settings.coroutines
-        self._invariants += checks.load(report, self._subject.peers(), ordered)
-        self._invariants.append(checks.deaths(self._seen.deaths, self._seen.harmed, asked_to_die))
+        seen, peers = self._seen, self._subject.peers()
+        self._invariants += checks.load(
+            report, peers, ordered=not self._settings.coroutines, due=self._due_datagrams
+        )
+        self._check("no event is missed", not seen.missed_events, f"{seen.missed_events} missed")
+        self._invariants += checks.deaths(
+            seen.deaths,
+            peers,
+            killed=seen.killed,
+            told_to_end=seen.told_to_end,
+            asked_to_die=seen.done.count(Kind.DIE),
+        )
         self._invariants.append(checks.records(self._subject, LEASE_TTL_S + 1.0))
         self._invariants.append(checks.processes(self._subject))
         if len(self._subject.peers()) != self._settings.peers:
-            self._resize(Action(at_s=0.0, kind=Kind.SCALE, peers=self._settings.peers))
+            self._resize_to(self._settings.peers)
         self._invariants.append(checks.descriptors(self._subject, descriptors))
 
     def _check_commands(self) -> None:
@@ -363,7 +473,7 @@ class _Chaos:
         try:
             if self._settings.kinds & {Kind.SCALE, Kind.TTIN, Kind.TTOU}:
                 # All there are once more: so what each has lost can be read.
-                self._resize(Action(at_s=0.0, kind=Kind.SCALE, peers=self._most_peers))
+                self._resize_to(self._most_peers)
             self._subject.command("reload")
         except ControlError as error:
             result = str(error)
@@ -371,9 +481,9 @@ class _Chaos:
 
     def _stop(self) -> None:
         """With its queues full: they are served first."""
-        self._load.pace(self._settings.rate)
+        self._pace(self._settings.rate)
         time.sleep(LOAD_BEFORE_STOP_S)
-        self._load.pace(0.0)
+        self._pace(0.0)
         begun_s = time.monotonic()
         code: int | str = "still running"
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -408,7 +518,7 @@ class _Chaos:
 
         wait_for(registered, STARTED_WITHIN_S)
         if self._subject.process.poll() is not None or not self._all_ready():
-            raise PeerdError(f"the supervisor has not started: {self._subject.folder}/err says why")
+            raise PeerdError(f"the supervisor has not started: {self._subject.last_words()}")
 
     def _settled_descriptors(self) -> list[str]:
         """Once the connections of the questions so far are closed."""
@@ -442,3 +552,8 @@ class _Chaos:
 
     def _check(self, name: str, holds: bool, counted: str) -> None:
         self._invariants.append(Invariant(name, holds, counted))
+
+
+def _with_time(action: Action) -> str:
+    """When it was due: what is told has the time when it was done."""
+    return f"{action}, due at {action.at_s:.2f}"

@@ -7,8 +7,12 @@ report: so the numbers that are missing are compared with what it says that its 
 
 from __future__ import annotations
 
+import os
+import select
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +22,12 @@ import orjson
 from peerd.chaos.streams import Count
 from peerd.errors import PeerdError
 
+PATIENCE_S = 30.0
+"""For an answer that should come at once."""
+
 
 class LoadError(PeerdError):
-    """The process that sends and receives has ended early: its traceback is on standard error."""
+    """The process that sends and receives has ended early (its traceback is on standard error), or hangs."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +75,22 @@ class LoadReport:
 
 
 class Load:
-    """Sends from its beginning to ``finish()``, for a ``with`` block."""
+    """Sends from its beginning to ``finish()``, for a ``with`` block. Any thread may ask it anything."""
 
-    def __init__(self, ports: Iterable[int], *, rate: float, clients: int = 4) -> None:
+    def __init__(
+        self,
+        ports: Iterable[int],
+        *,
+        rate: float,
+        clients: int = 4,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         """``rate``: datagrams a second, of all clients to all ports together; 0 for none yet."""
         self._ports = list(ports)
         self._rate = rate
         self._clients = clients
+        self._patience_s = patience_s
+        self._asking = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Load:
@@ -106,9 +122,10 @@ class Load:
     def pace(self, rate: float) -> None:
         self._ask("pace", rate=rate)
 
-    def send(self, port: int, magic: str) -> None:
-        """One number with another magic code, which counts like all others."""
-        self._ask("send", port=port, magic=magic)
+    def send(self, port: int, magic: str) -> bool:
+        """One number with another magic code, which counts like all others. False when the port is not
+        sent to."""
+        return bool(self._ask("send", port=port, magic=magic)["sent"])
 
     def report(self) -> LoadReport:
         """So far: what is under way is missing."""
@@ -116,18 +133,43 @@ class Load:
 
     def finish(self, timeout_s: float = 30.0) -> LoadReport:
         """Send no more, and wait until everything is answered or cannot come any more."""
-        return _report(self._ask("finish", timeout_s=timeout_s))
+        return _report(self._ask("finish", timeout_s=timeout_s, patience_s=timeout_s))
 
-    def _ask(self, command: str, **arguments: object) -> Any:
+    def _ask(self, command: str, *, patience_s: float = 0.0, **arguments: object) -> Any:
+        """``patience_s``: what the answer may take by itself."""
         assert self._process is not None
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(orjson.dumps({"do": command, **arguments}) + b"\n")
-            self._process.stdin.flush()
-            return orjson.loads(self._process.stdout.readline())
-        except (BrokenPipeError, orjson.JSONDecodeError):
-            raise LoadError("the load's process has ended early: its traceback is above") from None
+        with self._asking:
+            try:
+                self._process.stdin.write(orjson.dumps({"do": command, **arguments}) + b"\n")
+                self._process.stdin.flush()
+                answer = _read_line(self._process, patience_s + self._patience_s)
+            except BrokenPipeError:
+                answer = b""
+            except TimeoutError as error:
+                # An answer that comes late would be taken for that to the next question.
+                self._process.kill()
+                raise LoadError(f"the load's process {error}") from None
+        if not answer:
+            raise LoadError("the load's process has ended early: its traceback is above")
+        return orjson.loads(answer)
+
+
+def _read_line(process: subprocess.Popen[bytes], within_s: float) -> bytes:
+    """Empty at the process's end."""
+    assert process.stdout is not None
+    until_s = time.monotonic() + within_s
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
+    line = b""
+    while not line.endswith(b"\n"):
+        if not poll.poll(max(0.0, until_s - time.monotonic()) * 1e3):
+            raise TimeoutError(f"does not answer within {within_s:g} s")
+        chunk = os.read(process.stdout.fileno(), 1 << 16)
+        if not chunk:
+            return b""
+        line += chunk
+    return line
 
 
 def _report(answer: dict[str, Any]) -> LoadReport:

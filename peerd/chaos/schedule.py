@@ -24,6 +24,9 @@ SPARE_PEERS = 3
 
 class Kind(enum.StrEnum):
     KILL = "kill"
+    SUCCESSOR = "successor"
+    """Kill a worker's successor while it loads."""
+
     STOP = "stop"
     SPIN = "spin"
     DIE = "die"
@@ -39,6 +42,7 @@ class Kind(enum.StrEnum):
 
 WEIGHTS = {
     Kind.KILL: 8,
+    Kind.SUCCESSOR: 2,
     Kind.STOP: 4,
     Kind.SPIN: 1,
     Kind.DIE: 2,
@@ -52,7 +56,7 @@ WEIGHTS = {
     Kind.ETCD_KILL: 1,
 }
 
-ABOUT_A_SLOT = {Kind.KILL, Kind.STOP, Kind.SPIN, Kind.DIE, Kind.RESTART}
+ABOUT_A_SLOT = {Kind.KILL, Kind.SUCCESSOR, Kind.STOP, Kind.SPIN, Kind.DIE, Kind.RESTART}
 LONGEST_S = {Kind.STOP: 3.0, Kind.ETCD_STOP: 4.0, Kind.ETCD_KILL: 3.0}
 
 

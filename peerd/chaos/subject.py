@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from peerd.errors import NotRunningError
 from peerd.supervisor import control
 
 COMMAND_TIMEOUT_S = 90.0
@@ -107,8 +108,21 @@ class Subject:
                     return child.pid
         return None
 
+    def successor(self, slot: int, known: Collection[int]) -> int | None:
+        """The pid of a worker of this slot that is none of ``known``; None while there is none."""
+        title = f"peerd: peer localhost:{self.port(slot)}"
+        for child in self.children():
+            with contextlib.suppress(psutil.Error):
+                if child.pid not in known and title in " ".join(child.cmdline()):
+                    return child.pid
+        return None
+
     def children(self) -> list[psutil.Process]:
-        return psutil.Process(self.pid).children(recursive=True)
+        """Raises NotRunningError."""
+        try:
+            return psutil.Process(self.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            raise NotRunningError("the supervisor has ended") from None
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -131,10 +145,17 @@ class Subject:
         return True
 
     def descriptors(self) -> list[str]:
-        """What the supervisor has open, by what it is: ``socket``, ``pipe``, ``/dev/null``."""
+        """What the supervisor has open, by what it is: ``socket``, ``pipe``, ``/dev/null``.
+
+        Raises NotRunningError.
+        """
         found = []
         folder = f"/proc/{self.pid}/fd"
-        for name in os.listdir(folder):
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            raise NotRunningError("the supervisor has ended") from None
+        for name in names:
             with contextlib.suppress(FileNotFoundError):
                 found.append(os.readlink(f"{folder}/{name}").partition(":[")[0])
         return sorted(found)
@@ -148,6 +169,12 @@ class Subject:
                 if self._mark.encode() in environment:
                     found.append(process.pid)
         return found
+
+    def last_words(self) -> str:
+        """The last line of what it has written, and where the rest is."""
+        path = self.folder / "err"
+        lines = path.read_text(errors="replace").strip().splitlines()
+        return f"{lines[-1] if lines else 'it has said nothing'} ({path})"
 
     def kill(self) -> None:
         """And wait for its end; what descends from it ends with it, or is a finding."""

@@ -111,7 +111,12 @@ def chaos(
         folder = Path(tempfile.mkdtemp(prefix="peerd-chaos-"))
     else:
         folder = log_dir / f"seed-{settings.seed}"
-        folder.mkdir(parents=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise click.BadParameter(
+                f"cannot make {folder}: {error.strerror}", param_hint="--log-dir"
+            ) from None
     broken = True
     try:
         report = run(settings, folder, _tell)
@@ -145,10 +150,15 @@ def _show(report: ChaosReport, as_json: bool) -> None:
 
 def _command_line(settings: ChaosSettings) -> str:
     """What does the same again."""
-    words = [f"peerd chaos --seed {settings.seed} --seconds {settings.seconds:g}"]
-    words.append(f"--peers {settings.peers} --rate {settings.rate:g}")
+    words = [f"peerd chaos --seed {settings.seed} --seconds {_exact(settings.seconds)}"]
+    words.append(f"--peers {settings.peers} --rate {_exact(settings.rate)}")
     if settings.coroutines:
         words.append("--coroutines")
     if settings.kinds != frozenset(Kind):
         words.append(f"--actions {','.join(kind for kind in Kind if kind in settings.kinds)}")
     return " ".join(words)
+
+
+def _exact(number: float) -> str:
+    """So that reading it gives the same number again."""
+    return str(int(number)) if number.is_integer() else repr(number)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import signal
-import socket
 import subprocess
 import sys
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import raw_client
 from eventually import eventually
 from supervised import Running, Supervised, alive, send_signal
-from supervisor_requests import Asked, events, logged, pids
+from supervisor_requests import Asked, death_of, events, logged, pids
 
 APP = r"""
 import ctypes, os, sys, peerd
@@ -63,22 +62,6 @@ def start(
     return running
 
 
-def send(port: int, magic: bytes) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.sendto(raw_client.pack(magic, b"1.0", b""), ("127.0.0.1", port))
-
-
-def death_of(running: Running, pid: int) -> dict[str, Any]:
-    """As an event, once it is known."""
-
-    def find() -> dict[str, Any] | None:
-        return next((each for each in events(running, "died") if each["pid"] == pid), None)
-
-    found = eventually(find)
-    assert found is not None
-    return found
-
-
 def check_certificate(running: Running, pid: int) -> dict[str, Any]:
     """The death of slot 0's first worker: the log, the status and the events say the same."""
     died = death_of(running, pid)
@@ -120,7 +103,7 @@ def test_a_handler_ends_its_worker(
 ) -> None:
     running = start(supervised, app=app)
     pid, sibling = pids(running)
-    send(running.ports[0], magic)
+    raw_client.send(running.ports[0], magic)
     died = check_certificate(running, pid)
     assert (died["how"], died["cause"], died["lost_in_flight"]) == (how, cause, 1)
     assert last in "\n".join(died["last_lines"])
@@ -133,7 +116,7 @@ def test_a_handler_ends_its_worker(
 def test_the_last_lines_are_those_of_the_dead_worker(supervised: Supervised) -> None:
     running = start(supervised)
     pid = pids(running)[0]
-    send(running.ports[0], b"SYS_EXIT")
+    raw_client.send(running.ports[0], b"SYS_EXIT")
     first = check_certificate(running, pid)
     assert first["last_lines"][0] == "about to leave"
     assert "in sys_exit\n" in first["last_lines"][1]
@@ -269,7 +252,7 @@ def test_a_worker_that_dies_while_it_starts(supervised: Supervised) -> None:
 def test_peerd_events_shows_deaths(supervised: Supervised) -> None:
     running = start(supervised)
     pid = pids(running)[0]
-    send(running.ports[0], b"OS_EXIT")
+    raw_client.send(running.ports[0], b"OS_EXIT")
     death_of(running, pid)
     command = [sys.executable, "-m", "peerd", "events", f"--control={running.control}"]
     lines = subprocess.check_output([*command, "--json"]).splitlines()

@@ -26,7 +26,7 @@ import raw_client
 from eventually import eventually
 from peerd.errors import ControlError
 from peerd.supervisor import control
-from supervised import Running, Supervised, free_ports, send_signal
+from supervised import Running, Supervised, free_ports, free_tcp_port, send_signal
 from supervisor_requests import Asked, ask, events, pids
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
@@ -84,9 +84,7 @@ def udp_inode(port: int) -> str:
 
 
 def test_a_worker_holds_its_own_and_nothing_else(supervised: Supervised) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        metrics_port = server.getsockname()[1]
-    running = start(supervised, f"--metrics=127.0.0.1:{metrics_port}", peers=3)
+    running = start(supervised, f"--metrics=127.0.0.1:{free_tcp_port()}", peers=3)
     ask(running, "restart", slot=1)
     old = pids(running)[2]
     send_signal(old, signal.SIGKILL)
@@ -458,6 +456,7 @@ def test_garbage_gets_an_error_or_nothing(supervised: Supervised) -> None:
             with contextlib.suppress(ConnectionResetError):
                 while chunk := client.recv(1 << 16):
                     answer += chunk
+            assert answer or not garbage.endswith(b"\n")
             for line in answer.splitlines():
                 assert orjson.loads(line)["ok"] is (b'"events"' in garbage)
     assert pids(running) == before

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import psutil
 import pytest
 
 from eventually import eventually
-from peerd.chaos.load import Load
+from peerd.chaos.client import make_room
+from peerd.chaos.load import Load, LoadError
 
-SO_RCVBUFFORCE = 33  # socket(7); Python has no name for it
 RATE = 2000.0
 
 Answers = Callable[[int, bytes, list[bytes]], list[bytes]]
@@ -53,7 +56,7 @@ class Server:
         self.taken = 0
         self._answers = answers
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 64 << 20)
+        make_room(self._socket, 64 << 20)
         self._socket.bind(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
 
@@ -152,3 +155,29 @@ def test_the_rate_is_kept() -> None:
         sent = load.report().sent
         eventually(lambda: server.taken == sent)
         assert load.finish().sent == sent
+
+
+def test_two_threads_may_ask_at_once() -> None:
+    server = Server(all_of_it)
+    with server.going(), Load([server.port], rate=RATE) as load, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(ask_again_and_again, load, server.port) for _ in range(2)]
+        assert [each.result(30) for each in asked] == [200, 200]
+        assert load.finish().missing == 0
+
+
+def ask_again_and_again(load: Load, port: int) -> int:
+    """How many were answered with what was asked."""
+    return sum(load.send(port, "SEQ") and load.report().of(port).sent > 0 for _ in range(200))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_client_that_dies_or_hangs_is_an_error(number: signal.Signals) -> None:
+    """And stays one: an answer that comes too late is not taken for another."""
+    server = Server(all_of_it)
+    with server.going(), Load([server.port], rate=RATE, patience_s=1.0) as load:
+        (client,) = psutil.Process().children()
+        client.send_signal(number)
+        with pytest.raises(LoadError, match=r"ended early|does not answer within 1 s"):
+            load.report()
+        with pytest.raises(LoadError, match="ended early"):
+            load.report()

@@ -26,7 +26,8 @@ from eventually import eventually
 from peerd.address import MAX_PORT
 from peerd.chaos.load import Load
 from peerd.supervisor import control, metrics
-from supervised import Running, Supervised, send_signal
+from supervised import Running, Supervised, free_tcp_port, send_signal
+from supervisor_requests import serving
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 """Values by name and labels."""
@@ -39,17 +40,7 @@ LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 KILLS = 200 if LONG else 25
 KILLED_PEERS = 8
 
-
-def free_tcp_port() -> int:
-    """Below the kernel's ephemeral range, from which no connection takes it meanwhile."""
-    while True:
-        port = random.randrange(10_000, 30_000)
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+pytestmark = pytest.mark.timeout(600 if LONG else 120)
 
 
 def start(supervised: Supervised, port: int, *args: str, peers: int = 2) -> Running:
@@ -214,26 +205,16 @@ def test_scrapes_are_quick_while_workers_are_killed_all_the_time(supervised: Sup
     eventually(lambda: check_against_status(running, port))
     restarts = sum(peer["restarts"] for peer in running.status()["peers"])
     assert restarts >= KILLS
-    # The rest is what this process and the supervisor wait for a CPU, as others have it as well.
-    assert statistics.quantiles(seen, n=20)[-1] <= 0.02, sorted(seen)[-len(seen) // 20 :]
+    seen.sort()
+    if LONG:
+        assert seen[-1] <= 0.02, seen[-len(seen) // 20 :]
+    else:  # the rest is what this process and the supervisor wait for a CPU, as others have it as well
+        assert statistics.median(seen) <= 0.02, seen[len(seen) // 2 :]
+        assert statistics.quantiles(seen, n=20)[-1] <= 0.1, seen[-len(seen) // 20 :]
 
 
 def is_replaced(running: Running, slot: int, pid: int) -> bool:
     return bool(running.peer(slot)["pid"] != pid)
-
-
-def serving(running: Running, slot: int) -> int:
-    """The pid of a slot's worker, once it has one that serves."""
-
-    def pid() -> int | None:
-        peer = running.peer(slot)
-        if peer["state"] in ("backoff", "crashloop"):
-            control.request(running.control, "restart", {"slot": slot}, timeout_s=30.0)
-        return peer["pid"] if peer["state"] == "ready" else None
-
-    found = eventually(pid, within_s=30)
-    assert found is not None
-    return found
 
 
 def restarted(running: Running, times: int) -> bool:

@@ -139,12 +139,6 @@ def title(pid: int) -> str:
     return ""
 
 
-def send(ports: Sequence[int], magic: bytes) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        for port in ports:
-            client.sendto(raw_client.pack(magic, b"1", b""), ("127.0.0.1", port))
-
-
 @contextmanager
 def flood(ports: Sequence[int]) -> Iterator[None]:
     """More than the workers can answer, 60 datagrams a call."""
@@ -180,22 +174,29 @@ def test_nobody_outlives_a_killed_supervisor(folder: Path, etcd: str) -> None:
     took_s = []
     for number in range(ATTEMPTS):
         busy = ("flood", "spin", "stop")[number % 3]
-        # Half of them while Python, the supervisor and the workers start; the rest at work.
-        at_work = number % 4 > 1
-        after_s = chance.uniform(0, 0.05 if number % 4 == 0 else 0.5)
+        # Half of them while Python, the supervisor and the workers start, and half of these when the first
+        # child is there; the rest at work.
+        at_work, at_first_child = number % 4 > 1, number % 4 == 1
+        after_s = chance.uniform(0, 0.05 if number % 8 == 0 else 0.5)
         with family(folder, etcd, number, base_port) as it, ExitStack() as stack:
             begun_s = it.begun_s
             if at_work:
                 eventually(it.is_ready, within_s=15)
                 expected = len(it.members()) + PEERS * STARTED
-                send(it.ports, b"START")
+                for port in it.ports:
+                    raw_client.send(port, b"START")
                 eventually(partial(it.counts, expected))
                 begun_s = time.monotonic()
             if busy == "flood":
                 stack.enter_context(flood(it.ports))
             elif busy == "spin":
-                send(it.ports, b"SPIN")
-            wait_until(begun_s + after_s)
+                for port in it.ports:
+                    raw_client.send(port, b"SPIN")
+            if at_first_child:
+                while len(it.members()) < 2:
+                    assert it.process.poll() is None
+            else:
+                wait_until(begun_s + after_s)
             if busy == "stop":
                 for pid in it.workers():
                     send_signal(pid, signal.SIGSTOP)
@@ -205,8 +206,9 @@ def test_nobody_outlives_a_killed_supervisor(folder: Path, etcd: str) -> None:
                     sock.bind(("127.0.0.1", port))
     took_s.sort()
     told = [f"{each * 1e3:.0f}" for each in took_s]
-    assert took_s[math.ceil(0.95 * ATTEMPTS) - 1] <= 0.25, told
     assert took_s[-1] <= 1.0, told
+    if LONG:  # beside others there may be no CPU to end on
+        assert took_s[math.ceil(0.95 * ATTEMPTS) - 1] <= 0.25, told
 
 
 @pytest.mark.parametrize("end", ["kill", "exit", "reload"])
@@ -214,14 +216,14 @@ def test_what_a_handler_has_started_ends_with_its_worker(folder: Path, etcd: str
     with family(folder, etcd, 0, free_ports(PEERS)) as it:
         eventually(it.is_ready, within_s=15)
         before = set(it.members())
-        send(it.ports[:1], b"START")
+        raw_client.send(it.ports[0], b"START")
         eventually(lambda: len(set(it.members()) - before) == STARTED)
         started = set(it.members()) - before
         pid = control.request(it.control, "status")["peers"][0]["pid"]
         if end == "kill":
             send_signal(pid, signal.SIGKILL)
         elif end == "exit":
-            send(it.ports[:1], b"EXIT")
+            raw_client.send(it.ports[0], b"EXIT")
         else:
             control.request(it.control, "restart", {"slot": 0}, timeout_s=20)
         eventually(lambda: not started & set(it.members()))
@@ -247,7 +249,8 @@ def test_a_stop_in_order_ends_it_all(supervised: Supervised, folder: Path) -> No
     running = supervised.start("--app=family:app", peers=2)
     running.wait_registered()
     before = len(running.tree())
-    send(list(running.ports), b"START")
+    for port in running.ports:
+        raw_client.send(port, b"START")
     eventually(lambda: len(running.tree()) == before + 2 * STARTED)
     pids = [process.pid for process in running.tree()]
     running.signal(signal.SIGTERM)

@@ -12,8 +12,8 @@ import orjson
 import raw_client
 from eventually import eventually
 from memory_group import MemoryGroup, memory_group
-from peerd.supervisor import control
 from supervised import Running, Supervised, send_signal
+from supervisor_requests import death_of
 
 NO_ETCD = "http://127.0.0.1:1"
 
@@ -39,18 +39,10 @@ def child(message):
 
 def start(supervised: Supervised, group: MemoryGroup) -> Running:
     (supervised.folder / "hungry.py").write_text(APP)
-    running = supervised.start("--app=hungry:app", peers=2, etcd=NO_ETCD)
-    group.add(running.pid)  # long before it has loaded what it runs
+    running = supervised.start("--app=hungry:app", peers=2, etcd=NO_ETCD, through=group.enter)
     running.wait_ready()
     assert {process.pid for process in running.tree()} == group.pids()
     return running
-
-
-def death_of(running: Running, pid: int) -> dict[str, Any]:
-    found = control.request(running.control, "events")
-    (event,) = [each for each in found if each["event"] == "died" and each["pid"] == pid]
-    assert isinstance(event, dict)
-    return event
 
 
 def replaced(running: Running, slot: int, pid: int) -> dict[str, Any]:

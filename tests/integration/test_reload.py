@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import subprocess
-import sys
-from typing import Any
 
 import orjson
 import pytest
 
+from command import command, peerd, started
 from eventually import eventually
 from peerd import decode, encode
 from peerd.chaos.load import Load
 from peerd.registry import Joined, Registry
-from peerd.supervisor import control
 from supervised import Running, Supervised, is_gone, send_signal
+from supervisor_requests import events, pids
 
 PLAIN = """
 import time, peerd
@@ -39,22 +39,12 @@ COROUTINE = PLAIN.replace("import time", "import asyncio, time").replace(
 )
 
 
-def peerd(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "peerd", *args], capture_output=True, text=True, timeout=60
-    )
-
-
 def version_of(running: Running, slot: int) -> bytes:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.settimeout(5.0)
         client.connect(("127.0.0.1", running.ports[slot]))
         client.send(encode("VERSION", "1"))
         return decode(client.recv(2048)).body
-
-
-def pids(running: Running) -> list[int]:
-    return [peer["pid"] for peer in running.status()["peers"]]
 
 
 def start(supervised: Supervised, source: str, *args: str, peers: int = 2) -> Running:
@@ -66,7 +56,7 @@ def start(supervised: Supervised, source: str, *args: str, peers: int = 2) -> Ru
 
 @pytest.mark.parametrize("source", [PLAIN, COROUTINE], ids=["plain", "coroutine"])
 def test_reloads_under_load_lose_nothing(supervised: Supervised, source: str) -> None:
-    running = start(supervised, source)
+    running = start(supervised, source, "--recv-buffer=67108864")  # for as long as a command takes
     seen = [pids(running)]
     with (
         Registry(running.etcd, running.prefix) as registry,
@@ -100,8 +90,8 @@ def test_a_successor_that_cannot_start_leaves_the_worker_serving(supervised: Sup
     (supervised.folder / "reloaded.py").write_text(
         "import peerd\nraise ValueError('broken today')\n"
     )
-    for command in (["reload"], ["restart", "1"]):
-        done = peerd(*command, f"--control={running.control}")
+    for words in (["reload"], ["restart", "1"]):
+        done = peerd(*words, f"--control={running.control}")
         assert done.returncode == 1
         assert "ValueError: broken today" in done.stderr
         assert done.stderr.count("Traceback") == 1
@@ -135,15 +125,8 @@ def test_a_broken_app_costs_nothing_under_load(supervised: Supervised) -> None:
     assert running.err.count("Traceback") == 2
     for peer in running.status()["peers"]:
         assert (peer["restarts"], peer["lost_in_flight"], peer["rx_dropped"]) == (0, 0, 0)
-    failed = [each for each in events(running) if each["event"] == "not replaced"]
-    assert len(failed) == 2
+    assert len(events(running, "not replaced")) == 2
     assert running.status()["supervisor"]["state"] == "ready"
-
-
-def events(running: Running) -> list[dict[str, Any]]:
-    found = control.request(running.control, "events")
-    assert isinstance(found, list)
-    return found
 
 
 def test_sighup_reloads(supervised: Supervised) -> None:
@@ -167,14 +150,14 @@ def test_one_slot_is_restarted_and_its_sibling_is_not(supervised: Supervised) ->
 
 def test_commands_wait_for_each_other(supervised: Supervised) -> None:
     running = start(supervised, f"import time\ntime.sleep(0.3)\n{PLAIN}")
-    commands = [
-        subprocess.Popen(
-            [sys.executable, "-m", "peerd", *command, f"--control={running.control}"],
-            stdout=subprocess.DEVNULL,
-        )
-        for command in (["reload"], ["restart", "0"], ["restart", "1"], ["reload"])
-    ]
-    assert [command.wait(30) for command in commands] == [0, 0, 0, 0]
+    with contextlib.ExitStack() as stack:
+        commands = [
+            stack.enter_context(
+                started(command(*words, f"--control={running.control}"), stdout=subprocess.DEVNULL)
+            )
+            for words in (["reload"], ["restart", "0"], ["restart", "1"], ["reload"])
+        ]
+        assert [each.wait(30) for each in commands] == [0, 0, 0, 0]
     running.wait_ready()
 
 
@@ -182,14 +165,13 @@ def test_a_worker_that_dies_while_its_successor_loads(supervised: Supervised) ->
     running = start(supervised, PLAIN)
     (supervised.folder / "reloaded.py").write_text(f"import time\ntime.sleep(1)\n{PLAIN}")
     old = pids(running)[0]
-    command = subprocess.Popen(
-        [sys.executable, "-m", "peerd", "restart", "0", f"--control={running.control}"],
-        stdout=subprocess.PIPE,
-    )
-    eventually(lambda: len(running.tree()) == 5)  # and the registrar
-    send_signal(old, signal.SIGKILL)
-    out, _ = command.communicate(timeout=20)
-    assert command.returncode == 0
+    with started(
+        command("restart", "0", f"--control={running.control}"), stdout=subprocess.PIPE
+    ) as restart:
+        eventually(lambda: len(running.tree()) == 5)  # and the registrar
+        send_signal(old, signal.SIGKILL)
+        out, _ = restart.communicate(timeout=20)
+    assert restart.returncode == 0
     assert str(pids(running)[0]) in out.decode()
     assert version_of(running, 0) == b"1"
     assert running.peer(0)["restarts"] == 1
@@ -208,18 +190,16 @@ def test_a_parked_worker_can_be_restarted(supervised: Supervised) -> None:
 def test_a_stop_interrupts_a_reload(supervised: Supervised) -> None:
     running = start(supervised, PLAIN)
     (supervised.folder / "reloaded.py").write_text(f"import time\ntime.sleep(60)\n{PLAIN}")
-    command = subprocess.Popen(
-        [sys.executable, "-m", "peerd", "reload", f"--control={running.control}"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    eventually(lambda: len(running.tree()) == 5)
-    tree = [process.pid for process in running.tree()]
-    done = peerd("stop", f"--control={running.control}")
-    assert (done.returncode, done.stdout) == (0, f"supervisor pid {running.pid} has stopped\n")
-    assert running.wait() == 0
-    _, said = command.communicate(timeout=20)
-    assert command.returncode == 1
+    with started(
+        command("reload", f"--control={running.control}"), stderr=subprocess.PIPE, text=True
+    ) as reload:
+        eventually(lambda: len(running.tree()) == 5)
+        tree = [process.pid for process in running.tree()]
+        done = peerd("stop", f"--control={running.control}")
+        assert (done.returncode, done.stdout) == (0, f"supervisor pid {running.pid} has stopped\n")
+        assert running.wait() == 0
+        _, said = reload.communicate(timeout=20)
+    assert reload.returncode == 1
     assert "stopping" in said or "ended before it was ready" in said
     eventually(lambda: all(is_gone(pid) for pid in tree))
 
@@ -270,11 +250,11 @@ def test_events_tell_what_has_happened(supervised: Supervised) -> None:
     eventually(lambda: running.peer(0)["pid"] not in (first, None))
     running.wait_ready()
     shown = peerd("events", "--json", f"--control={running.control}")
-    events = [orjson.loads(line) for line in shown.stdout.splitlines()]
-    assert [event["number"] for event in events] == list(range(1, len(events) + 1))
-    replaced = next(event for event in events if event["event"] == "replaced")
+    told = [orjson.loads(line) for line in shown.stdout.splitlines()]
+    assert [event["number"] for event in told] == list(range(1, len(told) + 1))
+    replaced = next(event for event in told if event["event"] == "replaced")
     assert (replaced["old_pid"], replaced["pid"]) == (second, pids(running)[1])
-    died = next(event for event in events if event["event"] == "died")
+    died = next(event for event in told if event["event"] == "died")
     assert (died["pid"], died["how"], died["lost_in_flight"]) == (first, "killed by SIGKILL", 0)
     assert died["ready_for_s"] > 0
     text = peerd("events", f"--control={running.control}").stdout

@@ -16,17 +16,22 @@ import pytest
 
 import raw_client
 from eventually import eventually
+from peerd.chaos.subject import is_free
 from peerd.embedded_etcd import EmbeddedEtcd
 from peerd.errors import ControlError
 from peerd.registry import Left, Registry
+from peerd.supervisor.stopping import LAST_TIMEOUT_S
 from supervised import Running, Supervised, alive, free_ports, send_signal
 from supervisor_requests import Asked, ask, events, logged, pids, scale
 
-SLOW_S = 0.4
+SLOW_S = 1.0
 SLOW = (
     f"import time\ntime.sleep({SLOW_S})\nfrom peerd.app import builtin_app\napp = builtin_app()\n"
 )
 """An app that takes its time to load."""
+
+STOP_TIMEOUT_S = 8.0
+"""The default."""
 
 NEVER_LOADED = SLOW.replace(str(SLOW_S), "60")
 PLAIN = SLOW.replace(f"time.sleep({SLOW_S})\n", "")
@@ -57,15 +62,6 @@ def registered(running: Running) -> list[int]:
 
 def answers(port: int) -> bool:
     return raw_client.request(port, b"PING", b"x") == (b"PONG", b"1.0", b"x")
-
-
-def is_free(port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 @contextmanager
@@ -342,7 +338,7 @@ def test_a_peer_is_scaled_away_while_it_is_replaced(supervised: Supervised) -> N
     eventually(lambda: len(running.tree()) == 5)
     begun_s = time.monotonic()
     assert scale(running, 1)["peers"] == 1
-    assert time.monotonic() - begun_s < 2
+    assert time.monotonic() - begun_s < STOP_TIMEOUT_S, "nobody had to be killed for it at the end"
     for restart in restarts:
         with pytest.raises(
             ControlError, match=f"localhost:{running.base_port + 1}:? .*is stopping"
@@ -354,7 +350,7 @@ def test_a_peer_is_scaled_away_while_it_is_replaced(supervised: Supervised) -> N
 
 
 def test_a_stop_ends_a_scaling(supervised: Supervised) -> None:
-    running = start(supervised, "--stop-timeout=2", peers=1, room=3, app=PLAIN)
+    running = start(supervised, peers=1, room=3, app=PLAIN)
     write_app(supervised, NEVER_LOADED)
     scaling = Asked(running, "scale", peers=3)
     eventually(lambda: len(running.tree()) == 5)
@@ -366,7 +362,7 @@ def test_a_stop_ends_a_scaling(supervised: Supervised) -> None:
         with pytest.raises(ControlError, match="the supervisor is stopping"):
             asked.answer()
     assert running.wait() == 0
-    assert time.monotonic() - begun_s < 2
+    assert time.monotonic() - begun_s < STOP_TIMEOUT_S - LAST_TIMEOUT_S, "so late they are killed"
     assert not alive(tree)
     assert registered(running) == []
 
@@ -382,7 +378,7 @@ def test_a_stop_ends_a_scaling_that_waits_for_a_stopped_worker(supervised: Super
     with pytest.raises(ControlError, match="the supervisor is stopping"):
         scaling.answer()
     assert running.wait() == 0
-    assert time.monotonic() - begun_s < 3
+    assert time.monotonic() - begun_s < STOP_TIMEOUT_S
     assert not alive(tree)
 
 
@@ -390,7 +386,7 @@ def test_a_worker_that_does_not_end_is_killed(supervised: Supervised) -> None:
     running = start(supervised, "--stop-timeout=1", peers=2, room=2)
     send_signal(pids(running)[1], signal.SIGSTOP)
     (stopped,) = scale(running, 1)["stopped"]
-    assert 900 < stopped["took_ms"] < 2000
+    assert 900 < stopped["took_ms"] < STOP_TIMEOUT_S * 1e3
     assert "has not stopped in time: SIGKILL" in running.err
     assert is_free(running.base_port + 1)
 
@@ -450,7 +446,7 @@ def test_peers_go_without_etcd(supervised: Supervised) -> None:
             begun_s = time.monotonic()
             result = scale(running, 1)
             # Two seconds for the records, then the queues, which are empty.
-            assert 1.9 < time.monotonic() - begun_s < 3.5
+            assert 1.9 < time.monotonic() - begun_s < STOP_TIMEOUT_S
         finally:
             send_signal(etcd.pid, signal.SIGCONT)
         assert [row["slot"] for row in result["stopped"]] == [2, 1]

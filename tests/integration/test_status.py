@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 import raw_client
-from command import command, peerd
+from command import command, peerd, started
 from eventually import eventually
 from supervised import Running, Supervised, send_signal
 from terminal import Terminal
@@ -199,7 +199,7 @@ def test_more_peers_than_lines_are_cut_and_that_is_said(supervised: Supervised) 
 @pytest.mark.parametrize("options", [[], ["--json"], ["-o", "slot,state"]])
 def test_watch_in_a_pipe_goes_on_below(supervised: Supervised, options: list[str]) -> None:
     running = ready(supervised, peers=1)
-    with subprocess.Popen(
+    with started(
         command("status", "--watch", f"--control={running.control}", *options),
         stdout=subprocess.PIPE,
         text=True,
@@ -220,11 +220,11 @@ def test_watch_in_a_pipe_goes_on_below(supervised: Supervised, options: list[str
 
 def test_wait(supervised: Supervised, tmp_path: Path) -> None:
     control = tmp_path / "later.sock"
-    waiting = subprocess.Popen(
+    with started(
         command("wait", f"--control={control}", "--timeout=60"), stdout=subprocess.PIPE, text=True
-    )
-    running = supervised.start(f"--control={control}", peers=2)
-    out, _ = waiting.communicate(timeout=60)
+    ) as waiting:
+        running = supervised.start(f"--control={control}", peers=2)
+        out, _ = waiting.communicate(timeout=60)
     assert waiting.returncode == 0
     assert out == f"2 peers of supervisor pid {running.pid} ready\n"
 

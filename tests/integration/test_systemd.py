@@ -53,6 +53,8 @@ class Service:
         self._command = [sys.executable, "-m", "peerd", "supervise", f"--control={self.control}"]
         self._command += [f"--peers={peers}", f"--base-port={base}", f"--etcd={etcd}"]
         self._command += [f"--prefix=systemd-{base}", "--no-offload"]
+        # Room for what comes while there is no supervisor.
+        self._command += ["--recv-buffer=67108864"]
 
     def start(self, *args: str, app: str = "kept:app") -> None:
         self.systemd.start(*self._command, f"--app={app}", *args)
@@ -108,7 +110,8 @@ def test_what_systemd_is_told(service: Service) -> None:
     before_us = time.monotonic_ns() // 1000
     systemd.signal(signal.SIGHUP)
     service.wait_ready(times=2)
-    assert all(int(when_us) >= before_us for when_us in systemd.values("MONOTONIC_USEC"))
+    (reloading_us,) = systemd.values("MONOTONIC_USEC")
+    assert int(reloading_us) >= before_us
     assert systemd.stop() == 0
     assert list(dict.fromkeys(systemd.names())) == ["READY", "RELOADING", "STOPPING"]
     names = systemd.names()
@@ -218,7 +221,7 @@ def test_the_watchdog_is_fed_by_the_peers(service: Service) -> None:
         send_signal(pid, signal.SIGSTOP)
     # Longer than a heartbeat may be old (5 s), and it is still fed.
     eventually(lambda: service.status()["peers"][0]["heartbeat_age_s"] > 6, within_s=15)
-    assert service.ping_age_s() < 1.0
+    eventually(lambda: service.ping_age_s() < 0.6)
     send_signal(pids[2], signal.SIGSTOP)
     eventually(lambda: service.ping_age_s() > 2.0, within_s=15)
     send_signal(pids[0], signal.SIGCONT)

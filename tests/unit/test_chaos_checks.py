@@ -1,0 +1,146 @@
+"""The checks of a chaos run find each way in which a supervisor may break its promises, and a run repeats."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from peerd.chaos import checks
+from peerd.chaos.app import DIE_CODE
+from peerd.chaos.drive import ChaosSettings
+from peerd.chaos.load import LoadReport
+from peerd.chaos.schedule import Kind
+from peerd.chaos.streams import Count
+from peerd.cli.chaos import _command_line, chaos
+
+PEER = {
+    "slot": 0,
+    "port": 5001,
+    "lost_in_flight": 3,
+    "rx_dropped": 2,
+    "lost_unread": 1,
+    "decode_errors": 0,
+    "handler_errors": 0,
+    "tx_dropped": 0,
+}
+COUNT = Count(client=0, port=5001, sent=100, received=94, missing=6)
+REPORT = LoadReport((COUNT,), dropped=0, foreign=0, finished=True)
+
+KILLED, STOPPED, REPLACED, BY_ITSELF = 11, 12, 13, 14
+
+
+def died(pid: int, how: str, cause: str, lost: int = 0) -> dict[str, Any]:
+    return {"pid": pid, "how": how, "cause": cause, "lost_in_flight": lost}
+
+
+OF_A_KILL = died(KILLED, "killed by SIGKILL", "signal", 2)
+OF_DIE = died(BY_ITSELF, f"exit code {DIE_CODE}", "exit", 1)
+
+
+def broken(invariants: Sequence[checks.Invariant]) -> list[str]:
+    return [invariant.name for invariant in invariants if not invariant.holds]
+
+
+@pytest.mark.parametrize(
+    ("count", "report", "peer", "names"),
+    [
+        ({}, {}, {}, []),
+        ({"missing": 7}, {}, {}, ["the loss is what is reported"]),
+        ({}, {}, {"lost_in_flight": 4}, ["the loss is what is reported"]),
+        ({"doubled": 1}, {}, {}, ["nothing is doubled"]),
+        ({"out_of_order": 1}, {}, {}, ["nothing is out of order"]),
+        ({}, {"dropped": 1}, {}, ["all is answered or lost"]),
+        ({}, {"foreign": 1}, {}, ["all is answered or lost"]),
+        ({}, {"finished": False}, {}, ["all is answered or lost"]),
+        ({}, {}, {"decode_errors": 1}, ["no datagram is an error"]),
+        ({}, {}, {"handler_errors": 1}, ["no datagram is an error"]),
+        ({}, {}, {"tx_dropped": 1}, ["no datagram is an error"]),
+        ({"sent": 49, "received": 43}, {}, {}, ["there was a load"]),
+    ],
+)
+def test_each_defect_of_a_load_is_found(
+    count: dict[str, Any], report: dict[str, Any], peer: dict[str, int], names: list[str]
+) -> None:
+    counts = (dataclasses.replace(COUNT, **count),)
+    doctored = dataclasses.replace(REPORT, counts=counts, **report)
+    assert broken(checks.load(doctored, [PEER | peer], ordered=True, due=100)) == names
+
+
+def test_a_load_of_nothing_shows_nothing() -> None:
+    nothing = LoadReport((), dropped=0, foreign=0, finished=True)
+    assert broken(checks.load(nothing, [], ordered=True, due=0)) == ["there was a load"]
+
+
+def test_losses_of_two_peers_do_not_make_up_for_each_other() -> None:
+    """What one loses too much, the other reports too much."""
+    peers = [PEER | {"lost_in_flight": 4}, PEER | {"slot": 1, "port": 5002, "lost_in_flight": 2}]
+    report = dataclasses.replace(REPORT, counts=(COUNT, dataclasses.replace(COUNT, port=5002)))
+    assert broken(checks.load(report, peers, ordered=True, due=100)) == [
+        "the loss is what is reported"
+    ]
+
+
+def test_coroutines_may_answer_in_another_order() -> None:
+    report = dataclasses.replace(REPORT, counts=(dataclasses.replace(COUNT, out_of_order=1),))
+    assert broken(checks.load(report, [PEER], ordered=False, due=100)) == []
+
+
+@pytest.mark.parametrize(
+    ("events", "names"),
+    [
+        ([OF_A_KILL, OF_DIE], []),
+        ([OF_A_KILL, OF_DIE, died(REPLACED, "exit code 0", "exit")], []),
+        (
+            [OF_A_KILL, OF_DIE, died(STOPPED, "exit code 0", "exit")],
+            ["only who was killed has died"],
+        ),
+        (
+            [OF_A_KILL, OF_DIE, died(STOPPED, "killed by SIGKILL", "stuck")],
+            ["only who was killed has died"],
+        ),
+        (
+            [OF_A_KILL, OF_DIE, died(STOPPED, "killed by SIGKILL", "signal")],
+            ["only who was killed has died"],
+        ),
+        ([OF_A_KILL | {"cause": "stuck"}, OF_DIE], ["only who was killed has died"]),
+        ([OF_A_KILL, OF_DIE, OF_DIE | {"lost_in_flight": 0}], ["only who was killed has died"]),
+        ([OF_A_KILL, OF_DIE, died(99, "exit code 1", "exit")], ["only who was killed has died"]),
+        (
+            [OF_DIE],
+            ["each kill has a certificate", "the certificates have the whole loss"],
+        ),
+        (
+            [OF_A_KILL | {"lost_in_flight": 1}, OF_DIE],
+            ["the certificates have the whole loss"],
+        ),
+    ],
+)
+def test_each_defect_of_the_certificates_is_found(
+    events: list[dict[str, Any]], names: list[str]
+) -> None:
+    found = checks.deaths(
+        events, [PEER], killed={KILLED, REPLACED}, told_to_end={REPLACED}, asked_to_die=1
+    )
+    assert broken(found) == names
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ChaosSettings(seed=0),
+        ChaosSettings(seed=2**40, seconds=0.1, peers=64, rate=12345.678, coroutines=True),
+        ChaosSettings(seed=7, seconds=1234567.0, kinds=frozenset({Kind.KILL, Kind.ETCD_STOP})),
+        ChaosSettings(seed=7, rate=1e6 / 3, kinds=frozenset({Kind.TTIN}), coroutines=True),
+    ],
+)
+def test_what_is_printed_to_run_again_is_the_same_run(settings: ChaosSettings) -> None:
+    command, name, *args = shlex.split(_command_line(settings))
+    assert (command, name) == ("peerd", "chaos")
+    read = chaos.make_context("chaos", args).params
+    names = ("seed", "seconds", "peers", "rate", "coroutines", "kinds")
+    again = ChaosSettings(**{name: read[name] for name in names})
+    assert again == settings
