@@ -6,11 +6,14 @@ does not pay for etcd. Errors become one line on standard error and an exit code
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
+import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -58,8 +61,42 @@ COMMANDS = {
 }
 
 
+@contextlib.contextmanager
+def _closed_pipe_is_sigpipe() -> Iterator[None]:
+    """Whoever read our output has seen enough (peerd nodes | head -1). Here, as click makes it a 1."""
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise click.exceptions.Exit(128 + signal.SIGPIPE) from None
+
+
+def _add_variables(name: str, command: click.Command) -> None:
+    """Each option's own, by its flag, before those that it has in common with other commands.
+
+    click would make them of the parameters' names (PEERD_RELOAD_TIMEOUT_S).
+    """
+    for option in command.params:
+        if isinstance(option, click.Option) and option.allow_from_autoenv:
+            flag = next(flag for flag in option.opts if flag.startswith("--"))
+            own = f"peerd_{name}{flag.removeprefix('-')}".replace("-", "_").upper()
+            others = option.envvar or ()
+            option.envvar = [own, *([others] if isinstance(others, str) else others)]
+            option.allow_from_autoenv = False  # it has them now
+
+
 class LazyGroup(click.Group):
     """Knows the names and summaries of its commands, and imports a command when it is used."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _closed_pipe_is_sigpipe():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _closed_pipe_is_sigpipe():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -70,6 +107,7 @@ class LazyGroup(click.Group):
         module = importlib.import_module(COMMANDS[cmd_name][0])
         command = getattr(module, cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command)
+        _add_variables(cmd_name, command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -100,7 +138,7 @@ class LazyGroup(click.Group):
 
 @click.group(
     cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "PEERD"},
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__, prog_name="peerd", message="%(prog)s %(version)s")
 def cli() -> None:
@@ -111,8 +149,9 @@ def cli() -> None:
     peerd nodes                                  see them, out of etcd
     peerd ping localhost:5003                    talk to one
 
-    Every option can also be set by the environment (PEERD_PEERS=8; PEERD_ETCD, PEERD_PREFIX and
-    PEERD_CONTROL for all commands). 'peerd completion --help' says how TAB completes them.
+    Every option can also be set by the environment: PEERD_RELOAD_TIMEOUT is --timeout of reload. For all
+    commands at once there are PEERD_ETCD, PEERD_ETCD_USER and the like, PEERD_PREFIX and PEERD_CONTROL.
+    'peerd completion --help' says how TAB completes them.
 
     \b
     Exit codes: 0 done, 1 failed, 2 usage, 3 not running, 69 etcd unreachable,
@@ -122,6 +161,7 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """The console script."""
+    _open_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A record may hold what the terminal's encoding has not.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -142,15 +182,23 @@ def main() -> NoReturn:
     except PeerdError as error:
         _fail(str(error))
         code = next(code for kind, code in EXIT_CODES if isinstance(error, kind))
-    except BrokenPipeError:
-        # Whoever read our output has seen enough (peerd nodes | head -1).
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     except OSError as error:
         # Whatever the commands do not expect: no space for the output, no descriptor left.
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         code = 1
     sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Where a shell has closed them (>&-), a socket of ours would get their number and our output."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest that is free, so this one
+            os.set_inheritable(opened, True)
+            stream: IO[str] = open(opened, "w" if fd else "r", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
 
 
 def _fail(message: str, command: str = "peerd") -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import click
 import orjson
 
-from peerd.cli.options import SECONDS, control_option, json_option, slot_argument
+from peerd.cli import status_view
+from peerd.cli.options import SECONDS, control_option, integer, json_option, slot_argument
 from peerd.cli.table import print_table
+from peerd.cli.wording import counted
 from peerd.errors import ControlError, NotRunningError, PeerdError
 from peerd.settings import MAX_PEERS
 from peerd.supervisor import control
@@ -59,7 +61,7 @@ def restart(slot: int, path: Path | None, timeout_s: float, as_json: bool) -> No
 
 
 @click.command()
-@click.argument("peers", type=click.IntRange(1, MAX_PEERS))
+@click.argument("peers", type=integer("number of peers", 1, MAX_PEERS))
 @control_option
 @timeout_option
 @json_option
@@ -79,7 +81,7 @@ def scale(peers: int, path: Path | None, timeout_s: float, as_json: bool) -> Non
     for peer in result["stopped"]:
         click.echo(f"stopped {peer['peer_id']} in {peer['took_ms']:.0f} ms")
     before, now = result["before"], result["peers"]
-    click.echo(f"{_peers(now)}, as before" if before == now else f"{_peers(now)}, {before} before")
+    click.echo(f"{counted(now, 'peer')}, {'as' if before == now else before} before")
 
 
 @click.command()
@@ -90,15 +92,17 @@ def stop(path: Path | None, timeout_s: float) -> None:
 
     Exit code 1 when it takes longer than the timeout, 3 when none runs.
     """
-    where = _socket(path)
-    pid = int(control.request(where, "stop")["pid"])
+    deadline_s = time.monotonic() + timeout_s
+    pid = int(control.request(_socket(path), "stop", timeout_s=timeout_s)["pid"])
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:
-        if not select.select([pidfd], [], [], timeout_s)[0]:
-            raise ControlError(f"the supervisor, pid {pid}, has not ended within {timeout_s:g} s")
+        if not select.select([pidfd], [], [], max(deadline_s - time.monotonic(), 0))[0]:
+            raise ControlError(
+                f"the supervisor, pid {pid}, has not ended within {timeout_s:g} s; it goes on stopping"
+            )
     finally:
         os.close(pidfd)
     click.echo(f"supervisor pid {pid} has stopped")
@@ -117,7 +121,8 @@ def stop(path: Path | None, timeout_s: float) -> None:
 def wait(path: Path | None, timeout_s: float) -> None:
     """Wait until a supervisor runs and all its peers are ready.
 
-    Exit code 0 then, 1 when some are not ready in time, 3 when no supervisor has appeared.
+    Exit code 0 then, 1 when some are not ready in time, 3 when no supervisor has appeared. Where several
+    run, --control says which; without it that is an error at once.
     """
     deadline_s = time.monotonic() + timeout_s
     while True:
@@ -142,12 +147,12 @@ def _not_ready(where: Path, answer_s: float) -> PeerdError | None:
         return error
     state, pid = report["supervisor"]["state"], report["supervisor"]["pid"]
     if state == "ready":
-        click.echo(f"{_peers(len(report['peers']))} of supervisor pid {pid} ready")
+        click.echo(f"{counted(len(report['peers']), 'peer')} of supervisor pid {pid} ready")
         return None
     names = [
-        f"{peer['peer_id']} ({peer['state']})"
+        f"{peer['peer_id']} ({status_view.trouble(peer)})"
         for peer in report["peers"]
-        if peer["state"] != "ready"
+        if not status_view.is_fine(peer)
     ]
     if len(names) > MOST_NAMES:
         names[MOST_NAMES:] = [f"and {len(names) - MOST_NAMES} more"]
@@ -158,22 +163,24 @@ def _socket(path: Path | None) -> Path:
     return path or control.find_running()
 
 
-def _peers(count: int) -> str:
-    return "1 peer" if count == 1 else f"{count} peers"
-
-
 def _show_replaced(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(orjson.dumps(result, option=orjson.OPT_INDENT_2))
         return
     replaced = result["replaced"]
+    gaps_ms = [_gap_ms(row) for row in replaced]
     print_table(
         ("#", "PEER", "PID", "BEFORE", "GAP MS"),
         [
-            (row["slot"], row["peer_id"], row["pid"], row["old_pid"], row["gap_ms"])
-            for row in replaced
+            (row["slot"], row["peer_id"], row["pid"], row["old_pid"], gap_ms)
+            for row, gap_ms in zip(replaced, gaps_ms, strict=True)
         ],
     )
-    workers = "1 worker" if len(replaced) == 1 else f"{len(replaced)} workers"
-    longest_ms = max(row["gap_ms"] for row in replaced)
-    click.echo(f"{workers} replaced, longest gap {longest_ms:.1f} ms")
+    known_ms = [gap_ms for gap_ms in gaps_ms if gap_ms is not None]
+    longest = f"{max(known_ms)} ms" if known_ms else "-"
+    click.echo(f"{counted(len(replaced), 'worker')} replaced, longest gap {longest}")
+
+
+def _gap_ms(row: dict[str, Any]) -> float | None:
+    """None where there was no worker before: nobody knows for how long nobody has read."""
+    return None if row["old_pid"] is None else round(float(row["gap_ms"]), 1)

@@ -33,7 +33,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f": did you mean {close[0]!r}?" if close else ""
 
 
-class _Seconds(click.FloatRange):
+class Seconds(click.FloatRange):
     """A number of seconds; nan and inf are floats to Python, and no time to wait."""
 
     name = "seconds"
@@ -45,6 +45,13 @@ class _Seconds(click.FloatRange):
         if not math.isfinite(seconds):
             self.fail(f"{value!r} is no number of seconds", param, ctx)
         return float(seconds)
+
+
+def integer(name: str, least: int, most: int | None = None) -> click.IntRange:
+    """Errors call it ``name``."""
+    kind = click.IntRange(least, most)
+    kind.name = name
+    return kind
 
 
 # Generic in newer versions of click only.
@@ -81,7 +88,8 @@ class _Size(click.ParamType):  # type: ignore[type-arg]
         )
 
 
-SECONDS = _Seconds(min=0)
+SECONDS = Seconds(min=0)
+POSITIVE_SECONDS = Seconds(min=0, min_open=True)
 HOST_PORT = _HostPort()
 SIZE = _Size()
 """Bytes; K, M, G and T are powers of 1024."""
@@ -172,9 +180,8 @@ def _password(user: str | None, file: Path | None) -> str | None:
             return file.read_text().partition("\n")[0].removesuffix("\r")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise click.BadParameter(
-                f"{file}: {reason}", param_hint="--etcd-password-file"
-            ) from None
+            flag = "etcd-password-file"
+            raise SettingsError(f"--{flag} {file}: {reason}", flag) from None
     # Without a user it may be there for another program.
     return None if user is None else os.environ.get(PASSWORD_VARIABLE)
 
@@ -192,7 +199,8 @@ control_option: Decorator = click.option(
     "path",
     type=click.Path(path_type=Path),
     envvar="PEERD_CONTROL",
-    help="The supervisor's control socket, if there are several or it is not in the usual place.",
+    help="The supervisor's control socket, if there are several or it is not in the usual place, "
+    "$XDG_RUNTIME_DIR/peerd/ (else /run/peerd/ for root, /tmp/peerd-UID/ for others).",
 )
 
 json_option: Decorator = click.option(
@@ -223,5 +231,5 @@ def _complete_slot(
 def slot_argument(*, required: bool = True) -> Decorator:
     """The number of a slot, which the shell completes."""
     return click.argument(
-        "slot", type=click.IntRange(min=0), required=required, shell_complete=_complete_slot
+        "slot", type=integer("slot number", 0), required=required, shell_complete=_complete_slot
     )

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from datetime import datetime, timedelta
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-import orjson
 
+from peerd.cli.follow import answers, follow_option, show, time_of
 from peerd.cli.options import control_option, json_option, slot_argument
-from peerd.supervisor import control
-
-POLL_S = 0.3
 
 
 @click.command()
 @slot_argument(required=False)
 @control_option
-@click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@follow_option
 @click.option(
     "-n",
     "--lines",
@@ -35,32 +31,18 @@ def logs(slot: int | None, path: Path | None, follow: bool, lines: int, as_json:
     The supervisor keeps 200 lines a peer. With --json, one object a line; "time" is this machine's clock
     now minus the line's age.
     """
-    where = path or control.find_running()
-    asked: dict[str, Any] = {"slot": slot, "after": 0}
-    found = control.request(where, "logs", asked)
-    shown = found[-lines:] if lines else []
-    while True:
-        for line in shown:
-            click.echo(_as_json(line) if as_json else _as_text(line))
-        if found:
-            asked["after"] = found[-1]["number"]
-        if not follow:
-            return
-        time.sleep(POLL_S)
-        shown = found = control.request(where, "logs", asked)
+    found = answers(path, "logs", {"slot": slot}, follow=follow)
+    show(_from_last(found, lines), _as_text, as_json=as_json)
 
 
-def _time(line: dict[str, Any]) -> datetime:
-    return datetime.now() - timedelta(seconds=line["age_s"])
-
-
-def _as_json(line: dict[str, Any]) -> bytes:
-    return orjson.dumps({"time": _time(line).isoformat(timespec="milliseconds"), **line})
+def _from_last(found: Iterator[list[dict[str, Any]]], count: int) -> Iterator[list[dict[str, Any]]]:
+    first = next(found)
+    yield first[-count:] if count else []
+    yield from found
 
 
 def _as_text(line: dict[str, Any]) -> str:
-    when = _time(line).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
     return (
-        f"{when} {line['level'].upper():<8} peer={line['peer_id']} port={line['port']} "
+        f"{time_of(line)} {line['level'].upper():<8} peer={line['peer_id']} port={line['port']} "
         f"pid={line['pid']} gen={line['generation']}: {line['message']}"
     )

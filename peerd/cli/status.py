@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,25 +16,13 @@ from peerd.supervisor import control
 
 Show = Callable[[dict[str, Any]], None]
 
-EXIT_FIELDS = (
-    "pid",
-    "generation",
-    "how",
-    "cause",
-    "oom",
-    "age_s",
-    "ready_for_s",
-    "lost_in_flight",
-    "next",
-    "last_lines",
-)
-"""Of last_exit, which is null until there was one."""
-
 
 @click.command()
 @control_option
 @click.option(
-    "--watch", is_flag=True, help="Full screen with rates, every second, until q or Ctrl-C."
+    "--watch",
+    is_flag=True,
+    help="Every second, until Ctrl-C; the table on a terminal full screen with rates, which q ends too.",
 )
 @click.option(
     "-o",
@@ -47,7 +36,7 @@ def status(path: Path | None, watch: bool, fields: str | None, as_json: bool) ->
     """Show what a running supervisor and its peers do.
 
     Exit code 0 when all peers are ready and get on, 1 when some are not, 3 when no supervisor runs.
-    With --watch it is 0; where the output is no terminal, it is shown once a second, one below the other.
+    With --watch it is 0; where the output is no screen, it is shown once a second, one below the other.
 
     \b
     peerd status -o slot,pid,state,last_exit.how
@@ -57,14 +46,22 @@ def status(path: Path | None, watch: bool, fields: str | None, as_json: bool) ->
     where = path or control.find_running()
     show = _shower(fields, as_json, indent=not watch)
     if watch:
-        from peerd.cli.status_watch import watch_status
+        from peerd.cli.status_watch import watch_on_screen, watch_status
 
-        watch_status(where, None if show is _show_table and sys.stdout.isatty() else show)
+        if fields is None and not as_json and _has_screen():
+            watch_on_screen(where)
+        else:
+            watch_status(where, show)
         return
     report: dict[str, Any] = control.request(where, "status")
     show(report)
     if report["supervisor"]["state"] != "ready":
         sys.exit(1)
+
+
+def _has_screen() -> bool:
+    """A terminal whose cursor can be moved."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
 
 
 def _shower(fields: str | None, as_json: bool, *, indent: bool) -> Show:
@@ -90,6 +87,8 @@ def _show_table(report: dict[str, Any]) -> None:
 
 
 def _show_fields(report: dict[str, Any], names: Sequence[str]) -> None:
+    from peerd.supervisor.status import EXIT_FIELDS
+
     known = dict.fromkeys(name for peer in report["peers"] for name in _field_names(peer))
     known.update(dict.fromkeys(f"last_exit.{name}" for name in EXIT_FIELDS))
     for name in names:

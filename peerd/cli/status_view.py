@@ -19,10 +19,19 @@ COLOURS = {
     "stopping": "yellow",
     "stopped": "dim",
     "starved": "yellow",
+    "late": "red",
     "backoff": "red",
     "crashloop": "bold red",
     "stuck": "bold red",
 }
+
+
+CAUSES = {
+    "oom": ("OOM", "out of memory"),
+    "stuck": ("stuck", "as it was stuck"),
+    "late": ("late", "as it was not ready in time"),
+}
+"""Of an exit, in brief and in full, where its number does not tell."""
 
 
 class Rates:
@@ -87,14 +96,14 @@ def columns(report: Report, rates: Mapping[int, tuple[int, int]] | None = None) 
         column("UP", [duration(peer["uptime_s"]) for peer in peers]),
         column("RST", [peer["restarts"] for peer in peers]),
         *traffic,
-        column("LAST EXIT", [_last_exit(peer) for peer in peers]),
         column("BEAT", [_age(peer["heartbeat_age_s"]) for peer in peers]),
         column("QUEUE", [peer["rx_queued_bytes"] for peer in peers]),
         column("DROP", [peer["rx_dropped"] + peer["tx_dropped"] for peer in peers]),
         column("LOST", [peer["lost_in_flight"] for peer in peers]),
-        column("ERR", [peer["decode_errors"] + peer["handler_errors"] for peer in peers]),
+        column("ERR", [_errors(peer) for peer in peers]),
         column("REG", ["yes" if peer["registered"] else "no" for peer in peers]),
         column("PID", [peer["pid"] for peer in peers]),
+        column("LAST EXIT", [_last_exit(peer) for peer in peers]),
         column("MiB", [round(peer["rss_bytes"] / 2**20, 1) for peer in peers]),
         column("CPU%", [peer["cpu_percent"] for peer in peers]),
     ]
@@ -108,6 +117,8 @@ def notes(report: Report) -> list[str]:
             lines.append(f"slot {peer['slot']}: {peer['conflict']}")
         if peer["last_exit"] is not None and peer["state"] != "ready":
             lines.append(f"slot {peer['slot']}: {_explain(peer, peer['last_exit'])}")
+        if untaken := peer["counters"]["unknown_magic"]:
+            lines.append(f"slot {peer['slot']}: messages that no handler takes: {untaken}")
     dropped = sum(teller["log_dropped"] for teller in (report["supervisor"], *report["peers"]))
     if dropped:
         lines.append(f"log lines that were dropped, as nobody read them: {dropped}")
@@ -136,6 +147,18 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
 
 
+def trouble(peer: Peer) -> str:
+    """Of one that is not fine, in the words of /healthz/ready."""
+    if peer["state"] != "ready":
+        return str(peer["state"])
+    return f"has not turned for {peer['heartbeat_age_s'] or 0:.0f} s"
+
+
+def _errors(peer: Peer) -> int:
+    truncated: int = peer["counters"]["rx_truncated"]
+    return truncated + int(peer["decode_errors"]) + int(peer["handler_errors"])
+
+
 def _age(seconds: float | None) -> str | None:
     return None if seconds is None else duration(seconds)
 
@@ -149,13 +172,15 @@ def _last_exit(peer: Peer) -> str | None:
     if end is None:
         return None
     how = str(end["how"]).removeprefix("killed by ")
-    return f"{how}{' (OOM)' if end['oom'] else ''} {_ago(end['age_s'])}"
+    cause = f" ({CAUSES[end['cause']][0]})" if end["cause"] in CAUSES else ""
+    return f"{how}{cause} {_ago(end['age_s'])}"
 
 
 def _explain(peer: Peer, end: Mapping[str, Any]) -> str:
     served = end["ready_for_s"]
+    cause = f", {CAUSES[end['cause']][1]}" if end["cause"] in CAUSES else ""
     parts = [
-        f"{end['how']}{', out of memory' if end['oom'] else ''}, {_ago(end['age_s'])}",
+        f"{end['how']}{cause}, {_ago(end['age_s'])}",
         "before it was ready" if served is None else f"after {duration(served)} of service",
     ]
     if end["lost_in_flight"]:

@@ -32,20 +32,24 @@ INTERVAL_S = 1.0
 ANSWER_S = 2.0
 
 
-def watch_status(path: Path, show: Callable[[dict[str, Any]], None] | None) -> None:
-    """Until q or Ctrl-C. Without ``show``, full screen.
+def watch_on_screen(path: Path) -> None:
+    """Until q or Ctrl-C. Raises NotRunningError when nobody answers to begin with."""
+    with contextlib.suppress(KeyboardInterrupt):
+        _watch_screen(_answering_source(path))
 
-    Raises NotRunningError when nobody answers to begin with.
-    """
+
+def watch_status(path: Path, show: Callable[[dict[str, Any]], None]) -> None:
+    """The same, one below the other, until Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt):
+        _watch_lines(_answering_source(path), show)
+
+
+def _answering_source(path: Path) -> _Source:
     source = _Source(path)
     source.look()
     if source.report is None:
         raise NotRunningError(source.silence)
-    with contextlib.suppress(KeyboardInterrupt):
-        if show is None:
-            _watch_screen(source)
-        else:
-            _watch_lines(source, show)
+    return source
 
 
 class _Source:

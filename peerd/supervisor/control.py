@@ -68,6 +68,10 @@ def default_path(base_port: int) -> Path:
     return directory() / f"{base_port}.sock"
 
 
+TAKE_THEIR_TIME = ("reload", "restart", "scale", "stop")
+"""Commands whose answer comes when they have ended. To the others it comes at once."""
+
+
 def request(
     path: Path, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float = 5.0
 ) -> Any:
@@ -93,11 +97,20 @@ def request(
                 f"{path} belongs to another user: run this as them, or as root"
             ) from None
         except BlockingIOError:
+            if command in TAKE_THEIR_TIME:
+                raise ControlError(
+                    f"{command!r} has not ended within {timeout_s:g} s; the supervisor goes on with it "
+                    "as soon as it can: see 'peerd events'"
+                ) from None
             raise ControlError(
                 f"the supervisor at {path} does not answer within {timeout_s:g} s: is it stopped?"
             ) from None
         except OSError as error:
-            raise ControlError(f"the supervisor at {path} does not answer: {error}") from None
+            raise ControlError(
+                f"the supervisor at {path} does not answer: {error.strerror or error}"
+            ) from None
+    if not answer:
+        raise ControlError(f"the supervisor at {path} hung up without an answer: has it ended?")
     try:
         reply = orjson.loads(answer)
         ok, body = reply["ok"], reply.get("result", reply.get("error"))
@@ -291,8 +304,8 @@ def _answers(path: Path) -> bool:
 
 def _limit_waits(client: socket.socket, timeout_s: float) -> None:
     """Not settimeout: with a full backlog, connect would then fail at once instead of waiting."""
-    whole_s = int(timeout_s)
-    timeval = struct.pack("ll", whole_s, int((timeout_s - whole_s) * 1e6))
+    # Nothing at all would mean for ever (socket(7)).
+    timeval = struct.pack("ll", *divmod(max(1, int(timeout_s * 1e6)), 1_000_000))
     client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 

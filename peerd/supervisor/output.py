@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from peerd._scoreboard import Slot
-from peerd.errors import ControlError
 
 SEPARATOR = b"\x1e"
 
@@ -196,21 +195,19 @@ class RecentLines:
         while len(kept) > KEPT_LINES or self._bytes[slot] > KEPT_BYTES:
             self._bytes[slot] -= len(kept.popleft().text)
 
+    def has(self, slot: object) -> bool:
+        return type(slot) is int and slot in self._kept
+
     def last_of(self, slot: int, generation: int, count: int) -> list[str]:
         """The last texts of one worker, oldest first."""
         kept = [each for each in self._kept.get(slot, ()) if each.generation == generation]
         return [each.text[-LAST_CHARS:] for each in kept[-count:]]
 
     def since(self, arguments: Mapping[str, object]) -> list[dict[str, object]]:
-        """Those of ``slot`` (None: all) with a number above ``after``, oldest first, with their ``age_s``.
-
-        Raises ControlError for a slot that has none.
-        """
+        """Those of ``slot`` (None: all) with a number above ``after``, oldest first, with their ``age_s``."""
         after, slot = arguments.get("after", 0), arguments.get("slot")
         if type(after) is not int:
             after = 0
-        if slot is not None and (type(slot) is not int or slot not in self._kept):
-            raise ControlError(f"nothing was logged about a slot {slot!r}")
         now_s = time.monotonic()
         found = [
             (each.number, index, each)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from peerd._scoreboard import PeerState, RegistryState, Scoreboard
 from peerd.settings import SupervisorSettings
-from peerd.supervisor.peer import Peer
+from peerd.supervisor.peer import Death, Peer
 from peerd.supervisor.surroundings import Surroundings
 
 if TYPE_CHECKING:
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 REGISTRAR_STALE_S = 5.0
 """Longer than a round in which etcd answers nothing."""
+
+
+GETS_ON = (None, "ok", "idle")
+"""What a look at a worker found, when it found nothing wrong."""
+
+EXIT_FIELDS = (*(name for name in Death._fields if name != "at_s"), "oom", "age_s")
+"""Of ``last_exit``, which is null until there was one."""
 
 
 class StatusReport:
@@ -46,17 +53,19 @@ class StatusReport:
         """Each peer that does not get on, with its state or for how long its loop has not turned."""
         found = []
         for peer in self._peers.values():
-            age_s = _seconds_since(peer.slot.heartbeat_ns)
             if peer.slot.state is not PeerState.READY:
                 found.append(f"{peer.peer_id} ({peer.slot.state.name.lower()})")
-            elif age_s >= self._settings.liveness_timeout_s:
+            elif self._is_late(peer):
+                age_s = _seconds_since(peer.slot.heartbeat_ns)
                 found.append(f"{peer.peer_id} (has not turned for {age_s:.0f} s)")
         return found
 
+    def _is_late(self, peer: Peer) -> bool:
+        return _seconds_since(peer.slot.heartbeat_ns) >= self._settings.liveness_timeout_s
+
     def fresh(self, peers: Iterable[Peer]) -> int:
         """How many of them have turned their loop lately."""
-        limit_s = self._settings.liveness_timeout_s
-        return sum(_seconds_since(peer.slot.heartbeat_ns) < limit_s for peer in peers)
+        return sum(not self._is_late(peer) for peer in peers)
 
     def line(self) -> str:
         """Such as "7/8 ready, 1 crashloop"."""
@@ -103,7 +112,7 @@ class StatusReport:
             "pid": slot.pid or None,
             "generation": slot.generation,
             "state": slot.state.name.lower(),
-            "health": peer.health,
+            "health": self._health(peer),
             "restarts": slot.restarts,
             "next_start_in_s": peer.next_start_s and round(max(0.0, peer.next_start_s - now_s), 3),
             "last_exit": _last_exit(peer, now_s),
@@ -129,6 +138,12 @@ class StatusReport:
             "histograms": slot.histograms(),
         }
 
+    def _health(self, peer: Peer) -> str | None:
+        """``late`` is a ready worker that has not turned for too long, and nobody knows why yet."""
+        if peer.slot.state is PeerState.READY and peer.health in GETS_ON and self._is_late(peer):
+            return "late"
+        return peer.health
+
     def _usage(self, pid: int) -> tuple[int, float]:
         import psutil
 
@@ -153,18 +168,9 @@ def _last_exit(peer: Peer, now_s: float) -> dict[str, object] | None:
     death = peer.last_death
     if death is None:
         return None
-    return {
-        "pid": death.pid,
-        "generation": death.generation,
-        "how": death.how,
-        "cause": death.cause,
-        "oom": death.cause == "oom",
-        "age_s": round(now_s - death.at_s, 3),
-        "ready_for_s": death.ready_for_s,
-        "lost_in_flight": death.lost_in_flight,
-        "next": death.next,
-        "last_lines": death.last_lines,
-    }
+    more = {"oom": death.cause == "oom", "age_s": round(now_s - death.at_s, 3)}
+    known = {**death._asdict(), **more}
+    return {name: known[name] for name in EXIT_FIELDS}
 
 
 def _sum(counters: dict[str, int], prefix: str) -> int:

@@ -26,6 +26,7 @@ from setproctitle import setproctitle
 from peerd._scoreboard import PeerState, Scoreboard
 from peerd.errors import ControlError
 from peerd.settings import MAX_PEERS, OnCrashloop, SupervisorSettings
+from peerd.supervisor import control
 from peerd.supervisor.cgroup import OomKills
 from peerd.supervisor.control import Command, ControlServer, Pending
 from peerd.supervisor.history import History
@@ -49,6 +50,8 @@ log = logging.getLogger(__name__)
 EX_OK = 0
 EX_CRASHLOOP = 70
 EX_CONFIG = 78
+
+Since = Callable[[Mapping[str, object]], list[dict[str, object]]]
 
 STOP_SIGNALS: Mapping[signal.Signals, int] = {
     signal.SIGTERM: EX_OK,
@@ -76,6 +79,8 @@ class Supervisor:
         self.loop = Loop()
         self.history = History()
         self.recent_lines = RecentLines()
+        # In a container, all of them have the same pid.
+        self._name = f"{os.getpid()}-{time.monotonic_ns()}"
         self._is_running = False
         self._surroundings = surroundings
         self._notifier = surroundings.notifier
@@ -161,10 +166,7 @@ class Supervisor:
     def restart(self, arguments: Mapping[str, object]) -> Pending:
         """Replace the worker of one slot, or start it if it is parked."""
         self._refuse_while_stopping()
-        slot = arguments.get("slot")
-        peer = self._peers.get(slot) if type(slot) is int else None
-        if peer is None:
-            raise ControlError(f"no slot {slot!r}: there are 0 to {len(self._peers) - 1}")
+        peer = self._peer_at(arguments.get("slot"))
         pending = Pending()
         answer = _answering(pending)
 
@@ -190,6 +192,33 @@ class Supervisor:
             log.info("asked to stop")
             self._begin_stop(EX_OK)
         return {"pid": os.getpid(), "stop_timeout_s": self.settings.stop_timeout_s}
+
+    def events(self, arguments: Mapping[str, object]) -> object:
+        return self._as_asked(arguments, self.history.since)
+
+    def logs(self, arguments: Mapping[str, object]) -> object:
+        """Of ``slot``, which may be gone, as long as there are lines; None: of all."""
+        slot = arguments.get("slot")
+        if slot is not None and not self.recent_lines.has(slot):
+            self._peer_at(slot)
+        return self._as_asked(arguments, self.recent_lines.since)
+
+    def _as_asked(self, arguments: Mapping[str, object], since: Since) -> object:
+        """The entries; for who says whose it has seen (``supervisor``), with whose they are.
+
+        The numbers of another supervisor mean nothing here: then they are all new.
+        """
+        if "supervisor" not in arguments:
+            return since(arguments)
+        is_known = arguments["supervisor"] == self._name
+        entries = since(arguments if is_known else {**arguments, "after": 0})
+        return {"supervisor": self._name, "entries": entries}
+
+    def _peer_at(self, slot: object) -> Peer:
+        peer = self._peers.get(slot) if type(slot) is int else None
+        if peer is None:
+            raise ControlError(f"no slot {slot!r}: there are 0 to {len(self._peers) - 1}")
+        return peer
 
     def _refuse_while_stopping(self) -> None:
         if self._stop is not None:
@@ -410,14 +439,17 @@ class Supervisor:
             "restart": self.restart,
             "scale": self.scale,
             "stop": self.stop,
-            "events": self.history.since,
-            "logs": self.recent_lines.since,
+            "events": self.events,
+            "logs": self.logs,
         }
         path = self._surroundings.control_path
         try:
             self._control = ControlServer(path, commands, self.loop)
         except (OSError, ControlError) as error:
-            log.info("no control socket, so no 'peerd status': %s: %s", path, error)
+            is_default = path == control.default_path(self.settings.base_port)
+            why = f"{path}: {error.strerror or error}" if isinstance(error, OSError) else error
+            level = logging.INFO if is_default else logging.WARNING
+            log.log(level, "no control socket, so no 'peerd status': %s", why)
 
     def _open_metrics(self) -> None:
         if self._surroundings.metrics_socket is None:

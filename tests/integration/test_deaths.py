@@ -265,8 +265,8 @@ def test_peerd_events_shows_deaths(supervised: Supervised) -> None:
         line for line in subprocess.check_output(command, text=True).splitlines() if "died" in line
     ]
     assert f"pid={pid}" in line
-    assert "how=exit code 3" in line
-    assert "next=restarted at once" in line
+    assert "how='exit code 3'" in line
+    assert "next='restarted at once'" in line
 
 
 @pytest.mark.parametrize("how", ["dies", "cannot start"])

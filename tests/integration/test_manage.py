@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from typing import Any
 
 import orjson
@@ -10,6 +12,9 @@ import raw_client
 from command import peerd
 from eventually import eventually
 from supervised import Running, Supervised, is_gone
+
+
+PLAIN = "import peerd\napp = peerd.App()\n"
 
 
 def ports(running: Running) -> list[int]:
@@ -40,6 +45,48 @@ def test_restart_of_a_slot_that_does_not_exist(supervised: Supervised) -> None:
     shown = peerd("restart", "7", f"--control={running.control}")
     assert shown.returncode == 1
     assert "no slot 7" in shown.stderr
+
+
+def test_a_command_that_has_not_ended_is_not_taken_for_a_stopped_supervisor(
+    supervised: Supervised,
+) -> None:
+    (supervised.folder / "slow.py").write_text(PLAIN)
+    running = supervised.start("--app=slow:app", "--stop-timeout=1", peers=1)
+    running.wait_ready()
+    where = f"--control={running.control}"
+    (supervised.folder / "slow.py").write_text("import time\ntime.sleep(60)\n" + PLAIN)
+    for args in (["reload", "--timeout=0"], ["restart", "0", "--timeout=0.3"]):
+        late = peerd(*args, where)
+        assert late.returncode == 1
+        assert f"{args[0]!r} has not ended within 0" in late.stderr
+        assert "see 'peerd events'" in late.stderr
+        assert "is it stopped?" not in late.stderr
+
+
+def test_a_worker_for_a_parked_peer_has_no_gap(supervised: Supervised) -> None:
+    (supervised.folder / "dies.py").write_text("import os\nos._exit(3)\n")
+    running = supervised.start("--app=dies:app", "--stop-timeout=1", peers=1)
+    eventually(lambda: running.peer(0)["state"] == "crashloop", within_s=60)
+    (supervised.folder / "dies.py").write_text(PLAIN)
+    shown = peerd("restart", "0", f"--control={running.control}")
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    assert lines[-2].split()[-2:] == ["-", "-"]
+    assert lines[-1] == "1 worker replaced, longest gap -"
+
+
+def test_stop_has_one_deadline(supervised: Supervised) -> None:
+    running = supervised.start("--stop-timeout=1", peers=1)
+    running.wait_ready()
+    running.signal(signal.SIGSTOP)
+    begun_s = time.monotonic()
+    late = peerd("stop", "--timeout=1", f"--control={running.control}")
+    assert time.monotonic() - begun_s < 3
+    assert late.returncode == 1
+    assert "'stop' has not ended within 1 s; the supervisor goes on with it" in late.stderr
+    assert peerd("stop", "--timeout=0", f"--control={running.control}").returncode == 1
+    running.signal(signal.SIGCONT)
+    assert running.wait() == 0
 
 
 def test_scale(supervised: Supervised) -> None:

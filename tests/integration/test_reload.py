@@ -259,7 +259,7 @@ def test_events_tell_what_has_happened(supervised: Supervised) -> None:
     assert died["ready_for_s"] > 0
     text = peerd("events", f"--control={running.control}").stdout
     assert (
-        f"died          localhost:{running.ports[0]}  pid={first}  generation=1  how=killed by SIGKILL"
+        f"died          localhost:{running.ports[0]}  pid={first}  generation=1  how='killed by SIGKILL'"
         in text
     )
 

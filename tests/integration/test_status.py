@@ -76,6 +76,39 @@ def test_a_degraded_supervisor_is_1(supervised: Supervised) -> None:
     eventually(lambda: peerd("status", f"--control={running.control}").returncode == 0)
 
 
+BUSY = """
+import time, peerd
+app = peerd.App()
+
+@app.handler("SLEEP")
+def sleep(message):
+    time.sleep(60)
+"""
+
+
+def test_a_handler_that_does_not_return_is_shown_and_named(supervised: Supervised) -> None:
+    (supervised.folder / "busy.py").write_text(BUSY)
+    running = supervised.start("--app=busy:app", "--stop-timeout=1", peers=3)
+    running.wait_ready()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.sendto(raw_client.pack(b"SLEEP", b"1", b""), ("127.0.0.1", running.ports[1]))
+    where = f"--control={running.control}"
+    eventually(lambda: running.status()["supervisor"]["state"] == "degraded", within_s=20)
+    fields = peerd("status", where, "-o", "slot,state,health").stdout.splitlines()
+    assert fields[1] == "1\tready\tlate"
+    shown = peerd("status", where)
+    assert shown.returncode == 1
+    assert "peers 2 of 3 ready" in shown.stdout
+    (row,) = [
+        line for line in shown.stdout.splitlines() if f"localhost:{running.ports[1]}" in line
+    ]
+    assert row.split()[2] == "late"
+    waited = peerd("wait", where, "--timeout=0.2")
+    assert waited.returncode == 1
+    assert f"localhost:{running.ports[1]} (has not turned for " in waited.stderr
+    assert f"localhost:{running.ports[0]}" not in waited.stderr
+
+
 def test_none_running_is_3(tmp_path: Path) -> None:
     assert peerd("status").returncode == 3
     for more in ([], ["--watch"], ["-o", "pid"], ["--json"]):
@@ -144,6 +177,17 @@ def test_watch_ends_with_0(supervised: Supervised, key: bytes) -> None:
         # Full screen, and back.
         assert "\x1b[?1049h" in terminal.raw
         assert "\x1b[?1049l" in terminal.raw
+
+
+@pytest.mark.parametrize("term", ["dumb", ""])
+def test_watch_on_a_terminal_that_has_no_screen(supervised: Supervised, term: str) -> None:
+    running = ready(supervised)
+    options = ["env", f"TERM={term}", *command("status", "--watch", f"--control={running.control}")]
+    with Terminal(options) as terminal:
+        eventually(lambda: terminal.text.count("peers 2 of 2 ready") >= 2, within_s=15)
+        assert "\x1b[?1049h" not in terminal.raw
+        terminal.type(b"\x03")
+        assert terminal.wait() == 0
 
 
 def test_watch_is_ended_by_sigterm_and_leaves_the_screen(supervised: Supervised) -> None:

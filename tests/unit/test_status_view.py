@@ -37,6 +37,7 @@ def peer(slot: int, **values: Any) -> dict[str, Any]:
         "next_start_in_s": None,
         "rx_queued_bytes": 0,
         "log_dropped": 0,
+        "counters": {"unknown_magic": 0, "rx_truncated": 0},
         **values,
     }
 
@@ -62,7 +63,7 @@ KILLED = {
     "age_s": 12.3,
     "ready_for_s": 3000.0,
     "lost_in_flight": 3,
-    "oom": True,
+    "cause": "oom",
     "next": "restarted at once",
 }
 
@@ -84,15 +85,15 @@ GOLDEN = {
 0  localhost:5001  ready      1h02m    0  1000000  999999
 1  localhost:5002  ready      12.0s    1  1000000  999999
 2  localhost:5003  stuck 12s  1h02m    0  1000000  999999
-(left out: LAST EXIT, BEAT, QUEUE, DROP, LOST, ERR, REG, PID, MiB, CPU%; a wider terminal or --json shows all)
+(left out: BEAT, QUEUE, DROP, LOST, ERR, REG, PID, LAST EXIT, MiB, CPU%; a wider terminal or --json shows all)
 """,
     80: """\
-#  PEER            STATE      UP     RST       RX      TX  LAST EXIT
+#  PEER            STATE      UP     RST       RX      TX  BEAT   QUEUE  DROP
 ────────────────────────────────────────────────────────────────────────────────
-0  localhost:5001  ready      1h02m    0  1000000  999999  -
-1  localhost:5002  ready      12.0s    1  1000000  999999  SIGKILL (OOM) 12s ago
-2  localhost:5003  stuck 12s  1h02m    0  1000000  999999  -
-(left out: BEAT, QUEUE, DROP, LOST, ERR, REG, PID, MiB, CPU%; a wider terminal or --json shows all)
+0  localhost:5001  ready      1h02m    0  1000000  999999  0.1s       0     0
+1  localhost:5002  ready      12.0s    1  1000000  999999  0.1s    4096     0
+2  localhost:5003  stuck 12s  1h02m    0  1000000  999999  12.4s      0     0
+(left out: LOST, ERR, REG, PID, LAST EXIT, MiB, CPU%; a wider terminal or --json shows all)
 """,
 }
 
@@ -119,7 +120,7 @@ def test_the_table_at_the_widths_of_terminals(width: int) -> None:
 @pytest.mark.parametrize("width", [200, ANY_WIDTH])
 def test_where_there_is_room_everything_is_shown(width: int) -> None:
     table = shown(report(*PEERS), width)
-    titles = "# PEER STATE UP RST RX TX LAST EXIT BEAT QUEUE DROP LOST ERR REG PID MiB CPU%"
+    titles = "# PEER STATE UP RST RX TX BEAT QUEUE DROP LOST ERR REG PID LAST EXIT MiB CPU%"
     assert table.splitlines()[0].split() == titles.split()
     assert "left out" not in table
     assert len(table.splitlines()) == 2 + len(PEERS)
@@ -164,6 +165,32 @@ def test_what_is_wrong_with_a_peer_is_said_below() -> None:
         "slot 2: held by somebody",
         "log lines that were dropped, as nobody read them: 7",
     ]
+
+
+@pytest.mark.parametrize(
+    ("cause", "brief", "full"),
+    [
+        ("signal", "SIGKILL 12s ago", "killed by SIGKILL, 12s ago; after"),
+        ("oom", "SIGKILL (OOM) 12s ago", "SIGKILL, out of memory, 12s ago"),
+        ("stuck", "SIGKILL (stuck) 12s ago", "SIGKILL, as it was stuck, 12s ago"),
+        ("late", "SIGKILL (late) 12s ago", "SIGKILL, as it was not ready in time, 12s ago"),
+    ],
+)
+def test_why_a_worker_was_killed(cause: str, brief: str, full: str) -> None:
+    dead = peer(0, state="backoff", last_exit={**KILLED, "cause": cause})
+    assert column("LAST EXIT", dead) == [brief]
+    assert full in status_view.notes(report(dead))[0]
+
+
+def test_what_no_handler_takes_and_what_was_too_long_is_shown() -> None:
+    wrong = peer(0, decode_errors=1, counters={"unknown_magic": 7, "rx_truncated": 2})
+    assert column("ERR", wrong) == [3]
+    assert status_view.notes(report(wrong)) == ["slot 0: messages that no handler takes: 7"]
+
+
+def column(title: str, *peers: dict[str, Any]) -> list[object]:
+    (found,) = [each for each in status_view.columns(report(*peers)) if each.title == title]
+    return list(found.cells)
 
 
 def test_rates() -> None:
