@@ -297,13 +297,11 @@ TITLES = {
 
 
 def check(results: Sequence[Result]) -> int:
+    """What could not be judged does not hold, as far as anybody knows."""
     failures = list(supervisors_claims.failures(results))
-    print(
-        "", *(f"CHECK  not judged: {why}" for why in supervisors_claims.unjudged(results)), sep="\n"
-    )
-    for failure in failures:
-        print(f"CHECK  {failure}")
-    print("CHECK  failed" if failures else "CHECK  everything that was judged of peerd holds")
+    failures += [f"not judged: {why}" for why in supervisors_claims.unjudged(results)]
+    print("", *(f"CHECK  {failure}" for failure in failures), sep="\n")
+    print("CHECK  failed" if failures else "CHECK  everything that was measured of peerd holds")
     return 1 if failures else 0
 
 
@@ -358,7 +356,9 @@ def parse_options() -> Options:
     parser.add_argument("--rounds", type=rounds, help=f"of each trial ({ROUNDS})")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds")
     parser.add_argument(
-        "--check", action="store_true", help="exit with 1 where peerd misses what it claims"
+        "--check",
+        action="store_true",
+        help="exit with 1 where peerd misses what it claims, or that could not be judged",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every measurement")
     given = parser.parse_args()

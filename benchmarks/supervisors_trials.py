@@ -161,6 +161,8 @@ def recovery(bench: Bench, contenders: Sequence[Contender]) -> list[Recovery]:
                     run, pids = runs[contender.name]
                     port = run.ports[number - first]
                     time.sleep(random.uniform(0, PHASE_S))
+                    if pids[port] <= 1:  # for kill(2), that would be everybody
+                        raise BenchmarkError(f"{contender.name}: no worker has pid {pids[port]}")
                     killed_ns = time.monotonic_ns()
                     os.kill(pids[port], signal.SIGKILL)
                     answered_ns = next_answer_ns(port, pids[port], ANSWER_LIMIT_S)

@@ -156,7 +156,8 @@ def test_without_an_etcd_it_says_what_supervise_would_do() -> None:
     from peerd import embedded_etcd
     from peerd.settings import DEFAULT_ENDPOINT
 
-    assert not embedded_etcd.is_listening(DEFAULT_ENDPOINT), "port 23790 is needed for this test"
+    if embedded_etcd.is_listening(DEFAULT_ENDPOINT):
+        pytest.skip(f"this machine has an etcd at {DEFAULT_ENDPOINT}")
     done = peerd("check", f"--base-port={free_ports(1)}")
     assert done.returncode == 0
     assert f"an etcd would be started at {DEFAULT_ENDPOINT}" in done.stdout

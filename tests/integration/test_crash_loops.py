@@ -33,7 +33,7 @@ timer.start()
 app = peerd.App()
 """
 
-pytestmark = pytest.mark.timeout(300 if LONG else 120)
+pytestmark = pytest.mark.timeout(600 if LONG else 120)
 
 
 def starts(folder: Path, running: Running, app: str) -> dict[str, int]:

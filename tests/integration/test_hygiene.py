@@ -31,6 +31,8 @@ from supervisor_requests import Asked, ask, events, pids
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 
+pytestmark = pytest.mark.timeout(600 if LONG else 120)
+
 NUMBERS = """
 import time, peerd
 app = peerd.App()

@@ -167,7 +167,7 @@ def wait_until(moment_s: float) -> None:
     time.sleep(max(0.0, moment_s - time.monotonic()))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600 if LONG else 120)
 def test_nobody_outlives_a_killed_supervisor(folder: Path, etcd: str) -> None:
     chance = random.Random(5)
     base_port = free_ports(PEERS)

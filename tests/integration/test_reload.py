@@ -6,6 +6,7 @@ import contextlib
 import signal
 import socket
 import subprocess
+from typing import Any
 
 import orjson
 import pytest
@@ -16,7 +17,7 @@ from peerd import decode, encode
 from peerd.chaos.load import Load
 from peerd.registry import Joined, Registry
 from supervised import Running, Supervised, is_gone, send_signal
-from supervisor_requests import events, pids
+from supervisor_requests import Asked, death_of, events, pids
 
 PLAIN = """
 import time, peerd
@@ -240,6 +241,49 @@ def test_a_stuck_worker_is_killed_and_its_stack_is_in_the_log(
     )
     assert f'reloaded.py", line {line} in {magic.lower()}' in running.err
     assert running.peer(0)["lost_in_flight"] == 1
+
+
+def test_a_coroutine_that_holds_up_its_replacement_is_cut_off_when_it_counts_as_stuck(
+    supervised: Supervised,
+) -> None:
+    """What it had in hand is counted as lost, the queue is not, and its successor takes over."""
+    running = start(supervised, WAITS, "--stuck-timeout=1.5")
+    before = pids(running)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(20)
+        client.connect(("127.0.0.1", running.ports[0]))
+        client.send(encode("WAIT", "1"))
+        eventually(lambda: running.peer(0)["rx_messages"] == 1)
+        restart = Asked(running, "restart", slot=0)
+        eventually(lambda: waits_to_leave(running.peer(0), before[0]))
+        client.send(encode("SEQ", "1", b"in the queue"))
+        assert decode(client.recv(2048)).body == b"in the queue"
+    (replaced,) = restart.answer()["replaced"]
+    died = death_of(running, before[0])
+    assert (died["cause"], died["lost_in_flight"]) == ("stuck", 1)
+    peer = running.peer(0)
+    assert (replaced["old_pid"], replaced["pid"]) == (before[0], peer["pid"])
+    assert (peer["lost_in_flight"], peer["rx_messages"]) == (1, 2)
+    assert pids(running)[1] == before[1]
+
+
+WAITS = """
+import asyncio, peerd
+app = peerd.App()
+
+@app.handler("WAIT")
+async def wait(message):
+    await asyncio.sleep(600)
+
+@app.handler("SEQ")
+async def answer(message):
+    return message.body
+"""
+
+
+def waits_to_leave(peer: dict[str, Any], pid: int) -> bool:
+    """Its loop does not turn any more."""
+    return bool(peer["pid"] == pid and peer["heartbeat_age_s"] > 0.6)
 
 
 def test_events_tell_what_has_happened(supervised: Supervised) -> None:

@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +22,7 @@ from peerd.embedded_etcd import EmbeddedEtcd
 from peerd.errors import ControlError
 from peerd.registry import Left, Registry
 from peerd.supervisor.stopping import LAST_TIMEOUT_S
-from supervised import Running, Supervised, alive, free_ports, send_signal
+from supervised import Running, Supervised, alive, free_ports, free_tcp_port, send_signal
 from supervisor_requests import Asked, ask, events, logged, pids, scale
 
 SLOW_S = 1.0
@@ -468,3 +469,31 @@ def test_a_peer_that_was_added_is_restarted_and_logged_like_any_other(
     running.wait_registered()
     assert any(f"worker pid {old}: killed by SIGKILL" in line for line in logged(running, 1))
     assert ask(running, "restart", slot=1)["replaced"][0]["pid"] == pids(running)[1]
+
+
+def test_what_nobody_has_read_when_a_port_is_closed_is_counted(supervised: Supervised) -> None:
+    """By the status, the metrics and an event, as the client has sent it."""
+    metrics = f"127.0.0.1:{free_tcp_port()}"
+    running = start(
+        supervised,
+        "--stop-timeout=1",
+        "--recv-buffer=1000000",
+        f"--metrics={metrics}",
+        peers=2,
+        room=2,
+    )
+    port, sent = running.base_port + 1, 50
+    assert answers(port)
+    send_signal(pids(running)[1], signal.SIGSTOP)
+    for number in range(sent):
+        raw_client.send(port, b"PING", b"%d" % number)
+    assert scale(running, 1)["peers"] == 1
+    (closed,) = events(running, "closed")
+    assert (closed["peer_id"], closed["lost_unread"]) == (f"localhost:{port}", sent)
+    assert scale(running, 2)["peers"] == 2
+    peer = running.peer(1)
+    assert (peer["lost_unread"], peer["lost_in_flight"], peer["rx_messages"]) == (sent, 0, 1)
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    assert f'peerd_lost_unread_total{{peer="localhost:{port}"}} {sent}' in lines
+    assert f'peerd_lost_unread_total{{peer="localhost:{running.base_port}"}} 0' in lines

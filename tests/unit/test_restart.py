@@ -14,7 +14,8 @@ def dies_after(life_s: float, ready: bool = True) -> list[Restart]:
     now_s, failures, restarts = 0.0, list[Failure](), list[Restart]()
     while now_s < 600:
         now_s += life_s
-        failures.append(Failure(now_s, life_s if ready else 0.0))
+        was_parked = bool(restarts) and restarts[-1].crashloop
+        failures.append(Failure(now_s, life_s if ready else 0.0, was_parked))
         restarts.append(next_restart(POLICY, failures, 0.5))
         now_s += restarts[-1].delay_s
     return restarts
@@ -30,6 +31,24 @@ def test_at_once_then_doubling_then_parked() -> None:
 def test_staying_alive_for_a_while_does_not_escape_it(life_s: float) -> None:
     starts = itertools.accumulate(restart.delay_s + life_s for restart in dies_after(life_s))
     assert sum(start <= 30 for start in starts) <= 10
+
+
+@pytest.mark.parametrize("life_s", [0.01, 1.2, 5.0, POLICY.reset_after_ready_s - 1])
+def test_who_is_parked_stays_parked_until_it_has_been_ready_for_a_minute(life_s: float) -> None:
+    """Else each minute would begin with as many starts as the first one."""
+    failures = [Failure(float(number), 0.0) for number in range(6)]
+    assert next_restart(POLICY, failures, 0.5).crashloop
+    failures.append(Failure(70.0 + life_s, life_s, was_parked=True))
+    assert next_restart(POLICY, failures, 0.5) == Restart(POLICY.parked_delay_s, crashloop=True)
+    failures.append(Failure(1000.0, POLICY.reset_after_ready_s, was_parked=True))
+    assert next_restart(POLICY, failures, 0.5) == Restart(0.0, crashloop=False)
+
+
+@pytest.mark.parametrize("life_s", [0.01, 1.2])
+def test_a_crash_loop_is_six_starts_and_then_one_a_minute(life_s: float) -> None:
+    restarts = dies_after(life_s)
+    assert [restart.crashloop for restart in restarts] == [False] * 5 + [True] * (len(restarts) - 5)
+    assert len(restarts) <= 6 + 10
 
 
 def test_a_minute_of_being_ready_does() -> None:

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import pytest
 
+from peerd import Message, encode
+from peerd._core import DatagramLoop
 from peerd._scoreboard import COUNTER_NAMES, PeerState, RegistryState, Scoreboard, Slot
+
+DIED = 7
 
 
 def test_a_new_slot_is_empty() -> None:
@@ -28,6 +33,50 @@ def test_a_child_writes_what_the_parent_reads() -> None:
     assert (slot.pid, slot.state, slot.holder) == (pid, PeerState.READY, "someone")
     assert board.registry_state is RegistryState.CONNECTED
     assert board.slots[0].pid == 0
+
+
+def test_it_grows_up_to_its_capacity_in_every_process() -> None:
+    board = Scoreboard(2, capacity=4)
+    assert (board.capacity, len(board.slots)) == (4, 2)
+    board.slots[1].restarts = 7
+    pid = os.fork()
+    if pid == 0:
+        board.grow(3)
+        board.slots[2].generation = 5
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert [slot.index for slot in board.slots] == [0, 1, 2]
+    assert (board.slots[1].restarts, board.slots[2].generation) == (7, 5)
+    for asked, there_are in ((1, 3), (4, 4)):  # it never shrinks
+        board.grow(asked)
+        assert len(board.slots) == there_are
+    with pytest.raises(ValueError, match="4"):
+        board.grow(5)
+    assert Scoreboard(2).capacity == 2
+
+
+def die(_message: Message) -> None:
+    os._exit(DIED)
+
+
+def test_what_a_dead_worker_had_in_hand_is_counted_once() -> None:
+    slot = Scoreboard(1).slots[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        for _ in range(2):
+            for _ in range(3):
+                sock.sendto(encode("LAST", "1"), sock.getsockname())
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    DatagramLoop(sock.fileno(), {"LAST": die}, {}, slot, print, gro=False).turn()
+                finally:
+                    os._exit(1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == DIED
+            assert slot.unfinished == 3
+            assert slot.settle() == 3
+            # Another may die before it has read anything.
+            assert (slot.unfinished, slot.settle()) == (0, 0)
 
 
 def test_the_holder_is_cut_to_its_room() -> None:
