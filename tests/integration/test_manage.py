@@ -13,7 +13,6 @@ from command import peerd
 from eventually import eventually
 from supervised import Running, Supervised, is_gone
 
-
 PLAIN = "import peerd\napp = peerd.App()\n"
 
 

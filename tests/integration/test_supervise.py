@@ -635,6 +635,13 @@ def test_garbage_on_the_control_socket_harms_nothing(supervised: Supervised) -> 
 
 def test_an_unwritable_control_socket_is_no_error(supervised: Supervised) -> None:
     running = supervised.start("--control=/proc/no/such/peerd.sock", peers=1)
+    line = eventually(
+        lambda: next(each for each in running.err.splitlines() if "control socket" in each)
+    )
+    assert " WARNING " in line
+    assert line.endswith(
+        "no control socket, so no 'peerd status': /proc/no/such/peerd.sock: No such file or directory"
+    )
     eventually(lambda: "the peer is ready" in running.err)
     assert "ERROR" not in running.err
     running.signal(signal.SIGTERM)
