@@ -380,7 +380,8 @@ def _options() -> Sequence[Callable[[Callable[..., Any]], Callable[..., Any]]]:
             "--control",
             "control_path",
             type=click.Path(path_type=Path),
-            help="Path of the control socket.  [default: BASE-PORT.sock in the run-time directory]",
+            help="Path of the control socket.  [default: BASE-PORT.sock in $XDG_RUNTIME_DIR/peerd/, else in "
+            "/run/peerd/ for root, in /tmp/peerd-UID/ for others]",
         ),
         click.option(
             "--metrics",

@@ -85,10 +85,12 @@ def systemd_unit(
     service = _service(ctx, options)
     if working_directory is None and (service.settings.app or service.files):
         working_directory = Path.cwd()
-    read = [Path(service.command[0]), *service.files]
+    # The interpreter of a venv is often elsewhere: pyenv's and uv's are in a home.
+    interpreter = Path(sys.executable).resolve()
+    read = [Path(service.command[0]), interpreter, *service.files]
     if working_directory is not None:
         read.append(working_directory)
-    for path in read if user is None else ():
+    for path in dict.fromkeys(map(Path.resolve, read)) if user is None else ():
         if not _is_public(path):
             click.echo(
                 f"peerd: {path} is not for everybody to read, and the unit runs as a user that is made "
@@ -177,9 +179,7 @@ def _unit(
     elif service.control_path.parent != Path("/run/peerd"):
         writable.append(service.control_path.parent)
     program = command[: len(_this_peerd())]
-    # The interpreter of a venv is often elsewhere: pyenv's and uv's are in a home.
-    needed = [*read, Path(sys.executable).resolve(), Path(sys.base_prefix)]
-    in_home = any(_is_below(path, HOMES) for path in needed)
+    in_home = any(_is_below(path, HOMES) for path in [*read, Path(sys.base_prefix)])
     capability = "CAP_NET_BIND_SERVICE" if settings.base_port < FIRST_UNPRIVILEGED_PORT else ""
     lines = [
         "# Made by 'peerd systemd-unit'. Save it as /etc/systemd/system/peerd.service, then:",
