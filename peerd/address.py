@@ -93,4 +93,4 @@ def _scheme_and_address(url: str) -> tuple[str, Address]:
 
 
 def _wrong(url: str, why: str) -> SettingsError:
-    return SettingsError(f"etcd endpoint {url!r}: {why}")
+    return SettingsError(f"etcd endpoint {url!r}: {why}", "etcd")

@@ -27,7 +27,14 @@ class DecodeError(PeerdError, ValueError):
 
 
 class SettingsError(PeerdError, ValueError):
-    """A setting has a value that cannot work: change the flag, variable or file that it came from."""
+    """A setting has a value that cannot work: change the flag, variable or file that it came from.
+
+    ``flags`` are those that it is about, without their dashes; none where no flag sets it.
+    """
+
+    def __init__(self, message: str, *flags: str) -> None:
+        super().__init__(message)
+        self.flags = flags
 
 
 class AppLoadError(PeerdError):

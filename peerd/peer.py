@@ -13,7 +13,7 @@ from peerd._scoreboard import Scoreboard
 from peerd.app import App, builtin_app
 from peerd.errors import SettingsError
 from peerd.settings import ANONYMOUS, DEFAULT_PREFIX, EtcdAccess, SupervisorSettings
-from peerd.supervisor.sockets import bind_all
+from peerd.supervisor.sockets import bind_one
 from peerd.worker import make_loop
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ class Peer:
     def _bind(self) -> DatagramLoop:
         if self._loop is not None:
             raise RuntimeError(f"peer {self.peer_id} is running already")
-        (sock,) = bind_all(self._settings.host, self.port, 1, self._settings.recv_buffer_bytes)
+        buffer_bytes = self._settings.recv_buffer_bytes
+        sock = bind_one(self._settings.host, self.port, buffer_bytes, flag="port")
         self._open.callback(sock.close)
         self._loop = make_loop(
             self._app,

@@ -54,16 +54,26 @@ class EtcdAccess:
         if (self.user is None) != (self.password is None):
             raise SettingsError(
                 "a user of etcd and a password go together: --etcd-user, and --etcd-password-file or "
-                "PEERD_ETCD_PASSWORD"
+                "PEERD_ETCD_PASSWORD",
+                "etcd-user",
+                "etcd-password-file",
             )
         if (self.cert_file is None) != (self.key_file is None):
-            raise SettingsError("a certificate and its key go together: --etcd-cert, --etcd-key")
-        for file in (self.ca_file, self.cert_file, self.key_file):
+            raise SettingsError(
+                "a certificate and its key go together: --etcd-cert, --etcd-key",
+                "etcd-cert",
+                "etcd-key",
+            )
+        for flag, file in (
+            ("etcd-ca", self.ca_file),
+            ("etcd-cert", self.cert_file),
+            ("etcd-key", self.key_file),
+        ):
             if file is not None:
                 try:
                     file.read_bytes()
                 except OSError as error:
-                    raise SettingsError(f"{file}: {error.strerror}") from None
+                    raise SettingsError(f"--{flag} {file}: {error.strerror}", flag) from None
 
 
 ANONYMOUS = EtcdAccess()
@@ -88,7 +98,10 @@ class RegistrySettings:
             self.access.ca_file or self.access.cert_file
         ):
             raise SettingsError(
-                f"certificates are for https, and etcd's endpoint is {self.endpoint}"
+                f"certificates are for https, and etcd's endpoint is {self.endpoint}",
+                "etcd",
+                "etcd-ca",
+                "etcd-cert",
             )
         if (
             not self.prefix.isprintable()
@@ -97,12 +110,14 @@ class RegistrySettings:
         ):
             raise SettingsError(
                 f"prefix {self.prefix[:100]!r}: give printable text of 1 to {MAX_PREFIX_BYTES} bytes "
-                "in UTF-8 that does not end with '/', such as 'peerd'"
+                "in UTF-8 that does not end with '/', such as 'peerd'",
+                "prefix",
             )
         if not MIN_LEASE_TTL_S <= self.lease_ttl_s <= MAX_LEASE_TTL_S:
             raise SettingsError(
                 f"lease TTL {self.lease_ttl_s} s: give {MIN_LEASE_TTL_S} (etcd grants 2 for 1) to "
-                f"{MAX_LEASE_TTL_S} (a dead peer stays listed for as long)"
+                f"{MAX_LEASE_TTL_S} (a dead peer stays listed for as long)",
+                "ttl",
             )
 
 
@@ -121,7 +136,7 @@ class DatagramSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.linger_us <= MAX_LINGER_US:
             raise SettingsError(
-                f"--linger {self.linger_us}: give microseconds from 0 to {MAX_LINGER_US}"
+                f"--linger {self.linger_us}: give microseconds from 0 to {MAX_LINGER_US}", "linger"
             )
 
 
@@ -211,22 +226,30 @@ class SupervisorSettings:
 
     def __post_init__(self) -> None:
         if not 1 <= self.peers <= MAX_PEERS:
-            raise SettingsError(f"--peers {self.peers}: give a number from 1 to {MAX_PEERS}")
+            raise SettingsError(
+                f"--peers {self.peers}: give a number from 1 to {MAX_PEERS}", "peers"
+            )
         if not 1 <= self.base_port <= MAX_PORT:
-            raise SettingsError(f"--base-port {self.base_port}: give a port from 1 to {MAX_PORT}")
+            raise SettingsError(
+                f"--base-port {self.base_port}: give a port from 1 to {MAX_PORT}", "base-port"
+            )
         if self.last_port > MAX_PORT:
             raise SettingsError(
                 f"--base-port {self.base_port} with {self.peers} peers ends at {self.last_port}, "
-                f"past {MAX_PORT}: use --base-port {MAX_PORT - self.peers + 1} or lower, or fewer peers"
+                f"past {MAX_PORT}: use --base-port {MAX_PORT - self.peers + 1} or lower, or fewer peers",
+                "base-port",
+                "peers",
             )
-        for flag, name in (("--host", self.host), ("--advertise", self.advertise)):
+        for flag, name in (("host", self.host), ("advertise", self.advertise)):
             if name is not None and not _is_host(name):
                 raise SettingsError(
-                    f"{flag} {name!r}: give a host name or an address, without scheme and port"
+                    f"--{flag} {name!r}: give a host name or an address, without scheme and port",
+                    flag,
                 )
         if not 0 < self.recv_buffer_bytes <= MAX_RECV_BUFFER_BYTES:
             raise SettingsError(
-                f"--recv-buffer {self.recv_buffer_bytes}: give 1 to {MAX_RECV_BUFFER_BYTES} bytes"
+                f"--recv-buffer {self.recv_buffer_bytes}: give 1 to {MAX_RECV_BUFFER_BYTES} bytes",
+                "recv-buffer",
             )
         for name in (
             "drain_timeout_s",
@@ -236,14 +259,17 @@ class SupervisorSettings:
             "boot_timeout_s",
         ):
             if not 0 < getattr(self, name) < math.inf:
-                flag = f"--{name.removesuffix('_s').replace('_', '-')}"
-                raise SettingsError(f"{flag} {getattr(self, name)}: give seconds above 0")
+                flag = name.removesuffix("_s").replace("_", "-")
+                raise SettingsError(f"--{flag} {getattr(self, name)}: give seconds above 0", flag)
         if self.max_age_s is not None and not MIN_AGE_S <= self.max_age_s < math.inf:
-            raise SettingsError(f"--max-age {self.max_age_s}: give {MIN_AGE_S} seconds or more")
+            raise SettingsError(
+                f"--max-age {self.max_age_s}: give {MIN_AGE_S} seconds or more", "max-age"
+            )
         if self.max_rss_bytes is not None and self.max_rss_bytes < MIN_RSS_BYTES:
             raise SettingsError(
                 f"--max-rss {self.max_rss_bytes}: give {MIN_RSS_BYTES} bytes or more; "
-                "a worker that does nothing has half of that"
+                "a worker that does nothing has half of that",
+                "max-rss",
             )
 
     @property

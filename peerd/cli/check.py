@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import click
 import orjson
@@ -20,7 +22,15 @@ from peerd.cli.supervisor_options import (
     supervisor_options,
 )
 from peerd.cli.table import print_table
-from peerd.errors import AppLoadError, BindError, ControlError, NotRunningError, RegistryError
+from peerd.cli.wording import counted, ports
+from peerd.errors import (
+    AppLoadError,
+    BindError,
+    ControlError,
+    NotRunningError,
+    RegistryError,
+    RegistryUnavailableError,
+)
 from peerd.settings import DEFAULT_ENDPOINT, RegistrySettings, SupervisorSettings
 
 EX_CANTCREAT = 73
@@ -98,7 +108,8 @@ def check(
     if as_json:
         click.echo(_as_json(settings, launch, app, registry, changed, findings))
     else:
-        _print(settings, launch, app, registry, changed)
+        would_run = not findings.problems
+        _print(settings, launch, app, registry, changed, would_run=would_run)
         for warning in findings.warnings:
             click.echo(f"peerd check: warning: {warning}", err=True)
         for problem in findings.problems:
@@ -131,7 +142,9 @@ def _ask_etcd(settings: RegistrySettings, is_named: bool, findings: _Findings) -
             with Registry(settings.endpoint, settings.prefix, access=settings.access) as registry:
                 records = len(registry.nodes())
         except RegistryError as error:
-            findings.warnings.append(f"{error}; the peers would serve, and be registered later")
+            is_away = isinstance(error, RegistryUnavailableError)
+            then = "be registered later" if is_away else "not be registered until that is mended"
+            findings.warnings.append(f"{error}; the peers would serve, and {then}")
     elif embedded_etcd.find_etcd() is None:
         findings.warnings.append(
             f"nobody listens at {DEFAULT_ENDPOINT}; the peers would serve, and be registered once "
@@ -150,6 +163,8 @@ def _ask_control_socket(launch: LaunchOptions, findings: _Findings) -> None:
     try:
         report = control.request(launch.control_path, "status", timeout_s=1.0)
     except NotRunningError:
+        if trouble := _trouble_with_place(launch.control_path):
+            findings.warnings.append(f"no 'peerd status' with this control socket: {trouble}")
         return
     except ControlError as error:
         findings.warnings.append(f"no 'peerd status' with this control socket: {error}")
@@ -160,20 +175,30 @@ def _ask_control_socket(launch: LaunchOptions, findings: _Findings) -> None:
     )
 
 
+def _trouble_with_place(path: Path) -> str:
+    """Why no socket can be made there; nothing when one can. The folder is made, those above it are not."""
+    if path.exists() and not path.is_socket():
+        return f"{path} is something else than a socket"
+    folder = path.parent if path.parent.exists() else path.parent.parent
+    if not folder.is_dir():
+        return f"{folder} is no folder"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} is not ours to write to"
+
+
 def _print(
     settings: SupervisorSettings,
     launch: LaunchOptions,
     app: FoundApp | None,
     registry: _Registry,
     changed: list[Setting],
+    *,
+    would_run: bool,
 ) -> None:
-    ports = f"UDP port {settings.base_port}"
-    if settings.peers > 1:
-        ports = f"UDP ports {settings.base_port} to {settings.last_port}"
-    peers = "1 peer" if settings.peers == 1 else f"{settings.peers} peers"
+    would = "would" if would_run else "would not"
     metrics = f"http://{settings.metrics}/metrics" if settings.metrics else "none"
     click.echo(
-        f"peerd {__version__}, supervise would run: {peers} on {settings.host}, {ports}\n"
+        f"peerd {__version__}, supervise {would} run: {counted(settings.peers, 'peer')} on "
+        f"{settings.host}, {ports(settings)}\n"
         f"  app       {_describe(settings.app, app)}\n"
         f"  registry  {registry}\n"
         f"  control   {launch.control_path}\n"

@@ -22,7 +22,7 @@ def completion(ctx: click.Context, shell: str) -> None:
     \b
     For good:
       bash   peerd completion bash > ~/.local/share/bash-completion/completions/peerd
-      zsh    peerd completion zsh > a folder of $fpath/_peerd
+      zsh    peerd completion zsh > "${fpath[1]}/_peerd"
       fish   peerd completion fish > ~/.config/fish/completions/peerd.fish
 
     'peerd restart' and 'peerd logs' then complete the slots of the supervisor that runs.

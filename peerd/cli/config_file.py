@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from peerd.cli.options import SECONDS, SIZE, did_you_mean
+from peerd.cli.options import SIZE, Seconds, did_you_mean
 
 
 class BadConfigError(click.ClickException):
@@ -29,11 +29,12 @@ def read_config(
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise BadConfigError(f"{path}: {reason}") from None
-    found, problems = {}, []
+    found, problems, lists_all = {}, [], False
     for key, value in values.items():
         flag = key.replace("_", "-")
         if flag not in parameters:
-            hint = did_you_mean(flag, parameters) or f"; there are: {', '.join(sorted(parameters))}"
+            hint = did_you_mean(flag, parameters)
+            lists_all |= not hint
             problems.append(f"{path}: unknown setting {key!r}{hint}")
             continue
         parameter = parameters[flag]
@@ -46,6 +47,8 @@ def read_config(
             found[str(parameter.name)] = parameter.type_cast_value(ctx, str(value))
         except click.BadParameter as error:
             problems.append(f"{path}: {key}: {error.message}")
+    if lists_all:
+        problems.append(f"{path}: there are: {', '.join(sorted(parameters))}")
     if problems:
         raise BadConfigError("\n".join(problems))
     return found
@@ -55,7 +58,7 @@ def _wanted(parameter: click.Parameter) -> tuple[tuple[type, ...], str]:
     """The types of TOML that a parameter takes, and what to call them."""
     if isinstance(parameter, click.Option) and parameter.is_flag:
         return (bool,), "true or false"
-    if parameter.type is SECONDS:
+    if isinstance(parameter.type, Seconds):
         return (int, float), "a number"
     if parameter.type is SIZE:
         return (int, str), "an integer or a string such as '64M'"

@@ -6,7 +6,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import click
 import orjson
@@ -16,16 +15,23 @@ from peerd.address import address_of
 from peerd.cli.options import SECONDS, access_options, etcd_option, json_option, prefix_option
 from peerd.client import DEFAULT_VERSION, PeerClient, failures_named, resolve
 from peerd.errors import NoAnswerError
+from peerd.registry.records import PeerRecord
 from peerd.settings import EtcdAccess
-
-if TYPE_CHECKING:
-    from peerd.registry import PeerRecord
 
 TARGET_HELP = "TARGET is host:port or a peer id, which is looked up in etcd."
 
 
+def _check_target(_ctx: click.Context, _parameter: click.Parameter, target: str) -> str:
+    if not target or target.startswith(":"):
+        raise click.BadParameter(f"{target!r}: write HOST:PORT, or a peer id")
+    return target
+
+
+target_argument = click.argument("target", callback=_check_target)
+
+
 @click.command(epilog=TARGET_HELP)
-@click.argument("target")
+@target_argument
 @click.option(
     "-c", "--count", type=click.IntRange(1), default=3, show_default=True, help="How many."
 )
@@ -61,20 +67,25 @@ def ping(
 ) -> None:
     """See whether a peer answers PING with PONG, and how fast.
 
+    The built-in app does. An app of your own answers if it has a handler for PING that returns a Message
+    with the magic code PONG and the same body.
+
     Exit code 0 when every ping was answered, 1 otherwise.
     """
     times_ms: list[float] = []
     with _client(target, etcd, prefix, access) as client:
         address = client.locate(target)
         with failures_named(target, address):
-            numeric = resolve(address).address  # once: looking up a name is no part of a round trip
+            # Once: looking up a name is no part of a round trip. Errors go on to name it.
+            numeric = resolve(address).address
+            known = PeerRecord(url=numeric.host, port=numeric.port, peer_id=str(address))
         for sequence in range(1, count + 1):
             if sequence > 1:
                 time.sleep(interval)
             body = b"%d %d" % (sequence, time.monotonic_ns())
             started_ns = time.perf_counter_ns()
             try:
-                client.request(numeric, "PING", body, timeout, is_answer=_pong_of(body))
+                client.request(known, "PING", body, timeout, is_answer=_pong_of(body))
             except NoAnswerError as error:
                 if not as_json:
                     click.echo(f"{error} (seq={sequence})")
@@ -92,7 +103,7 @@ def ping(
 
 
 @click.command(epilog=TARGET_HELP)
-@click.argument("target")
+@target_argument
 @click.argument("magic")
 @click.argument("body", default="")
 @click.option(

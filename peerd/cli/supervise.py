@@ -17,6 +17,7 @@ from peerd import __version__, registrar, worker
 from peerd._scoreboard import Scoreboard, Slot
 from peerd.cli import logs
 from peerd.cli.supervisor_options import LaunchOptions, SupervisorCommand, supervisor_options
+from peerd.cli.wording import counted, ports
 from peerd.errors import SettingsError
 from peerd.settings import DEFAULT_ENDPOINT, MAX_PEERS, EmbeddedEtcdSettings, SupervisorSettings
 from peerd.supervisor import pinning
@@ -107,7 +108,8 @@ def raise_descriptor_limit(peers: int) -> None:
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise SettingsError(
             f"--peers {peers} needs {needed} open files, and the limit is {hard}: "
-            "raise it (ulimit -Hn), or run fewer"
+            "raise it (ulimit -Hn), or run fewer",
+            "peers",
         )
 
 
@@ -139,14 +141,12 @@ def _print_first_screen(
 ) -> None:
     pid = os.getpid()
     registry = settings.registry
-    ports = f"UDP port {settings.base_port}"
-    if settings.peers > 1:
-        ports = f"UDP ports {settings.base_port} to {settings.last_port}"
     started = ", started here with throw-away data" if own_etcd else ""
     metrics = f"  metrics   http://{settings.metrics}/metrics\n" if settings.metrics else ""
-    peers = "1 peer" if settings.peers == 1 else f"{settings.peers} peers"
+    peers = counted(settings.peers, "peer")
     click.echo(
-        f"peerd {__version__}, supervisor pid {pid}: {peers} on {settings.host}, {ports}\n"
+        f"peerd {__version__}, supervisor pid {pid}: {peers} on {settings.host}, "
+        f"{ports(settings)}\n"
         f"  app       {settings.app or 'built in: answers PING and ECHO'}\n"
         f"  registry  etcd at {registry.endpoint}{started}, keys {registry.prefix}/{settings.peer_id(0)}\n"
         f"  control   {control_path} (peerd status)\n"

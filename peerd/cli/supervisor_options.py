@@ -7,10 +7,10 @@ in the file.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import click
 from click.core import ParameterSource
 
-from peerd.address import Address
 from peerd.cli.config_file import BadConfigError, read_config
 from peerd.cli.options import (
     HOST_PORT,
     PASSWORD_VARIABLE,
-    SECONDS,
+    POSITIVE_SECONDS,
     SIZE,
+    Seconds,
     access_options,
     etcd_option,
     prefix_option,
@@ -32,6 +32,7 @@ from peerd.cli.options import (
 from peerd.errors import SettingsError
 from peerd.settings import (
     DEFAULT_ENDPOINT,
+    MIN_AGE_S,
     DatagramSettings,
     EtcdAccess,
     OnCrashloop,
@@ -141,12 +142,20 @@ class SupervisorCommand(click.Command):
         except click.BadParameter as error:
             if error.param is None or not self._is_from_environment(ctx, error.param):
                 raise
-            text = f"{error.message.rstrip('.')} (from {self._origin(ctx, error.param)})"
+            # One of the words that click takes for a boolean is the empty one.
+            message = error.message.rstrip(".").replace(": , ", ": ")
+            text = f"{message} (from {self._origin(ctx, error.param)})"
             raise click.BadParameter(text, ctx, error.param) from None
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with self.errors_traced(ctx):
             return super().invoke(ctx)
+
+    @contextlib.contextmanager
+    def errors_traced(self, ctx: click.Context) -> Iterator[None]:
+        """A SettingsError then says where the values come from, and is a BadConfigError for a file's."""
+        try:
+            yield
         except SettingsError as error:
             raise self._traced(ctx, error) from error
 
@@ -178,17 +187,16 @@ class SupervisorCommand(click.Command):
         return source is ParameterSource.ENVIRONMENT
 
     def _traced(self, ctx: click.Context, error: SettingsError) -> Exception:
-        """The error with where the values of the flags that it names come from, if not from flags."""
         settings, origins, from_file = self.settings, [], False
-        for flag in dict.fromkeys(re.findall(r"--([a-z][a-z-]+)", str(error))):
-            origin = self._origin(ctx, settings[flag]) if flag in settings else None
+        for flag in filter(settings.__contains__, error.flags):
+            origin = self._origin(ctx, settings[flag])
             if origin is not None and not origin.startswith("--"):
                 origins.append(f"{flag} is from {origin}")
                 from_file |= origin == str(ctx.params["config"])
         if not origins:
             return error
         text = f"{error} ({', '.join(origins)})"
-        return BadConfigError(text) if from_file else SettingsError(text)
+        return BadConfigError(text) if from_file else SettingsError(text, *error.flags)
 
 
 def supervisor_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -197,72 +205,56 @@ def supervisor_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @access_options
     @functools.wraps(command)
-    def with_settings(
-        *args: Any,
-        peers: int,
-        base_port: int,
-        host: str,
-        advertise: str | None,
-        app: str | None,
-        etcd: str | None,
-        access: EtcdAccess,
-        prefix: str,
-        partition_key: str | None,
-        ttl: int,
-        offload: bool,
-        linger: int | None,
-        recv_buffer: int,
-        pin: str,
-        boot_timeout: float,
-        stuck_timeout: float,
-        drain_timeout: float,
-        stop_timeout: float,
-        on_crashloop: str,
-        max_age: float | None,
-        max_rss: int | None,
-        control_path: Path | None,
-        metrics: Address | None,
-        log_level: str,
-        log_format: str,
-        config: Path | None,
-        **others: Any,
-    ) -> Any:
-        settings = SupervisorSettings(
-            peers=peers,
-            base_port=base_port,
-            host=host,
-            advertise=advertise,
-            app=app,
-            partition_key=partition_key,
-            registry=RegistrySettings(
-                endpoint=etcd or DEFAULT_ENDPOINT, access=access, prefix=prefix, lease_ttl_s=ttl
-            ),
-            datagrams=DatagramSettings(
-                offload=offload,
-                linger_us=default_linger_us(peers, cpu_count()) if linger is None else linger,
-            ),
-            recv_buffer_bytes=recv_buffer,
-            pin=pin == "auto",
-            boot_timeout_s=boot_timeout,
-            stuck_timeout_s=stuck_timeout,
-            drain_timeout_s=drain_timeout,
-            stop_timeout_s=stop_timeout,
-            on_crashloop=OnCrashloop(on_crashloop),
-            max_age_s=max_age,
-            max_rss_bytes=max_rss,
-            metrics=metrics,
-        )
+    def with_settings(*, access: EtcdAccess, **values: Any) -> Any:
+        this = click.get_current_context().command
+        assert isinstance(this, SupervisorCommand)
+        settings = settings_of(values, access)
         launch = LaunchOptions(
-            etcd_is_named=etcd is not None,
-            control_path=control_path or control.default_path(base_port),
-            log_level=log_level,
-            log_format=log_format,
+            etcd_is_named=values["etcd"] is not None,
+            control_path=values["control_path"] or control.default_path(settings.base_port),
+            log_level=values["log_level"],
+            log_format=values["log_format"],
         )
-        return command(*args, settings=settings, launch=launch, **others)
+        own = {str(parameter.name) for parameter in this.settings.values()}
+        others = {name: value for name, value in values.items() if name not in own}
+        return command(settings=settings, launch=launch, **others)
 
     for option in _options():
         with_settings = option(with_settings)
     return with_settings
+
+
+def settings_of(values: Mapping[str, Any], access: EtcdAccess) -> SupervisorSettings:
+    """Of what was read for the options, by the names of their parameters. Raises SettingsError."""
+    peers, linger, etcd = values["peers"], values["linger"], values["etcd"]
+    return SupervisorSettings(
+        peers=peers,
+        base_port=values["base_port"],
+        host=values["host"],
+        advertise=values["advertise"],
+        app=values["app"],
+        partition_key=values["partition_key"],
+        registry=RegistrySettings(
+            endpoint=DEFAULT_ENDPOINT if etcd is None else etcd,
+            access=access,
+            prefix=values["prefix"],
+            lease_ttl_s=values["ttl"],
+        ),
+        datagrams=DatagramSettings(
+            offload=values["offload"],
+            linger_us=default_linger_us(peers, cpu_count()) if linger is None else linger,
+        ),
+        recv_buffer_bytes=values["recv_buffer"],
+        pin=values["pin"] == "auto",
+        boot_timeout_s=values["boot_timeout"],
+        stuck_timeout_s=values["stuck_timeout"],
+        drain_timeout_s=values["drain_timeout"],
+        stop_timeout_s=values["stop_timeout"],
+        on_crashloop=OnCrashloop(values["on_crashloop"]),
+        max_age_s=values["max_age"],
+        max_rss_bytes=values["max_rss"],
+        metrics=values["metrics"],
+    )
 
 
 def _options() -> Sequence[Callable[[Callable[..., Any]], Callable[..., Any]]]:
@@ -338,28 +330,28 @@ def _options() -> Sequence[Callable[[Callable[..., Any]], Callable[..., Any]]]:
         ),
         click.option(
             "--boot-timeout",
-            type=SECONDS,
+            type=POSITIVE_SECONDS,
             default=SupervisorSettings.boot_timeout_s,
             show_default=True,
             help="Seconds in which a worker must have loaded the app.",
         ),
         click.option(
             "--stuck-timeout",
-            type=SECONDS,
+            type=POSITIVE_SECONDS,
             default=SupervisorSettings.stuck_timeout_s,
             show_default=True,
             help="Seconds after which a worker whose handler does not return is killed and replaced.",
         ),
         click.option(
             "--drain-timeout",
-            type=SECONDS,
+            type=POSITIVE_SECONDS,
             default=SupervisorSettings.drain_timeout_s,
             show_default=True,
             help="Seconds for which a stopping worker serves what its queue still holds.",
         ),
         click.option(
             "--stop-timeout",
-            type=SECONDS,
+            type=POSITIVE_SECONDS,
             default=SupervisorSettings.stop_timeout_s,
             show_default=True,
             help="Hard end of a stop, in seconds.",
@@ -373,7 +365,7 @@ def _options() -> Sequence[Callable[[Callable[..., Any]], Callable[..., Any]]]:
         ),
         click.option(
             "--max-age",
-            type=SECONDS,
+            type=Seconds(min=MIN_AGE_S),
             metavar="SECONDS",
             help="Replace a worker that has been ready for so long, losing nothing.",
         ),
@@ -388,7 +380,8 @@ def _options() -> Sequence[Callable[[Callable[..., Any]], Callable[..., Any]]]:
             "--control",
             "control_path",
             type=click.Path(path_type=Path),
-            help="Path of the control socket.  [default: BASE-PORT.sock in the run-time directory]",
+            help="Path of the control socket.  [default: BASE-PORT.sock in $XDG_RUNTIME_DIR/peerd/, else in "
+            "/run/peerd/ for root, in /tmp/peerd-UID/ for others]",
         ),
         click.option(
             "--metrics",

@@ -15,7 +15,8 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from peerd.settings import DEFAULT_ENDPOINT, RegistrySettings, SupervisorSettings
+from peerd.cli.wording import counted, ports
+from peerd.settings import ANONYMOUS, DEFAULT_ENDPOINT, SupervisorSettings
 
 FIRST_UNPRIVILEGED_PORT = 1024
 
@@ -27,6 +28,9 @@ STOP_MARGIN_S = 5
 
 HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
 """What ProtectHome= hides."""
+
+PRIVATE = (Path("/tmp"), Path("/var/tmp"))
+"""What PrivateTmp= replaces."""
 
 OWN_ETCD = (
     f"# Without --etcd the peers register at {DEFAULT_ENDPOINT}, and if nobody is there, peerd starts",
@@ -81,41 +85,41 @@ def systemd_unit(
     service = _service(ctx, options)
     if working_directory is None and (service.settings.app or service.files):
         working_directory = Path.cwd()
-    read = [Path(service.command[0]), *service.files]
+    # The interpreter of a venv is often elsewhere: pyenv's and uv's are in a home.
+    interpreter = Path(sys.executable).resolve()
+    read = [Path(service.command[0]), interpreter, *service.files]
     if working_directory is not None:
         read.append(working_directory)
-    for path in read if user is None else ():
+    for path in dict.fromkeys(map(Path.resolve, read)) if user is None else ():
         if not _is_public(path):
             click.echo(
                 f"peerd: {path} is not for everybody to read, and the unit runs as a user that is made "
                 "at each start: change its mode, move it, or give --user",
                 err=True,
             )
+    if service.control_path is not None and _is_below(service.control_path, PRIVATE):
+        click.echo(
+            f"peerd: --control {service.control_path} would be in the service's own /tmp "
+            "(PrivateTmp=yes), where no 'peerd status' sees it: choose a path elsewhere, below /run",
+            err=True,
+        )
     click.echo(_unit(service, user, working_directory, read))
 
 
 def _service(ctx: click.Context, options: tuple[str, ...]) -> _Service:
-    """Raises what 'peerd supervise' would for these options: click.UsageError, SettingsError."""
+    """Raises what 'peerd supervise' would for these options: click's errors, SettingsError."""
     # Here, since it brings the supervisor with it, and --help should be quick.
     from peerd.cli.supervise import supervise
+    from peerd.cli.supervisor_options import SupervisorCommand, settings_of
 
     parsed = supervise.make_context("supervise", list(options), parent=ctx.find_root())
+    assert isinstance(supervise, SupervisorCommand)
+    for line in supervise.misspelt_variables():
+        click.echo(f"peerd: {line}", err=True)
+    with supervise.errors_traced(parsed):
+        # Logins and certificates are the service's to read, which may be another user.
+        settings = settings_of(parsed.params, ANONYMOUS)
     value = parsed.params
-    settings = SupervisorSettings(
-        peers=value["peers"],
-        base_port=value["base_port"],
-        host=value["host"],
-        advertise=value["advertise"],
-        app=value["app"],
-        registry=RegistrySettings(
-            endpoint=value["etcd"] or DEFAULT_ENDPOINT,
-            prefix=value["prefix"],
-            lease_ttl_s=value["ttl"],
-        ),
-        recv_buffer_bytes=value["recv_buffer"],
-        stuck_timeout_s=value["stuck_timeout"],
-        stop_timeout_s=value["stop_timeout"],
-    )
     files = ("config", "etcd_password_file", "etcd_ca", "etcd_cert", "etcd_key")
     return _Service(
         command=[*_this_peerd(), "supervise", *options],
@@ -142,13 +146,15 @@ def _variables(parsed: click.Context) -> dict[str, str]:
         name = parameter.name or ""
         if parsed.get_parameter_source(name) is not ParameterSource.ENVIRONMENT:
             continue
-        own = parameter.envvar or ()
-        own = (own,) if isinstance(own, str) else own
-        for variable in (*own, f"{parsed.auto_envvar_prefix}_{name.upper()}"):
+        for variable in parameter.envvar or ():
             if os.environ.get(variable):
                 found[variable] = os.environ[variable]
                 break
     return found
+
+
+def _is_below(path: Path, folders: Iterable[Path]) -> bool:
+    return any(path.is_relative_to(folder) for folder in folders)
 
 
 def _is_public(path: Path) -> bool:
@@ -173,18 +179,14 @@ def _unit(
     elif service.control_path.parent != Path("/run/peerd"):
         writable.append(service.control_path.parent)
     program = command[: len(_this_peerd())]
-    in_home = any(path.is_relative_to(home) for path in read for home in HOMES)
-    ports = f"UDP port {settings.base_port}"
-    if settings.peers > 1:
-        ports = f"UDP ports {settings.base_port} to {settings.last_port}"
-    peers = "1 peer" if settings.peers == 1 else f"{settings.peers} peers"
+    in_home = any(_is_below(path, HOMES) for path in [*read, Path(sys.base_prefix)])
     capability = "CAP_NET_BIND_SERVICE" if settings.base_port < FIRST_UNPRIVILEGED_PORT else ""
     lines = [
         "# Made by 'peerd systemd-unit'. Save it as /etc/systemd/system/peerd.service, then:",
         "#   systemctl daemon-reload && systemctl enable --now peerd",
         "",
         "[Unit]",
-        f"Description=peerd: {peers} on {ports}",
+        f"Description=peerd: {counted(settings.peers, 'peer')} on {ports(settings)}",
         "Wants=network-online.target",
         "After=network-online.target",
         "# Before systemd 254, which waits longer after each failure (RestartSteps=).",
@@ -207,7 +209,7 @@ def _unit(
         "WatchdogSec=30",
         "",
         "# Not after wrong usage (2), settings or app (78): these do not go away by themselves. A port",
-        "# that is in use (73) or an etcd that is away (69) may.",
+        "# that is in use (73) may.",
         "Restart=on-failure",
         "RestartPreventExitStatus=2 78",
         "# Ended by an interrupt.",

@@ -37,7 +37,7 @@ from peerd.errors import (
     SettingsError,
 )
 from peerd.registry.etcd3_import import import_etcd3
-from peerd.settings import EtcdAccess
+from peerd.settings import DEFAULT_ENDPOINT, EtcdAccess
 
 etcd3 = import_etcd3()
 rpc = etcd3.etcdrpc
@@ -385,10 +385,12 @@ class Members:
         else:
             # gRPC tells the whole way down to the cause: "...: last error: UNKNOWN: ...: Connection
             # refused (111)".
-            cause = details.rpartition(": ")[2].lower() or code.name.lower()
+            cause = details.rpartition(": ")[2].rstrip("]").lower() or code.name.lower()
+        start = (
+            "start it with 'peerd etcd'" if self.urls == DEFAULT_ENDPOINT else "see that it runs"
+        )
         return RegistryUnavailableError(
-            f"etcd at {self.urls} does not answer ({cause}): "
-            "start it with 'peerd etcd', or name another with --etcd"
+            f"etcd at {self.urls} does not answer ({cause}): {start}, or name another with --etcd"
         )
 
 

@@ -69,7 +69,7 @@ def default_path(base_port: int) -> Path:
 
 
 TAKE_THEIR_TIME = ("reload", "restart", "scale", "stop")
-"""Commands whose answer comes when they have ended. To the others it comes at once."""
+"""Commands that change something, and that go on when nobody waits for them any more."""
 
 
 def request(

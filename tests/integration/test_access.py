@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from certificates import CertificateAuthority
+from command import peerd
 from etcd_process import ETCD_VERSIONS, EtcdProcess, ServerTls
 from eventually import eventually
 from peerd.errors import RegistryAuthError, RegistryError
 from peerd.registry import EtcdAccess, PeerRecord, Registry
 from record_writer import RecordWriter
+from supervised import free_ports
 from watch_recorder import WatchRecorder, every_event
 
 PREFIX = "guarded"
@@ -104,6 +106,17 @@ def test_tokens_run_out_and_nobody_notices(
         recorder.wait_for(writer.records())
         assert recorder.events == every_event(guarded.gateway.history(FOLDER))
     assert [record.message for record in caplog.records if record.levelname != "INFO"] == []
+
+
+def test_check_does_not_promise_that_a_refused_login_registers_later(
+    guarded: EtcdProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEERD_ETCD_PASSWORD", "wrong")
+    where = [f"--etcd={guarded.endpoint}", f"--base-port={free_ports(1)}"]
+    checked = peerd("check", "--etcd-user=peer", *where)
+    assert checked.returncode == 0
+    assert "refuses user 'peer'" in checked.stderr
+    assert "the peers would serve, and not be registered until that is mended" in checked.stderr
 
 
 def test_a_restart_forgets_all_tokens(guarded: EtcdProcess) -> None:

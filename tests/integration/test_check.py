@@ -99,6 +99,8 @@ def test_a_port_that_is_taken_is_73_and_names_who_has_it(supervised: Supervised)
         "--peers=2", f"--base-port={running.base_port}", f"--control={running.control}", code=73
     )
     assert [problem["exit_code"] for problem in report["problems"]] == [73]
+    shown = peerd("check", NO_ETCD, f"--base-port={running.base_port}")
+    assert ", supervise would not run: 1 peer on localhost" in shown.stdout
     assert f"held by pid {running.pid}" in report["problems"][0]["text"]
     assert any(f"supervisor pid {running.pid} answers at" in text for text in report["warnings"])
     assert all(peer["state"] == "ready" for peer in running.status()["peers"])
@@ -152,6 +154,25 @@ def test_an_etcd_that_is_away_is_a_warning() -> None:
     assert "http://127.0.0.1:9 does not answer" in report["warnings"][0]
 
 
+def test_a_control_socket_that_cannot_be_made_is_a_warning(tmp_path: Path) -> None:
+    port = f"--base-port={free_ports(1)}"
+    (tmp_path / "file").write_text("")
+    for place, why in (
+        (tmp_path / "file", "is something else than a socket"),
+        (tmp_path / "no" / "such" / "c.sock", "is no folder"),
+        (Path("/proc/peerd.sock"), "is not ours to write to"),
+    ):
+        if why == "is not ours to write to" and os.access(place.parent, os.W_OK):
+            continue  # root's, though nobody can
+        (warning,) = [
+            text
+            for text in checked(port, f"--control={place}")["warnings"]
+            if "no 'peerd status' with this control socket" in text
+        ]
+        assert why in warning
+    assert len(checked(port, f"--control={tmp_path / 'new' / 'c.sock'}")["warnings"]) == 1
+
+
 def test_without_an_etcd_it_says_what_supervise_would_do() -> None:
     from peerd import embedded_etcd
     from peerd.settings import DEFAULT_ENDPOINT
@@ -168,7 +189,7 @@ def test_without_an_etcd_it_says_what_supervise_would_do() -> None:
     ("toml", "texts"),
     [
         ("peer = 8\n", ["unknown setting 'peer': did you mean 'peers'?"]),
-        ("xyz = 8\n", ["unknown setting 'xyz'; there are: advertise, app, base-port"]),
+        ("xyz = 8\n", ["unknown setting 'xyz'\n", ": there are: advertise, app, base-port"]),
         ('peers = "8"\n', ["peers is an integer, not a string: '8'"]),
         ("peers = 8.5\n", ["peers is an integer, not a float: 8.5"]),
         ("peers = true\n", ["peers is an integer, not a boolean: true"]),
@@ -183,6 +204,12 @@ def test_without_an_etcd_it_says_what_supervise_would_do() -> None:
         ("peers = \n", ["Invalid value (at line 1, column 9)"]),
         ("config = 'x'\n", ["unknown setting 'config'"]),
         ("peers = 0\n", ["--peers 0: give a number from 1", "peers is from "]),
+        ("ttl = 1\n", ["lease TTL 1 s", "ttl is from "]),
+        ('prefix = "x/"\n', ["prefix 'x/'", "prefix is from "]),
+        ('etcd-ca = "/nope"\n', ["--etcd-ca /nope: No such file", "etcd-ca is from "]),
+        ('etcd-password-file = "/nope"\n', ["/nope: No such file", "etcd-password-file is from "]),
+        ("drain-timeout = 0\n", ["drain-timeout: 0.0 is not in the range x>0"]),
+        ("max-age = 0.5\n", ["max-age: 0.5 is not in the range x>=1"]),
         # Everything that is wrong with it, at once.
         ('peer = 1\nttl = "x"\n', ["'peers'?", "ttl is an integer, not a string"]),
     ],
@@ -194,6 +221,26 @@ def test_a_bad_file_is_78(tmp_path: Path, toml: str, texts: list[str]) -> None:
     assert str(config) in error
     for text in texts:
         assert text in error
+
+
+@pytest.mark.parametrize("value", ["foo", ""])
+def test_a_bad_endpoint(tmp_path: Path, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "peerd.toml"
+    config.write_text(f'etcd = "{value}"\n')
+    for command in (["check"], ["supervise"], ["systemd-unit", "--"]):
+        in_file = peerd(*command, f"--config={config}")
+        assert in_file.returncode == 78
+        assert f"etcd endpoint '{value}'" in in_file.stderr
+        assert f"(etcd is from {config})" in in_file.stderr
+        assert peerd(*command, f"--etcd={value}").returncode == 2
+    monkeypatch.setenv("PEERD_ETCD", "foo")
+    assert "(etcd is from PEERD_ETCD)" in peerd("check").stderr
+
+
+def test_the_list_of_settings_is_shown_once(tmp_path: Path) -> None:
+    config = tmp_path / "peerd.toml"
+    config.write_text("xyz = 1\nabc = 2\n")
+    assert refused(f"--config={config}", code=78).count("partition-key") == 1
 
 
 def test_a_good_file(tmp_path: Path) -> None:
@@ -222,6 +269,8 @@ def test_a_good_file(tmp_path: Path) -> None:
             "--peers 0: give a number from 1 to 4096 (peers is from PEERD_",
         ),
         ("PEERD_PIN", "yes", "(from PEERD_PIN)"),
+        ("PEERD_TTL", "1", "(ttl is from PEERD_TTL)"),
+        ("PEERD_OFFLOAD", "x", "Recognized values: 0, 1,"),
     ],
 )
 def test_a_bad_variable_is_named(

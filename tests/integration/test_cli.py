@@ -102,6 +102,7 @@ def test_ping_where_nobody_listens() -> None:
     shown = peerd("ping", f"localhost:{free_ports(1)}", "-c", "1", no_etcd)
     assert shown.returncode == 1
     assert b"Connection refused" in shown.stdout
+    assert b"no answer from localhost:" in shown.stdout
 
 
 def test_ping_of_what_is_no_host() -> None:
@@ -115,3 +116,42 @@ def test_ping_of_no_port(target: str) -> None:
     shown = peerd("ping", target)
     assert shown.returncode == 2
     assert b"from 1 to 65535" in shown.stderr
+
+
+@pytest.mark.parametrize("target", ["", ":23001"])
+def test_ping_of_nothing(target: str) -> None:
+    for args in (["ping", target], ["send", target, "PING"]):
+        shown = peerd(*args)
+        assert shown.returncode == 2
+        assert b"write HOST:PORT, or a peer id" in shown.stderr
+
+
+def test_etcd_is_only_started_where_peerd_etcd_would_be() -> None:
+    named = peerd("nodes", "--etcd=http://no.such.invalid:2379")
+    assert named.returncode == 69
+    assert b"does not answer (domain name not found): see that it runs, or" in named.stderr
+
+
+def test_every_option_has_a_variable_with_the_name_of_its_flag(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PEERD_RELOAD_TIMEOUT", "x")
+    shown = peerd("reload")
+    assert (shown.returncode, b"'--timeout': 'x'" in shown.stderr) == (2, True)
+    monkeypatch.setenv("PEERD_NODES_ETCD", "http://127.0.0.1:9")
+    monkeypatch.setenv("PEERD_ETCD", "http://127.0.0.1:8")
+    assert b"etcd at http://127.0.0.1:9 " in peerd("nodes").stderr
+    assert b"etcd at http://127.0.0.1:8 " in peerd("ping", "someone").stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["restart", "x"], b"'x' is not a valid slot number"),
+        (["logs", "x"], b"'x' is not a valid slot number"),
+        (["scale", "x"], b"'x' is not a valid number of peers"),
+    ],
+)
+def test_what_is_no_number_is_named(args: list[str], text: bytes) -> None:
+    shown = peerd(*args)
+    assert (shown.returncode, text in shown.stderr) == (2, True)

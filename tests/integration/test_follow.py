@@ -76,9 +76,7 @@ def following(*args: str) -> Iterator[Follower]:
         command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         follower = Follower(process)
-        threads = [
-            threading.Thread(target=read) for read in (follower.read_out, follower.read_err)
-        ]
+        threads = [threading.Thread(target=read) for read in (follower.read_out, follower.read_err)]
         for thread in threads:
             thread.start()
         try:

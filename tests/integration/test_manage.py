@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from typing import Any
 
 import orjson
 
 import raw_client
-from command import peerd
+from command import command, peerd
 from eventually import eventually
 from supervised import Running, Supervised, is_gone
 
@@ -60,6 +61,22 @@ def test_a_command_that_has_not_ended_is_not_taken_for_a_stopped_supervisor(
         assert f"{args[0]!r} has not ended within 0" in late.stderr
         assert "see 'peerd events'" in late.stderr
         assert "is it stopped?" not in late.stderr
+
+
+def test_a_supervisor_that_dies_meanwhile_is_named(supervised: Supervised) -> None:
+    (supervised.folder / "slow.py").write_text(PLAIN)
+    running = supervised.start("--app=slow:app", peers=1)
+    running.wait_ready()
+    (supervised.folder / "slow.py").write_text("import time\ntime.sleep(60)\n" + PLAIN)
+    before = len(running.tree())
+    with subprocess.Popen(
+        command("reload", f"--control={running.control}"), stderr=subprocess.PIPE, text=True
+    ) as reload:
+        eventually(lambda: len(running.tree()) > before)
+        running.kill()
+        _, err = reload.communicate(timeout=10)
+    assert reload.returncode == 1
+    assert f"the supervisor at {running.control} hung up without an answer: has it ended?" in err
 
 
 def test_a_worker_for_a_parked_peer_has_no_gap(supervised: Supervised) -> None:

@@ -99,9 +99,7 @@ def test_a_handler_that_does_not_return_is_shown_and_named(supervised: Supervise
     shown = peerd("status", where)
     assert shown.returncode == 1
     assert "peers 2 of 3 ready" in shown.stdout
-    (row,) = [
-        line for line in shown.stdout.splitlines() if f"localhost:{running.ports[1]}" in line
-    ]
+    (row,) = [line for line in shown.stdout.splitlines() if f"localhost:{running.ports[1]}" in line]
     assert row.split()[2] == "late"
     waited = peerd("wait", where, "--timeout=0.2")
     assert waited.returncode == 1

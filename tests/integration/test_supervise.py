@@ -633,8 +633,30 @@ def test_garbage_on_the_control_socket_harms_nothing(supervised: Supervised) -> 
         client.close()
 
 
+def test_an_unwritable_default_place_is_information(
+    supervised: Supervised, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/no")
+    port = free_ports(1)
+    place = f"/proc/no/peerd/{port}.sock"
+    running = supervised.start(f"--control={place}", peers=1, base_port=port)
+    eventually(lambda: "the peer is ready" in running.err)
+    (line,) = [each for each in running.err.splitlines() if "no control socket" in each]
+    assert " INFO " in line
+    assert line.endswith(f": {place}: No such file or directory")
+    running.signal(signal.SIGTERM)
+    assert running.wait() == 0
+
+
 def test_an_unwritable_control_socket_is_no_error(supervised: Supervised) -> None:
     running = supervised.start("--control=/proc/no/such/peerd.sock", peers=1)
+    line = eventually(
+        lambda: next(each for each in running.err.splitlines() if "control socket" in each)
+    )
+    assert " WARNING " in line
+    assert line.endswith(
+        "no control socket, so no 'peerd status': /proc/no/such/peerd.sock: No such file or directory"
+    )
     eventually(lambda: "the peer is ready" in running.err)
     assert "ERROR" not in running.err
     running.signal(signal.SIGTERM)

@@ -99,6 +99,34 @@ def test_a_config_file_is_read(tmp_path: Path) -> None:
     assert int(values(done.stdout, "FileDescriptorStoreMax")[0]) > 100
 
 
+def test_a_wrong_file_is_78(tmp_path: Path) -> None:
+    (tmp_path / "peerd.toml").write_text("peers = 0\n")
+    done = systemd_unit("--", "--config", "peerd.toml", cwd=tmp_path)
+    assert done.returncode == 78
+    assert "(peers is from peerd.toml)" in done.stderr
+
+
+def test_a_misspelt_variable_is_named() -> None:
+    done = systemd_unit(PEERD_SUPERVISE_FOO="1")
+    assert done.returncode == 0
+    assert "PEERD_SUPERVISE_FOO is no setting" in done.stderr
+
+
+def test_an_interpreter_in_a_home_can_be_read() -> None:
+    """As pyenv's and uv's is, which the venv only links to."""
+    homes = [Path("/home"), Path("/root")]
+    used = [Path(sys.executable).resolve(), Path(sys.base_prefix), Path(sys.argv[0]).resolve()]
+    in_home = any(path.is_relative_to(home) for path in used for home in homes)
+    assert values(systemd_unit(cwd=Path("/")).stdout, "ProtectHome") == [
+        "read-only" if in_home else "yes"
+    ]
+
+
+def test_a_control_socket_that_nobody_else_would_see() -> None:
+    done = systemd_unit("--", "--control", "/tmp/x/c.sock")
+    assert "--control /tmp/x/c.sock would be in the service's own /tmp" in done.stderr
+
+
 def test_a_control_socket_of_ones_own() -> None:
     done = systemd_unit("--", "--control", "/srv/peerd/c.sock")
     assert values(done.stdout, "ReadWritePaths") == ["/srv/peerd"]
@@ -120,6 +148,9 @@ def test_a_directory_that_the_service_cannot_read_is_named(tmp_path: Path) -> No
         (["--base-port", "65535", "--peers", "2"], 2, "past 65535"),
         (["--config", "/no/such.toml"], 78, "/no/such.toml"),
         (["supervise"], 2, "supervise"),
+        (["--linger", "99999999"], 2, "--linger"),
+        (["--max-rss", "1"], 2, "--max-rss"),
+        (["--drain-timeout", "0"], 2, "--drain-timeout"),
     ],
 )
 def test_wrong_options_are_refused_now(options: list[str], code: int, message: str) -> None:
