@@ -373,6 +373,10 @@ class Peer:
                 self._certify(worker, end, lost, "stopping")
             self._fail_replacement("it is stopping")
             self._has_perhaps_ended()
+        elif _has_left(worker, end, lost):
+            # To a successor that has died meanwhile.
+            self.slot.restarts += 1
+            self.start()
         elif worker.failure is not None:
             self._host.history.note(
                 "cannot start", peer_id=self.peer_id, why=worker.failure.partition("\n")[0]
@@ -539,6 +543,7 @@ class Peer:
                 return
             # There is no deadline for it but the stuck clock: it may have much in hand.
             self.worker.send(HAND_OVER)
+            self.worker.leaves = True
             replacement.handed_over_s = time.monotonic()
             successor.deadline.cancel()
 
@@ -547,11 +552,9 @@ class Peer:
         replacement, successor = self._replacement, self.successor
         assert replacement is not None
         assert successor is not None
-        was_told = replacement.handed_over_s is not None
-        is_clean = was_told and (end.code == EX_OK or end.signal == HAND_OVER)
-        if (not is_clean or lost) and worker.killed_for != "stop":
+        if not (_has_left(worker, end, lost) or worker.killed_for == "stop"):
             self._certify(worker, end, lost, "its successor, which was starting, takes over")
-        if not was_told:
+        if replacement.handed_over_s is None:
             replacement.handed_over_s = time.monotonic()
             self.slot.restarts += 1
             self._becomes(Event.START)
@@ -646,3 +649,8 @@ class Peer:
 
     def _say(self, level: int, message: str, *args: object) -> None:
         self._log.log(level, message, *args)
+
+
+def _has_left(worker: Worker, end: Exit, lost: int) -> bool:
+    """Whether that is the end of one that was told to leave its socket, and no death."""
+    return worker.leaves and not lost and (end.code == EX_OK or end.signal == HAND_OVER)

@@ -78,6 +78,9 @@ class Worker:
         self.deadline = Timer()
         """Until when it is to be ready, or prepared."""
 
+        self.leaves = False
+        """It was told to leave the socket to its successor."""
+
         self.lines_dropped = 0
         """Of its output, at its end."""
 

@@ -15,6 +15,7 @@ from command import command, peerd, started
 from eventually import eventually
 from peerd import decode, encode
 from peerd.chaos.load import Load
+from peerd.errors import ControlError
 from peerd.registry import Joined, Registry
 from supervised import Running, Supervised, is_gone, send_signal
 from supervisor_requests import Asked, death_of, events, pids
@@ -265,6 +266,30 @@ def test_a_coroutine_that_holds_up_its_replacement_is_cut_off_when_it_counts_as_
     assert (replaced["old_pid"], replaced["pid"]) == (before[0], peer["pid"])
     assert (peer["lost_in_flight"], peer["rx_messages"]) == (1, 2)
     assert pids(running)[1] == before[1]
+
+
+def test_a_worker_that_left_its_socket_to_one_that_died_is_no_death(supervised: Supervised) -> None:
+    """Nor a failure that delays the next one."""
+    running = start(supervised, WAITS.replace("600", "3"))
+    before, registrar = pids(running), running.registrar().pid
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(20)
+        client.connect(("127.0.0.1", running.ports[0]))
+        client.send(encode("WAIT", "1"))
+        eventually(lambda: running.peer(0)["rx_messages"] == 1)
+        restart = Asked(running, "restart", slot=0)
+        eventually(lambda: waits_to_leave(running.peer(0), before[0]))
+        known = {running.pid, registrar, *before}
+        (successor,) = [process.pid for process in running.tree() if process.pid not in known]
+        send_signal(successor, signal.SIGKILL)
+        with pytest.raises(ControlError, match="killed by SIGKILL"):
+            restart.answer()
+        client.send(encode("SEQ", "1", b"in the queue"))
+        assert decode(client.recv(2048)).body == b"in the queue"
+    peer = running.peer(0)
+    assert peer["pid"] not in (before[0], successor)
+    assert (peer["restarts"], peer["last_exit"], peer["lost_in_flight"]) == (1, None, 0)
+    assert not events(running, "died")
 
 
 WAITS = """
