@@ -13,7 +13,7 @@ from peerd._scoreboard import Scoreboard
 from peerd.app import App, builtin_app
 from peerd.errors import SettingsError
 from peerd.settings import ANONYMOUS, DEFAULT_PREFIX, EtcdAccess, SupervisorSettings
-from peerd.supervisor.sockets import bind_one
+from peerd.supervisor.sockets import bind_all
 from peerd.worker import make_loop
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Peer:
         if self._loop is not None:
             raise RuntimeError(f"peer {self.peer_id} is running already")
         buffer_bytes = self._settings.recv_buffer_bytes
-        sock = bind_one(self._settings.host, self.port, buffer_bytes, flag="port")
+        (sock,) = bind_all(self._settings.host, self.port, 1, buffer_bytes, flag="port")
         self._open.callback(sock.close)
         self._loop = make_loop(
             self._app,

@@ -216,6 +216,7 @@ class Scaler:
                 self._begin(target)
             except (BindError, ControlError) as error:
                 self._current = None
+                self._history.note("not scaled", why=str(error))
                 scaling.answer(str(error))
             except BaseException:  # a defect: it must not hold up all that come behind it
                 self._current = None

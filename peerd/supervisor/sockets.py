@@ -63,8 +63,9 @@ def bind_all(
     count: int,
     recv_buffer_bytes: int,
     inherited: dict[int, socket.socket] | None = None,
+    flag: str = "--base-port",
 ) -> list[socket.socket]:
-    """One bound UDP socket for each port; all of them or an error.
+    """One bound UDP socket for each port; all of them or an error. Errors name the flag of the ports.
 
     Those of ``inherited`` (by port) that fit are used, and removed from it; the others stay there, for
     the caller to close. Raises PortInUseError, or BindError when the host does not resolve, the bind is
@@ -79,7 +80,7 @@ def bind_all(
         sockets = []
         for port in ports:
             sock = adopted.get(port) or opened.enter_context(
-                _bound(host, family, address, port, "--base-port")
+                _bound(host, family, address, port, flag)
             )
             _grow_buffer(sock, recv_buffer_bytes)
             sockets.append(sock)
