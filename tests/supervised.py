@@ -135,17 +135,26 @@ class Running:
             self.process.wait()
 
 
+_given_ports: set[int] = set()
+"""Who was given them may not have bound them yet."""
+
+
 def free_ports(count: int) -> int:
-    """The first of ``count`` neighbouring free UDP ports, below the kernel's ephemeral range."""
+    """The first of ``count`` neighbouring free UDP ports, below the kernel's ephemeral range. None of them is
+    given twice."""
     while True:
         base = random.randrange(10_000, 30_000)
+        wanted = range(base, base + count)
+        if not _given_ports.isdisjoint(wanted):
+            continue
         with ExitStack() as stack:
             try:
-                for port in range(base, base + count):
+                for port in wanted:
                     sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
                     sock.bind(("127.0.0.1", port))
             except OSError:
                 continue
+            _given_ports.update(wanted)
             return base
 
 
