@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib.util
 import os
@@ -13,7 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,6 +147,13 @@ class EtcdProcess:
     def stop(self) -> None:
         """SIGSTOP: connections stay, and new ones are accepted by the kernel, but nobody answers."""
         os.kill(self.pid, signal.SIGSTOP)
+        # One of its threads may be on a CPU, and answers until it comes to see the signal.
+        eventually(lambda: set(self._states_of_threads()) == {"T"})
+
+    def _states_of_threads(self) -> Iterator[str]:
+        for thread in Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                yield (thread / "stat").read_text().rpartition(")")[2].split()[0]
 
     def cont(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
