@@ -51,8 +51,13 @@ def make_console() -> Console:
     """Standard output, as wide as the terminal is."""
     from rich.console import Console
 
+    class PipeConsole(Console):
+        def on_broken_pipe(self) -> None:
+            """rich would exit with 1."""
+            raise BrokenPipeError
+
     width = None if sys.stdout.isatty() else ANY_WIDTH
-    return Console(width=width, markup=False, highlight=False, emoji=False)
+    return PipeConsole(width=width, markup=False, highlight=False, emoji=False)
 
 
 def columns_that_fit(columns: Sequence[Column], width: int) -> list[Column]:

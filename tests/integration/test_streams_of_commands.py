@@ -37,6 +37,13 @@ def test_a_reader_that_has_seen_enough_is_a_sigpipe(args: list[str]) -> None:
     assert "BrokenPipe" not in done.stderr
 
 
+def test_a_table_that_nobody_reads(supervised: Supervised) -> None:
+    running = supervised.start(peers=1)
+    running.wait_registered()
+    done = without_reader("nodes", f"--etcd={running.etcd}", f"--prefix={running.prefix}")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_the_status_that_nobody_reads(supervised: Supervised) -> None:
     running = supervised.start(peers=2)
     running.wait_ready()
