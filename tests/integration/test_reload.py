@@ -6,6 +6,7 @@ import contextlib
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import orjson
@@ -250,13 +251,7 @@ def test_a_coroutine_that_holds_up_its_replacement_is_cut_off_when_it_counts_as_
     """What it had in hand is counted as lost, the queue is not, and its successor takes over."""
     running = start(supervised, WAITS, "--stuck-timeout=1.5")
     before = pids(running)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.settimeout(20)
-        client.connect(("127.0.0.1", running.ports[0]))
-        client.send(encode("WAIT", "1"))
-        eventually(lambda: running.peer(0)["rx_messages"] == 1)
-        restart = Asked(running, "restart", slot=0)
-        eventually(lambda: waits_to_leave(running.peer(0), before[0]))
+    with held_up(running) as (client, restart):
         client.send(encode("SEQ", "1", b"in the queue"))
         assert decode(client.recv(2048)).body == b"in the queue"
     (replaced,) = restart.answer()["replaced"]
@@ -272,13 +267,7 @@ def test_a_worker_that_left_its_socket_to_one_that_died_is_no_death(supervised: 
     """Nor a failure that delays the next one."""
     running = start(supervised, WAITS.replace("600", "3"))
     before, registrar = pids(running), running.registrar().pid
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.settimeout(20)
-        client.connect(("127.0.0.1", running.ports[0]))
-        client.send(encode("WAIT", "1"))
-        eventually(lambda: running.peer(0)["rx_messages"] == 1)
-        restart = Asked(running, "restart", slot=0)
-        eventually(lambda: waits_to_leave(running.peer(0), before[0]))
+    with held_up(running) as (client, restart):
         known = {running.pid, registrar, *before}
         (successor,) = [process.pid for process in running.tree() if process.pid not in known]
         send_signal(successor, signal.SIGKILL)
@@ -304,6 +293,20 @@ async def wait(message):
 async def answer(message):
     return message.body
 """
+
+
+@contextlib.contextmanager
+def held_up(running: Running) -> Iterator[tuple[socket.socket, Asked]]:
+    """A client, and the replacement of its peer, whose worker was told to leave and waits for a handler."""
+    (pid, *_) = pids(running)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(20)
+        client.connect(("127.0.0.1", running.ports[0]))
+        client.send(encode("WAIT", "1"))
+        eventually(lambda: running.peer(0)["rx_messages"] == 1)
+        restart = Asked(running, "restart", slot=0)
+        eventually(lambda: waits_to_leave(running.peer(0), pid))
+        yield client, restart
 
 
 def waits_to_leave(peer: dict[str, Any], pid: int) -> bool:
