@@ -67,7 +67,7 @@ fuzz-quick:
 	$(MAKE) fuzz FUZZ="-max_total_time=7"
 
 sdist-check: $(VENV)/.test
-	$(BIN)/python -m pytest tests/integration/test_packaging.py
+	$(BIN)/python -m pytest tests/packaging/test_packaging.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info ext/peerd/*.c peerd/*.so

@@ -1,4 +1,4 @@
-"""peerd's workers as ``peerd supervise`` runs them: forked, one for each socket, through peerd.worker.
+"""peerd's workers as ``peerd supervise`` runs them: forked, one per socket, by peerd.serving.worker.
 
     python peerd_workers.py APP LINGER_US|default OFFLOAD FD [FD ...]
 
@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 import orjson
 
-import peerd.worker
+import peerd.serving.worker
 from children import BenchmarkError
 from peerd._scoreboard import Scoreboard, Slot
 from peerd.settings import DatagramSettings, default_linger_us
@@ -125,13 +125,13 @@ def _run_worker(
     result: Callable[[], Result],
     told: int,
 ) -> int:
-    worker_settings = peerd.worker.WorkerSettings(
+    worker_settings = peerd.serving.worker.WorkerSettings(
         peer_id=f"benchmark:{sock.getsockname()[1]}",
         app=app,
         datagrams=settings,
         drain_timeout_s=DRAIN_TIMEOUT_S,
     )
-    code = peerd.worker.run(worker_settings, sock, slot, _Boot(told))
+    code = peerd.serving.worker.run(worker_settings, sock, slot, _Boot(told))
     os.write(told, orjson.dumps(result()))
     return code
 

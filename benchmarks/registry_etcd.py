@@ -23,8 +23,8 @@ from typing import Any
 import orjson
 
 from children import BenchmarkError
-from peerd.embedded_etcd import HOW_TO_GET_ETCD, find_etcd
 from peerd.registry import PeerRecord
+from peerd.registry.embedded_etcd import HOW_TO_GET_ETCD, find_etcd
 
 MEMBERS = 3
 HEALTHY_LIMIT_S = 20.0

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from peerd.embedded_etcd import EmbeddedEtcd
+from peerd.registry.embedded_etcd import EmbeddedEtcd
 from registry_etcd import Gateway, loopback, port_of
 from registry_trials import Bench, started, title
 

@@ -14,7 +14,7 @@ from statistics import median
 
 from children import cpu_seconds
 from noise import QUIET, Watch
-from peerd.embedded_etcd import EmbeddedEtcd
+from peerd.registry.embedded_etcd import EmbeddedEtcd
 from registry_etcd import Gateway, loopback, port_of
 from registry_trials import Bench, Child, started, title
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from peerd.embedded_etcd import EmbeddedEtcd
+from peerd.registry.embedded_etcd import EmbeddedEtcd
 from registry_clients import BARE, BARE_AND_JSON, CACHE
 from registry_etcd import Gateway, loopback, port_of
 from registry_trials import Bench, Child, started, title

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from peerd.embedded_etcd import EmbeddedEtcd
+from peerd.registry.embedded_etcd import EmbeddedEtcd
 from registry_etcd import Gateway, loopback, port_of, record
 from registry_trials import Bench, Child, started, title
 

@@ -36,8 +36,8 @@ try:
     from children import BenchmarkError
     from machine import cpu_model
     from noise import QUIET
-    from peerd.embedded_etcd import EmbeddedEtcd
     from peerd.errors import RegistryUnavailableError
+    from peerd.registry.embedded_etcd import EmbeddedEtcd
     from progress import showing
     from registry_etcd import etcd_version
     from supervisors_claims import mib, of, of_peers, times_circus

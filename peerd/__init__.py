@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 from peerd._core import Message, decode, encode
-from peerd.app import App
 from peerd.errors import (
     AppLoadError,
     BindError,
@@ -27,11 +26,12 @@ from peerd.errors import (
     RegistryUnavailableError,
     SettingsError,
 )
+from peerd.serving.app import App
 
 if TYPE_CHECKING:
-    from peerd.async_client import AsyncPeerClient
-    from peerd.client import PeerClient
-    from peerd.peer import Peer
+    from peerd.clients.asynchronous import AsyncPeerClient
+    from peerd.clients.blocking import PeerClient
+    from peerd.serving.in_process import Peer
 
 __version__ = "0.1.0"
 
@@ -63,9 +63,9 @@ __all__ = [
 # Loaded at their first use: Peer brings psutil and the rest of a running peer along, AsyncPeerClient
 # brings asyncio, and an App has no use for either.
 _LAZY = {
-    "AsyncPeerClient": "peerd.async_client",
-    "Peer": "peerd.peer",
-    "PeerClient": "peerd.client",
+    "AsyncPeerClient": "peerd.clients.asynchronous",
+    "Peer": "peerd.serving.in_process",
+    "PeerClient": "peerd.clients.blocking",
 }
 
 if not TYPE_CHECKING:

@@ -15,9 +15,9 @@ import hypothesis
 import psutil
 import pytest
 
-from etcd_fixture import shared_etcd
-from eventually import eventually
-from supervised import Supervised
+from harness.etcd_fixture import shared_etcd
+from harness.eventually import eventually
+from harness.supervised import Supervised
 
 # Every process that a test starts inherits this variable, orphans included.
 RUN_MARK = f"PEERD_TEST_RUN={uuid.uuid4()}"

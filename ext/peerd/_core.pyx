@@ -25,7 +25,7 @@ ICMP errors. With IP_RECVERR they wait in a queue of the socket that poll() tell
 that they are about; without, only the next call would fail, and for no fault of its own. They are
 counted, and passed to on_icmp_error if there is one.
 
-Coroutine handlers. Their loop is turned by an event loop instead of run() (peerd/async_server.py). A
+Coroutine handlers. Their loop is turned by an event loop instead of run() (peerd/serving/async_server.py). A
 coroutine is stepped at once, as asyncio's eager tasks are (Python 3.12), and most end in that step: they
 cost no task and no trip through the event loop. While it is stepped, the current task and context are
 those of a spare task; a coroutine that waits for something takes the spare with it, and is continued

@@ -34,8 +34,8 @@ from peerd.chaos.checks import Invariant
 from peerd.chaos.load import Load
 from peerd.chaos.schedule import SPARE_PEERS, Action, Kind, schedule
 from peerd.chaos.subject import COMMAND_TIMEOUT_S, Subject, wait_for
-from peerd.embedded_etcd import EmbeddedEtcd
 from peerd.errors import ControlError, NotRunningError, PeerdError
+from peerd.registry.embedded_etcd import EmbeddedEtcd
 from peerd.supervisor.restart import RestartPolicy
 
 LEASE_TTL_S = 4

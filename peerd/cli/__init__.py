@@ -49,7 +49,7 @@ COMMANDS = {
     "status": ("peerd.cli.status", "Show what a running supervisor and its peers do."),
     "wait": ("peerd.cli.manage", "Wait until all peers are ready."),
     "events": ("peerd.cli.events", "Show what has happened to the processes of a supervisor."),
-    "logs": ("peerd.cli.show_logs", "Show the last lines that the workers have written."),
+    "logs": ("peerd.cli.log_lines", "Show the last lines that the workers have written."),
     "reload": ("peerd.cli.manage", "Replace all workers, one at a time, losing nothing."),
     "restart": ("peerd.cli.manage", "Replace the worker of one slot, losing nothing."),
     "scale": ("peerd.cli.manage", "Change the number of peers while they run, losing nothing."),

@@ -19,8 +19,8 @@ from typing import IO
 
 import orjson
 
-from peerd.app import load_app
 from peerd.errors import AppLoadError
+from peerd.serving.app import load_app
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def _try_sockets(settings: SupervisorSettings, findings: _Findings) -> None:
 
 
 def _ask_etcd(settings: RegistrySettings, is_named: bool, findings: _Findings) -> _Registry:
-    from peerd import embedded_etcd
+    from peerd.registry import embedded_etcd
 
     records, starts = None, False
     if is_named or embedded_etcd.is_listening(DEFAULT_ENDPOINT):

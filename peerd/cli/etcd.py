@@ -11,8 +11,8 @@ from pathlib import Path
 
 import click
 
-from peerd.embedded_etcd import HOW_TO_GET_ETCD, command, find_etcd, is_listening
 from peerd.errors import BindError, RegistryUnavailableError
+from peerd.registry.embedded_etcd import HOW_TO_GET_ETCD, command, find_etcd, is_listening
 from peerd.settings import DEFAULT_ENDPOINT
 
 

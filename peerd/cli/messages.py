@@ -13,7 +13,7 @@ import orjson
 from peerd._core import Message
 from peerd.address import address_of
 from peerd.cli.options import SECONDS, access_options, etcd_option, json_option, prefix_option
-from peerd.client import DEFAULT_VERSION, PeerClient, failures_named, resolve
+from peerd.clients.blocking import DEFAULT_VERSION, PeerClient, failures_named, resolve
 from peerd.errors import NoAnswerError
 from peerd.registry.records import PeerRecord
 from peerd.settings import EtcdAccess

@@ -13,18 +13,20 @@ from typing import Any
 
 import click
 
-from peerd import __version__, registrar, worker
+from peerd import __version__
 from peerd._scoreboard import Scoreboard, Slot
 from peerd.cli import logs
 from peerd.cli.supervisor_options import LaunchOptions, SupervisorCommand, supervisor_options
 from peerd.cli.wording import counted, ports
 from peerd.errors import SettingsError
+from peerd.registry import registrar
+from peerd.serving import worker
 from peerd.settings import DEFAULT_ENDPOINT, MAX_PEERS, EmbeddedEtcdSettings, SupervisorSettings
 from peerd.supervisor import pinning
 from peerd.supervisor.cgroup import cpu_quota
 from peerd.supervisor.notify import Notifier, socket_name
 from peerd.supervisor.surroundings import Entries, Surroundings
-from peerd.supervisor.workers import BootReport
+from peerd.supervisor.worker_process import BootReport
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +120,7 @@ def _own_etcd() -> EmbeddedEtcdSettings | None:
     # What it takes to run an etcd, only where it may have to: the workers wait for all that is imported.
     import tempfile
 
-    from peerd import embedded_etcd
+    from peerd.registry import embedded_etcd
 
     if embedded_etcd.is_listening(DEFAULT_ENDPOINT):
         return None

@@ -9,12 +9,13 @@
 
     peerd.registry.nodes()   # the same reading, with PEERD_ETCD, PEERD_PREFIX or the defaults
 
-What talks to etcd is loaded at its first use: gRPC takes a quarter of a second, and a process that
-has it loaded had better not fork, while records and errors are needed everywhere.
+Everything but the errors is loaded at its first use: gRPC takes a quarter of a second to import, and a
+process that has imported it should not fork.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from peerd.errors import (
@@ -24,10 +25,10 @@ from peerd.errors import (
     RegistryError,
     RegistryUnavailableError,
 )
-from peerd.registry.records import PeerRecord
 
 if TYPE_CHECKING:
     from peerd.registry.cache import Cache
+    from peerd.registry.records import PeerRecord
     from peerd.registry.registry import Listing, Registry, nodes
     from peerd.registry.session import Registration, SessionState
     from peerd.registry.watch import Joined, Left, Updated, Watch
@@ -57,9 +58,9 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from peerd.registry import registry
-
-    globals()[name] = value = getattr(registry, name)  # so that this is asked once only
+    home = "records" if name == "PeerRecord" else "registry"
+    module = importlib.import_module(f"peerd.registry.{home}")
+    globals()[name] = value = getattr(module, name)  # so that the next look-up finds it
     return value
 
 

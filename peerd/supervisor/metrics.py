@@ -50,9 +50,9 @@ from peerd._scoreboard import COUNTER_NAMES, PeerState, RegistryState, Scoreboar
 from peerd.supervisor.history import History
 from peerd.supervisor.listener import Listener
 from peerd.supervisor.loop import Loop
-from peerd.supervisor.peer import Peer
 from peerd.supervisor.sockets import QueueState
 from peerd.supervisor.status import StatusReport
+from peerd.supervisor.supervised_peer import Peer
 from peerd.supervisor.surroundings import Surroundings
 
 log = logging.getLogger(__name__)

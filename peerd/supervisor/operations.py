@@ -22,10 +22,10 @@ from peerd.errors import BindError, ControlError
 from peerd.settings import MAX_PEERS, SupervisorSettings
 from peerd.supervisor.history import History
 from peerd.supervisor.loop import Callback, Loop
-from peerd.supervisor.peer import Peer, Replaced
 from peerd.supervisor.sockets import bind_one, resolve
 from peerd.supervisor.stopping import WITHDRAW_TIMEOUT_S
-from peerd.supervisor.workers import DESCRIPTORS
+from peerd.supervisor.supervised_peer import Peer, Replaced
+from peerd.supervisor.worker_process import DESCRIPTORS
 
 log = logging.getLogger(__name__)
 

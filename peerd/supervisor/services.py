@@ -215,7 +215,9 @@ class EtcdService(_Service):
     def _has_ended(self, pid: int, end: Exit) -> None:
         if not self.keeps_running:
             return
-        from peerd.embedded_etcd import is_listening  # with all that it takes to run an etcd
+        from peerd.registry.embedded_etcd import (
+            is_listening,  # with all that it takes to run an etcd
+        )
 
         if is_listening(self._endpoint):
             # Two supervisors started at once, and the other one's etcd was first.

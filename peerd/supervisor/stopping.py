@@ -21,8 +21,8 @@ from collections.abc import Mapping
 
 from peerd.settings import SupervisorSettings
 from peerd.supervisor.loop import Callback, Loop, Timer
-from peerd.supervisor.peer import Peer
 from peerd.supervisor.services import EtcdService, RegistrarService
+from peerd.supervisor.supervised_peer import Peer
 
 log = logging.getLogger(__name__)
 

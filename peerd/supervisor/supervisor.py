@@ -35,11 +35,11 @@ from peerd.supervisor.loop import Loop
 from peerd.supervisor.notify import socket_name
 from peerd.supervisor.operations import Recycler, Reloads, Scaler
 from peerd.supervisor.output import RecentLines
-from peerd.supervisor.peer import Peer, Replaced
 from peerd.supervisor.processes import reap_stranger
 from peerd.supervisor.services import EtcdService, RegistrarService
 from peerd.supervisor.status import StatusReport
 from peerd.supervisor.stopping import Stop
+from peerd.supervisor.supervised_peer import Peer, Replaced
 from peerd.supervisor.surroundings import Entries, Surroundings
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from peerd.settings import EmbeddedEtcdSettings
 from peerd.supervisor.notify import Notifier
 from peerd.supervisor.services import RegistrarEntry
-from peerd.supervisor.workers import WorkerEntry
+from peerd.supervisor.worker_process import WorkerEntry
 
 
 @dataclass(frozen=True, kw_only=True)

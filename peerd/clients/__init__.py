@@ -1,0 +1,1 @@
+"""Clients that send messages to peers, blocking and on asyncio."""

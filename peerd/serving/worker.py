@@ -1,0 +1,160 @@
+"""One peer: an adopted socket, a DatagramLoop, the App and a slot of the scoreboard -> an exit code.
+
+Runs in a process of its own, forked by the supervisor, which owns the socket and learns of everything
+that happens here from the slot, from one report at boot and from the exit code.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import time
+import traceback
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from setproctitle import setproctitle
+
+from peerd._core import DatagramLoop
+from peerd._scoreboard import Slot
+from peerd.address import Address
+from peerd.errors import AppLoadError
+from peerd.linux import is_kernel_with_broken_gso, is_kernel_without_gro
+from peerd.serving.app import App, load_app
+from peerd.settings import DatagramSettings
+from peerd.signals import DUMP_STACK, HAND_OVER
+
+log = logging.getLogger(__name__)
+
+EX_OK = 0
+EX_CONFIG = 78
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    peer_id: str
+    app: str | None = None
+    datagrams: DatagramSettings = field(default_factory=DatagramSettings)
+    drain_timeout_s: float = 1.0
+
+
+class BootReport(Protocol):
+    """How a worker tells how its start goes."""
+
+    def prepared(self) -> None:
+        """The app is loaded. Returns when this worker may read the socket: a predecessor may still."""
+
+    def ready(self) -> None: ...
+
+    def failed(self, text: str) -> None: ...
+
+
+def run(settings: WorkerSettings, sock: socket.socket, slot: Slot, report: BootReport) -> int:
+    """Serve until SIGTERM, then drain, or until HAND_OVER, and leave the queue to a successor.
+
+    EX_CONFIG when the app cannot be loaded.
+    """
+    setproctitle(f"peerd: peer {settings.peer_id}")
+    # The terminal's Ctrl-C is the supervisor's to judge.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()  # a crash in C then shows the Python stack among the last lines
+    faulthandler.register(DUMP_STACK)  # first, for an app that hangs while it is imported
+    try:
+        app = load_app(settings.app)
+    except AppLoadError as error:
+        report.failed(_explain(error))
+        return EX_CONFIG
+    report.prepared()
+    # Not earlier: the loop counts in the slot from its beginning, as a predecessor does to its end.
+    loop = make_loop(app, sock.fileno(), slot, settings.datagrams)
+    try:
+        _serve(loop, bool(app.coroutine_handlers), report, settings.drain_timeout_s)
+    except SystemExit:
+        log.critical("a handler has called sys.exit", exc_info=True)
+        raise
+    return EX_OK
+
+
+def _serve(
+    loop: DatagramLoop, on_event_loop: bool, report: BootReport, drain_timeout_s: float
+) -> None:
+    if on_event_loop:
+        # Only an app that has coroutine handlers pays for asyncio.
+        from peerd.serving import async_server
+
+        async_server.run(loop, report.ready, drain_timeout_s)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: loop.stop(drain_timeout_s))
+    signal.signal(HAND_OVER, lambda *_: loop.stop(drain_timeout_s, hand_over=True))
+    signal.set_wakeup_fd(loop.wakeup_fd, warn_on_full_buffer=False)
+    loop.turn()
+    report.ready()
+    loop.run()
+
+
+def make_loop(
+    app: App, fd: int, slot: Slot, settings: DatagramSettings, about: str = ""
+) -> DatagramLoop:
+    """The datagram loop of a peer, with its handlers and its logs, whose lines begin with ``about``."""
+    return DatagramLoop(
+        fd,
+        app.handlers,
+        app.batch_handlers,
+        slot,
+        HandlerErrorLog(about),
+        coroutine_handlers=app.coroutine_handlers,
+        on_icmp_error=IcmpErrorLog(about) if log.isEnabledFor(logging.DEBUG) else None,
+        gro=settings.offload and not is_kernel_without_gro(),
+        gso=settings.offload and not is_kernel_with_broken_gso(),
+        linger_s=settings.linger_us / 1e6,
+    )
+
+
+class IcmpErrorLog:
+    """Names the clients that cannot be reached."""
+
+    def __init__(self, about: str) -> None:
+        self._about = about
+
+    def __call__(self, address: tuple[str, int] | None, error: int) -> None:
+        to = Address(*address) if address else "?"
+        log.debug("%sto=%s: %s", self._about, to, os.strerror(error))
+
+
+class HandlerErrorLog:
+    """Logs what handlers raise: each magic code once a second at most, with how many were left out."""
+
+    INTERVAL_S = 1.0
+
+    def __init__(self, about: str) -> None:
+        self._about = about
+        self._last_s: dict[str, float] = {}
+        self._left_out: dict[str, int] = {}
+
+    def __call__(self, magic: str, sender: tuple[str, int] | None, error: BaseException) -> None:
+        now_s = time.monotonic()
+        if now_s - self._last_s.get(magic, -self.INTERVAL_S) < self.INTERVAL_S:
+            self._left_out[magic] = self._left_out.get(magic, 0) + 1
+            return
+        self._last_s[magic] = now_s
+        left_out = self._left_out.pop(magic, 0)
+        also = f" ({left_out} more since the last such line)" if left_out else ""
+        log.error(
+            "%sfrom=%s: the handler of %r raised %s%s",
+            self._about,
+            Address(*sender) if sender else "?",
+            magic,
+            type(error).__name__,
+            also,
+            exc_info=error,
+        )
+
+
+def _explain(error: AppLoadError) -> str:
+    """One line, and behind it the traceback of what the app itself raised."""
+    if error.__cause__ is None:
+        return str(error)
+    return f"{error}\n{''.join(traceback.format_exception(error.__cause__))}".rstrip()

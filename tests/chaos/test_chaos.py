@@ -1,0 +1,127 @@
+"""``peerd chaos``: it passes, its schedule repeats itself, and it finds what it has not done itself."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import IO
+
+import orjson
+import psutil
+import pytest
+
+from harness.command import command, peerd, started
+from harness.supervised import send_signal
+from peerd.chaos.schedule import Kind, schedule
+from peerd.cli.chaos import DEFAULT_PEERS
+from peerd.supervisor import control
+
+SEED = 2184
+"""One that does each kind of harm more than once within 20 s, and kills 18 times."""
+
+
+def chaos(*args: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    return started(
+        command("chaos", *args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "options", "kinds"),
+    # The shorter one has no time for each kind of harm.
+    [(20, [], set(Kind)), (8, ["--coroutines"], {Kind.KILL, Kind.STOP, Kind.RESTART})],
+    ids=["plain", "coroutines"],
+)
+def test_a_seed(tmp_path: Path, seconds: int, options: list[str], kinds: set[Kind]) -> None:
+    with chaos(
+        f"--seed={SEED}", f"--seconds={seconds}", "--json", f"--log-dir={tmp_path}", *options
+    ) as run:
+        out, err = run.communicate(timeout=100)
+    assert run.returncode == 0, err
+    report = orjson.loads(out)
+    assert (report["holds"], report["seed"]) == (True, SEED)
+    assert all(invariant["holds"] for invariant in report["invariants"])
+    assert report["done"].keys() >= kinds, err
+    assert f"again: peerd chaos --seed {SEED} --seconds {seconds}" in err
+    assert (tmp_path / f"seed-{SEED}" / "err").exists()
+
+
+def test_who_dies_of_somebody_elses_hand_is_found(tmp_path: Path) -> None:
+    seed, slot, seconds = 70, 2, 4
+    # It does not touch this slot, so nobody else ends this worker.
+    assert slot not in {a.slot for a in schedule(seed, seconds, DEFAULT_PEERS, [Kind.RESTART])}
+    with chaos(
+        f"--seed={seed}", f"--seconds={seconds}", "--actions=restart", f"--log-dir={tmp_path}"
+    ) as run:
+        assert run.stderr is not None
+        said = read_until(run.stderr, "restart slot")
+        status = control.request(tmp_path / f"seed-{seed}" / "control.sock", "status")
+        worker = status["peers"][slot]["pid"]
+        send_signal(worker, signal.SIGKILL)
+        out, err = run.communicate(timeout=60)
+    assert run.returncode == 1, said + err
+    broken = [line for line in out.splitlines() if re.search(r"  NO  ", line)]
+    assert len(broken) == 1, out
+    assert broken[0].startswith("only who was killed has died")
+    assert f"pid {worker} (killed by SIGKILL, cause signal)" in broken[0]
+    assert f"peerd chaos: seed {seed}: only who was killed has died" in err
+    assert f"the supervisor's log is {tmp_path / f'seed-{seed}' / 'err'}" in err
+
+
+def test_a_supervisor_that_dies_is_found(tmp_path: Path) -> None:
+    with chaos("--seed=1", "--seconds=20", "--actions=restart", f"--log-dir={tmp_path}") as run:
+        assert run.stderr is not None
+        read_until(run.stderr, "restart slot")
+        supervisor_of(run).kill()
+        out, err = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert re.search(r"^the supervisor lives and answers +NO +exit code -9", out, re.MULTILINE), (
+        out + err
+    )
+
+
+def test_actions_are_checked() -> None:
+    done = peerd("chaos", "--actions=kill,flood")
+    assert done.returncode == 2
+    assert "flood" in done.stderr
+    assert "etcd-kill" in done.stderr
+
+
+def test_a_supervisor_that_cannot_start_says_why(tmp_path: Path) -> None:
+    limit = ["sh", "-c", 'ulimit -n 1000; exec "$@"', "sh"]
+    with started(
+        [*limit, *command("chaos", "--peers=4096", f"--log-dir={tmp_path}")],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        _, err = run.communicate(timeout=60)
+    assert run.returncode == 1
+    last = err.splitlines()[-1]
+    assert last.startswith("peerd: the supervisor has not started: ")
+    assert "open files" in last
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_flag() -> None:
+    done = peerd("chaos", "--seed=1", "--log-dir=/proc/x")
+    assert done.returncode == 2
+    assert "--log-dir: cannot make /proc/x/seed-1: No such file or directory" in done.stderr
+
+
+def read_until(stream: IO[str], text: str) -> str:
+    said = ""
+    while text not in said:
+        line = stream.readline()
+        assert line, said
+        said += line
+    return said
+
+
+def supervisor_of(run: subprocess.Popen[str]) -> psutil.Process:
+    return next(
+        child
+        for child in psutil.Process(run.pid).children()
+        if "peerd: supervisor" in " ".join(child.cmdline())
+    )

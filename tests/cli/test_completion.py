@@ -1,0 +1,128 @@
+"""Completion in the shells themselves: what TAB offers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from harness.command import peerd
+from harness.eventually import eventually
+from harness.supervised import Supervised
+from harness.terminal import Terminal
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+def needs(shell: str) -> str:
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"there is no {shell} here")
+    return program
+
+
+@pytest.fixture
+def peerd_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ``peerd`` that runs this very source, as a shell finds it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "peerd"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m peerd "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the shells look for their start-up files
+    for name in ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+
+
+def offered(shell: str, line: str, folder: Path) -> list[str]:
+    """What the shell's own completion offers for a line that ends where the cursor is."""
+    script = folder / f"peerd.{shell}"
+    script.write_text(peerd("completion", shell).stdout)
+    words = line.split(" ")
+    if shell == "bash":
+        quoted = " ".join(f"'{word}'" for word in words)
+        code = (
+            f"source {script}\nCOMP_WORDS=({quoted})\nCOMP_CWORD={len(words) - 1}\n"
+            # Only inside a completion there are options to set.
+            "compopt() { :; }\n_peerd_completion peerd\nprintf '%s\\n' \"${COMPREPLY[@]}\""
+        )
+        command = [needs(shell), "--norc", "-c", code]
+    else:
+        assert shell == "fish"
+        command = [needs(shell), "--no-config", "-c", f"source {script}; complete -C '{line}'"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    return [entry.partition("\t")[0] for entry in done.stdout.split("\n") if entry]
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_commands_and_options(shell: str, peerd_on_path: None, tmp_path: Path) -> None:
+    needs(shell)
+    assert {"reload", "restart"} <= set(offered(shell, "peerd re", tmp_path))
+    assert "supervise" not in offered(shell, "peerd re", tmp_path)
+    assert "--base-port" in offered(shell, "peerd supervise --ba", tmp_path)
+    assert set(offered(shell, "peerd supervise --pin ", tmp_path)) == {"auto", "none"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_slots_out_of_the_running_supervisor(
+    shell: str, peerd_on_path: None, supervised: Supervised, tmp_path: Path
+) -> None:
+    needs(shell)
+    running = supervised.start(peers=12)
+    running.wait_ready()
+    line = f"peerd restart --control {running.control} "
+    assert offered(shell, line, tmp_path) == [str(slot) for slot in range(12)]
+    assert offered(shell, f"{line}1", tmp_path) == ["1", "10", "11"]
+    assert "11" in offered(shell, f"peerd logs --control {running.control} ", tmp_path)
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_no_slots_and_no_word_when_none_runs(
+    shell: str, peerd_on_path: None, tmp_path: Path
+) -> None:
+    needs(shell)
+    begun_s = time.monotonic()
+    assert offered(shell, "peerd restart ", tmp_path) == []
+    assert time.monotonic() - begun_s < 10
+
+
+def test_a_tab_in_zsh(peerd_on_path: None, supervised: Supervised, tmp_path: Path) -> None:
+    """Its completion works at its line editor only, so this presses the key."""
+    program = needs("zsh")
+    running = supervised.start(peers=1)
+    running.wait_ready()
+    script = tmp_path / "peerd.zsh"
+    script.write_text(peerd("completion", "zsh").stdout)
+    with Terminal([program, "-f", "-i"], columns=200) as terminal:
+        terminal.type(
+            f"autoload -U compinit; compinit -u -D; source {script}; echo is-$((1+1))\n".encode()
+        )
+        eventually(lambda: "is-2" in terminal.text, within_s=15)
+        terminal.type(b"peerd superv\t")
+        eventually(lambda: "supervise" in terminal.text, within_s=15)
+        terminal.type(
+            f"\x15peerd restart --control {running.control} \t && echo slot-$((2+1))\n".encode()
+        )
+        eventually(lambda: "slot-3" in terminal.text, within_s=30)
+        assert "1 worker replaced" in terminal.text
+        terminal.type(b"exit\n")
+        terminal.wait()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_scripts_are_clicks(shell: str) -> None:
+    done = peerd("completion", shell)
+    assert done.returncode == 0
+    assert "_PEERD_COMPLETE" in done.stdout
+
+
+def test_another_shell_is_refused() -> None:
+    assert peerd("completion", "csh").returncode == 2
+    assert "bash" in peerd("completion", "--help").stdout

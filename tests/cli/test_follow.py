@@ -1,0 +1,159 @@
+"""peerd events -f and peerd logs -f: they outlive the supervisor, and notice when nobody reads them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import orjson
+import pytest
+
+from harness import raw_client
+from harness.command import command, peerd
+from harness.eventually import eventually
+from harness.supervised import Running, Supervised
+
+APP = """
+import peerd
+app = peerd.App()
+
+@app.handler("PRINT")
+def say(message):
+    print(message.body.decode())
+    return b"done"
+"""
+
+
+def start(supervised: Supervised, *args: str, peers: int = 1) -> Running:
+    (supervised.folder / "talks.py").write_text(APP)
+    running = supervised.start("--app=talks:app", *args, peers=peers)
+    running.wait_ready()
+    return running
+
+
+def successor(supervised: Supervised, first: Running) -> Running:
+    running = supervised.start(
+        "--app=talks:app",
+        f"--control={first.control}",
+        peers=len(first.ports),
+        base_port=first.base_port,
+        prefix=first.prefix,
+    )
+    eventually(lambda: first.status()["supervisor"]["pid"] == running.pid, within_s=15)
+    eventually(lambda: first.status()["supervisor"]["state"] == "ready", within_s=15)
+    return running
+
+
+def tell(running: Running, text: str, slot: int = 0) -> None:
+    raw_client.request(running.ports[slot], b"PRINT", text.encode(), timeout_s=5)
+
+
+class Follower:
+    """A command that goes on, and what it has written so far."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.out = b""
+        self.err = b""
+
+    def read_out(self) -> None:
+        assert self.process.stdout is not None
+        while chunk := os.read(self.process.stdout.fileno(), 1 << 16):
+            self.out += chunk
+
+    def read_err(self) -> None:
+        assert self.process.stderr is not None
+        while chunk := os.read(self.process.stderr.fileno(), 1 << 16):
+            self.err += chunk
+
+
+@contextmanager
+def following(*args: str) -> Iterator[Follower]:
+    with subprocess.Popen(
+        command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        follower = Follower(process)
+        threads = [threading.Thread(target=read) for read in (follower.read_out, follower.read_err)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield follower
+        finally:
+            process.kill()
+            for thread in threads:
+                thread.join()
+
+
+RESTARTED = b"the supervisor has been restarted"
+
+
+def test_events_of_the_next_supervisor_are_shown(supervised: Supervised) -> None:
+    first = start(supervised)
+    for _ in range(3):  # more events than the next one has when it is asked first
+        assert peerd("restart", "0", f"--control={first.control}").returncode == 0
+    with following("events", "-f", "--json", f"--control={first.control}") as follower:
+        eventually(lambda: follower.out.count(b'"replaced"') == 3)
+        first.kill()
+        successor(supervised, first)
+        pid = first.peer(0)["pid"]
+        eventually(lambda: b'"ready"' in follower.out.splitlines()[-1])
+        last = [orjson.loads(line) for line in follower.out.splitlines()][-1]
+        assert (last["event"], last["pid"]) == ("ready", pid)
+        assert follower.err.count(RESTARTED) == 1
+
+
+def test_logs_of_the_next_supervisor_are_shown(supervised: Supervised) -> None:
+    first = start(supervised)
+    for number in range(3):
+        tell(first, f"old {number}")
+    with following("logs", "-f", "0", f"--control={first.control}") as follower:
+        eventually(lambda: b"old 2" in follower.out)
+        first.process.terminate()
+        assert first.wait() == 0
+        successor(supervised, first)
+        tell(first, "new 0")
+        eventually(lambda: b": new 0" in follower.out)
+        assert follower.out.count(b"old 2") == 1
+        assert follower.err.count(RESTARTED) == 1
+
+
+@pytest.mark.parametrize("name", ["events", "logs"])
+def test_a_reader_that_is_gone_ends_it(supervised: Supervised, name: str) -> None:
+    running = start(supervised)
+    with subprocess.Popen(
+        command(name, "-f", f"--control={running.control}"), stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        if name == "events":
+            process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(10) == 141
+
+
+def test_a_quiet_slot_has_no_lines_and_that_is_no_error(supervised: Supervised) -> None:
+    running = start(supervised, peers=3)
+    where = f"--control={running.control}"
+    quiet = peerd("logs", "1", where)
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+    unknown = peerd("logs", "9", where)
+    assert unknown.returncode == 1
+    assert "no slot 9: there are 0 to 2" in unknown.stderr
+    with following("logs", "-f", "1", where) as follower:
+        tell(running, "of another", slot=0)
+        tell(running, "at last", slot=1)
+        eventually(lambda: b": at last" in follower.out)
+        assert b"of another" not in follower.out
+
+
+def test_words_of_an_event_can_be_told_apart(supervised: Supervised) -> None:
+    running = start(supervised)
+    pid = running.peer(0)["pid"]
+    os.kill(pid, 9)
+    eventually(lambda: running.peer(0)["restarts"] == 1)
+    text = peerd("events", f"--control={running.control}").stdout
+    (line,) = [line for line in text.splitlines() if " died " in line]
+    assert "how='killed by SIGKILL'" in line
+    assert "oom=" not in line

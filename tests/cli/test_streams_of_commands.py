@@ -1,0 +1,70 @@
+"""Standard output that is closed, or that nobody reads to its end."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from harness.command import command
+from harness.supervised import Supervised
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+
+
+def without_reader(*args: str) -> subprocess.CompletedProcess[str]:
+    """With a pipe as standard output whose other end is closed, as ``| head -1`` leaves it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return subprocess.run(
+            command(*args), stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["supervise", "--help"], ["systemd-unit"]])
+def test_a_reader_that_has_seen_enough_is_a_sigpipe(args: list[str]) -> None:
+    done = without_reader(*args)
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+def test_a_table_that_nobody_reads(supervised: Supervised) -> None:
+    running = supervised.start(peers=1)
+    running.wait_registered()
+    done = without_reader("nodes", f"--etcd={running.etcd}", f"--prefix={running.prefix}")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_the_status_that_nobody_reads(supervised: Supervised) -> None:
+    running = supervised.start(peers=2)
+    running.wait_ready()
+    for options in ([], ["--json"], ["-o", "slot,state"], ["--watch"]):
+        done = without_reader("status", f"--control={running.control}", *options)
+        assert (done.returncode, done.stderr) == (141, ""), options
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(tmp_path: Path, closed: str) -> None:
+    absent = shlex.join(command("status", f"--control={tmp_path / 'none.sock'}"))
+    done = shell(f"{absent} {closed}; echo $?")
+    assert done.stdout == "3\n"
+    assert "Traceback" not in done.stderr
+    help_text = shell(f"{shlex.join(command('--help'))} {closed}; echo $?")
+    assert help_text.stdout.splitlines()[-1] == "0"
+    assert help_text.stderr == ""
+
+
+def test_a_supervisor_with_closed_streams(supervised: Supervised) -> None:
+    running = supervised.start(peers=1)
+    running.wait_ready()
+    done = shell(f"{shlex.join(command('status', f'--control={running.control}'))} >&-; echo $?")
+    assert (done.stdout, done.stderr) == ("0\n", "")

@@ -1,0 +1,92 @@
+"""The Peer class: one peer in the calling process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from harness import raw_client
+from harness.eventually import eventually
+from harness.supervised import free_ports
+from peerd import App, Message, Peer, PeerConflictError, PortInUseError, RegistryUnavailableError
+from peerd.registry import Registry
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_it_serves_in_a_thread() -> None:
+    app = App()
+
+    @app.handler("CHAT")
+    def chat(message: Message) -> bytes:
+        return b"hello " + message.body
+
+    port = free_ports(1)
+    with Peer(app, port=port) as peer:
+        assert raw_client.request(port, b"CHAT", b"you") == (b"CHAT", b"1.0", b"hello you")
+        eventually(lambda: peer.counters()["handled"] == 1)
+
+
+def test_it_is_registered_while_it_serves(etcd: str) -> None:
+    port = free_ports(1)
+    with Registry(etcd, "peer-class") as registry:
+        with Peer(port=port, peer_id="seedId", etcd=etcd, prefix="peer-class", partition_key="p"):
+            (record,) = registry.nodes()
+            assert (record.peer_id, record.url, record.port) == ("seedId", "localhost", port)
+            assert record.partition_key == "p"
+        assert registry.nodes() == []
+
+
+def test_it_serves_in_the_foreground_until_it_is_stopped() -> None:
+    port = free_ports(1)
+    peer = Peer(port=port)
+    thread = threading.Thread(target=peer.serve_forever)
+    thread.start()
+    eventually(lambda: raw_client.request(port, b"PING", b"x", timeout_s=0.2)[0] == b"PONG")
+    peer.stop()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_what_cannot_start_leaves_nothing_open(etcd: str) -> None:
+    port = free_ports(2)
+    with Peer(port=port, peer_id="one", etcd=etcd, prefix="peer-fails"):
+        with pytest.raises(PortInUseError, match=f"held by pid {os.getpid()}.*another port"):
+            Peer(port=port).start()
+        with pytest.raises(PeerConflictError, match=str(port)):
+            Peer(port=port + 1, peer_id="one", etcd=etcd, prefix="peer-fails").start()
+        with pytest.raises(RegistryUnavailableError):
+            Peer(port=port + 1, etcd="http://127.0.0.1:9").start()
+        with Peer(port=port + 1):  # the port is free again
+            pass
+
+
+def test_ctrl_c_in_the_foreground(etcd: str) -> None:
+    port = free_ports(1)
+    code = f"import peerd; peerd.Peer(port={port}, etcd={etcd!r}, prefix='ctrl-c').serve_forever()"
+    with (
+        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process,
+        Registry(etcd, "ctrl-c") as registry,
+    ):
+        eventually(registry.nodes, within_s=15)
+        process.send_signal(signal.SIGINT)
+        assert b"KeyboardInterrupt" in process.communicate(timeout=15)[1]
+        assert registry.nodes() == []
+
+
+def test_the_quick_start(etcd: str) -> None:
+    port = free_ports(1)
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "quickstart.py"), "--port", str(port), "--etcd", etcd],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Url = localhost, Port = {port}" in done.stdout

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peerd import App, AppLoadError, Message
+from peerd.serving.app import load_app
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module file in the current directory, under a name that no other test has."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path / f"app_of_{tmp_path.name.replace('-', '_')}.py"
+
+
+def test_handlers_by_magic_code() -> None:
+    app = App()
+
+    @app.handler("A")
+    def one(message: Message) -> bytes:
+        return message.body
+
+    @app.batch_handler("B")
+    def many(messages: list[Message]) -> None: ...
+
+    assert app.handlers == {"A": one}
+    assert app.batch_handlers == {"B": many}
+
+
+@pytest.mark.parametrize("magic", ["", "é", "x" * 256])
+def test_a_magic_code_that_cannot_be_sent_is_refused(magic: str) -> None:
+    with pytest.raises(ValueError, match="1 to 255 ASCII"):
+        App().handler(magic)(lambda message: None)
+
+
+def test_a_magic_code_has_one_handler() -> None:
+    app = App()
+    app.handler("A")(lambda message: None)
+    with pytest.raises(ValueError, match="has a handler already"):
+        app.batch_handler("A")(lambda messages: None)
+
+
+def test_a_coroutine_function_handles_messages_but_no_batches() -> None:
+    app = App()
+
+    @app.handler("A")
+    async def handler(message: Message) -> bytes:
+        return b""
+
+    assert app.coroutine_handlers == {"A": handler}
+    assert not app.handlers
+
+    async def batch(messages: list[Message]) -> None: ...
+
+    with pytest.raises(TypeError, match="coroutine"):
+        app.batch_handler("B")(batch)  # type: ignore[type-var]
+
+
+def test_the_built_in_app() -> None:
+    handlers = load_app(None).handlers
+    assert handlers["PING"](Message("PING", "2", b"x")) == Message("PONG", "2", b"x")
+    assert handlers["ECHO"](Message("ECHO", "2", b"x")) == b"x"
+
+
+def test_an_app_is_loaded_by_name(module: Path) -> None:
+    module.write_text("import peerd\napp = peerd.App()\nclass Nested:\n    inner = app\n")
+    assert load_app(f"{module.stem}:app") is load_app(f"{module.stem}:Nested.inner")
+
+
+@pytest.mark.parametrize("name", ["chat", "chat:", ":app", ""])
+def test_a_name_of_the_wrong_form(name: str) -> None:
+    with pytest.raises(AppLoadError, match="module:attr"):
+        load_app(name)
+
+
+def test_a_module_that_is_not_there() -> None:
+    with pytest.raises(AppLoadError, match="there is no module 'no_such_module'"):
+        load_app("no_such_module:app")
+
+
+def test_an_attribute_that_is_not_there_names_those_that_are(module: Path) -> None:
+    module.write_text("import peerd\nchat = peerd.App()\n")
+    with pytest.raises(AppLoadError, match="has no attribute 'app'; it has chat"):
+        load_app(f"{module.stem}:app")
+
+
+def test_an_attribute_that_is_no_app(module: Path) -> None:
+    module.write_text("app = 3\n")
+    with pytest.raises(AppLoadError, match="is a int, not a peerd"):
+        load_app(f"{module.stem}:app")
+
+
+def test_a_module_that_fails_keeps_its_error(module: Path) -> None:
+    module.write_text("1 / 0\n")
+    with pytest.raises(AppLoadError, match="ZeroDivisionError") as caught:
+        load_app(f"{module.stem}:app")
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_missing_import_of_the_module_is_not_a_missing_module(module: Path) -> None:
+    module.write_text("import no_such_dependency\n")
+    with pytest.raises(AppLoadError, match=f"importing '{module.stem}' failed"):
+        load_app(f"{module.stem}:app")

@@ -1,0 +1,422 @@
+"""Coroutine handlers, in a supervised worker and in an event loop of the test's own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import os
+import signal
+import socket
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import raw_client
+from harness.eventually import eventually
+from harness.supervised import Supervised, send_signal
+from peerd import App, Message, decode, encode
+from peerd._core import DatagramLoop
+from peerd._scoreboard import Scoreboard, Slot
+from peerd.serving import async_server
+from peerd.serving.async_server import AsyncServer
+
+
+class Client:
+    """What a test does while the server runs: messages out, replies in, in any order."""
+
+    def __init__(self, address: tuple[str, int], slot: Slot) -> None:
+        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.sock.connect(address)
+        self.sock.setblocking(False)
+        self.slot = slot
+        self.errors: list[BaseException] = []
+
+    def send(self, magic: str, body: bytes = b"") -> None:
+        self.sock.send(encode(magic, "1", body))
+
+    async def receive(self) -> bytes:
+        datagram = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
+        return decode(datagram).body
+
+
+def serve(
+    app: App,
+    test: Callable[[Client], Coroutine[Any, Any, None]],
+    before: Callable[[Client], object] = lambda client: None,
+) -> Client:
+    """Run a test against a server in the same event loop, then stop it with its SIGTERM."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        slot = Scoreboard(1).slots[0]
+        client = Client(sock.getsockname(), slot)
+        before(client)
+        core = DatagramLoop(
+            sock.fileno(),
+            app.handlers,
+            app.batch_handlers,
+            slot,
+            lambda _magic, _sender, error: client.errors.append(error),
+            coroutine_handlers=app.coroutine_handlers,
+        )
+
+        async def main() -> None:
+            async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+                serving = asyncio.Event()
+                group.create_task(AsyncServer(core).serve(serving.set, 5.0))
+                await serving.wait()
+                try:
+                    await test(client)
+                finally:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        with client.sock:
+            asyncio.run(main())
+        assert core.suspended == 0
+        return client
+
+
+def test_a_handler_that_does_not_wait_and_one_that_does() -> None:
+    app = App()
+
+    @app.handler("NOW")
+    async def now(message: Message) -> bytes:
+        return b"now " + message.body
+
+    @app.handler("LATER")
+    async def later(message: Message) -> Message:
+        await asyncio.sleep(0.01)
+        return Message("LATE", message.version, message.body)
+
+    @app.handler("PLAIN")
+    def plain(message: Message) -> bytes:
+        return b"plain"
+
+    async def test(client: Client) -> None:
+        for magic in ("LATER", "NOW", "PLAIN"):
+            client.send(magic, b"x")
+        assert [await client.receive() for _ in range(3)] == [b"now x", b"plain", b"x"]
+
+    assert serve(app, test).slot.counters()["handled"] == 3
+
+
+def test_replies_are_concurrent_and_go_to_their_senders() -> None:
+    app = App()
+    release = dict[bytes, asyncio.Future[None]]()
+
+    @app.handler("WAIT")
+    async def wait(message: Message) -> bytes:
+        release[message.body] = asyncio.get_running_loop().create_future()
+        await release[message.body]
+        return message.body
+
+    async def test(client: Client) -> None:
+        for number in range(50):
+            client.send("WAIT", b"%d" % number)
+        while len(release) < 50:
+            await asyncio.sleep(0)
+        assert client.slot.counters()["handled"] == 0
+        order = sorted(release, key=lambda body: -int(body))
+        for body in order:
+            release[body].set_result(None)
+            assert await client.receive() == body
+
+    serve(app, test)
+
+
+def test_a_handler_has_a_task_from_its_first_step_on() -> None:
+    app = App()
+    tasks = list[object]()
+
+    @app.handler("TIMEOUT")
+    async def times_out(message: Message) -> bytes:
+        tasks.append(asyncio.current_task())
+        try:
+            async with asyncio.timeout(0.01):
+                await asyncio.sleep(60)
+        except TimeoutError:
+            tasks.append(asyncio.current_task())
+            return b"timeout"
+        return b"slept"
+
+    @app.handler("GROUP")
+    async def group(message: Message) -> bytes:
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(asyncio.sleep(0, b"a"))
+            second = group.create_task(asyncio.sleep(0.001, b"b"))
+        return first.result() + second.result()
+
+    async def test(client: Client) -> None:
+        client.send("TIMEOUT")
+        assert await client.receive() == b"timeout"
+        client.send("GROUP")
+        assert await client.receive() == b"ab"
+
+    serve(app, test)
+    assert tasks[0] is not None
+    assert tasks[0] is tasks[1]
+
+
+def test_each_message_has_context_variables_of_its_own() -> None:
+    app = App()
+    variable = contextvars.ContextVar[bytes]("variable", default=b"unset")
+
+    @app.handler("SET")
+    async def set_it(message: Message) -> bytes:
+        before = variable.get()
+        variable.set(message.body)
+        return before
+
+    @app.handler("KEEP")
+    async def keep(message: Message) -> bytes:
+        variable.set(message.body)
+        await asyncio.sleep(0)
+        return variable.get()
+
+    async def test(client: Client) -> None:
+        for number in range(3):
+            client.send("SET", b"%d" % number)
+        assert [await client.receive() for _ in range(3)] == [b"unset"] * 3
+        for number in range(3):
+            client.send("KEEP", b"%d" % number)
+        assert {await client.receive() for _ in range(3)} == {b"0", b"1", b"2"}
+
+    serve(app, test)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_handler_that_raises(waits: bool) -> None:
+    app = App()
+
+    @app.handler("BAD")
+    async def bad(message: Message) -> bytes:
+        if waits:
+            await asyncio.sleep(0)
+        raise ValueError("bad")
+
+    @app.handler("TYPE")
+    async def wrong(message: Message) -> bytes:
+        if waits:
+            await asyncio.sleep(0)
+        return 3  # type: ignore[return-value]
+
+    @app.handler("GOOD")
+    async def good(message: Message) -> bytes:
+        return b"good"
+
+    async def test(client: Client) -> None:
+        client.send("BAD")
+        client.send("TYPE")
+        while len(client.errors) < 2:
+            await asyncio.sleep(0)
+        client.send("GOOD")
+        assert await client.receive() == b"good"
+
+    client = serve(app, test)
+    assert [type(error) for error in client.errors] == [ValueError, TypeError]
+    assert client.slot.counters()["handler_errors"] == 2
+    assert client.slot.counters()["handled"] == 3
+
+
+def test_a_handler_that_cancels_itself_gives_no_answer() -> None:
+    app = App()
+
+    @app.handler("CANCEL")
+    async def cancel(message: Message) -> bytes:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(60)
+        return b"never"
+
+    @app.handler("NEXT")
+    async def after(message: Message) -> bytes:
+        await asyncio.sleep(0)
+        return b"next"
+
+    async def test(client: Client) -> None:
+        client.send("CANCEL")
+        client.send("NEXT")
+        assert await client.receive() == b"next"
+
+    assert serve(app, test).slot.counters()["handled"] == 2
+
+
+def test_a_handler_that_awaits_what_was_cancelled_costs_its_own_message_only() -> None:
+    """At its first step, in the middle of a batch."""
+    app = App()
+
+    @app.handler("N")
+    async def number(message: Message) -> bytes:
+        if message.body == b"3":
+            cancelled = asyncio.get_running_loop().create_future()
+            cancelled.cancel()
+            await cancelled
+        return message.body
+
+    def send_twenty(client: Client) -> None:
+        for i in range(20):
+            client.send("N", b"%d" % i)
+
+    async def test(client: Client) -> None:
+        received = [await client.receive() for _ in range(19)]
+        assert received == [b"%d" % i for i in range(20) if i != 3]
+        # The last message is counted after its reply.
+        while client.slot.unfinished:
+            await asyncio.sleep(0)
+
+    # All of them wait when the server begins.
+    client = serve(app, test, send_twenty)
+    assert [type(error) for error in client.errors] == [asyncio.CancelledError]
+    assert client.slot.counters()["handler_errors"] == 1
+    assert client.slot.counters()["handled"] == client.slot.counters()["rx_messages"] == 20
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_is_no_exception_ends_the_server(waits: bool) -> None:
+    class EndOfTheWorld(BaseException):
+        pass
+
+    app = App()
+
+    @app.handler("END")
+    async def end(message: Message) -> bytes:
+        raise EndOfTheWorld
+
+    async def test(client: Client) -> None:
+        if waits:
+            client.send("END")
+        await asyncio.sleep(5)
+
+    with pytest.raises(BaseExceptionGroup) as raised:
+        serve(app, test, lambda client: None if waits else client.send("END"))
+    assert raised.group_contains(EndOfTheWorld)
+
+
+def test_a_message_without_a_reply_is_handled_when_its_handler_ends() -> None:
+    app = App()
+
+    @app.handler("PUT")
+    async def put(message: Message) -> None:
+        await asyncio.sleep(0.01)
+
+    async def test(client: Client) -> None:
+        for _ in range(10):
+            client.send("PUT")
+        while client.slot.counters()["handled"] < 10:
+            await asyncio.sleep(0)
+
+    serve(app, test)
+
+
+def test_a_bounded_number_of_handlers_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While they do, the heart beats on and the rest is left in the queue; in a drain, too."""
+    monkeypatch.setattr(async_server, "MAX_SUSPENDED", 10)
+    app = App()
+    gate = asyncio.Event()
+    waiting = [0]
+
+    @app.handler("WAIT")
+    async def wait(message: Message) -> bytes:
+        waiting[0] += 1
+        assert waiting[0] < 50  # one batch more than may wait
+        await gate.wait()
+        waiting[0] -= 1
+        return b""
+
+    async def test(client: Client) -> None:
+        for _ in range(200):
+            client.send("WAIT")
+            await asyncio.sleep(0)
+        begun_ns = client.slot.heartbeat_ns
+        while client.slot.heartbeat_ns < begun_ns + 500_000_000:
+            await asyncio.sleep(0.01)
+        asyncio.get_running_loop().call_later(0.1, gate.set)  # in the drain
+
+    client = serve(app, test)
+    assert client.errors == []
+    assert client.slot.counters()["handled"] == 200
+
+
+def test_a_stop_waits_for_handlers_under_way() -> None:
+    app = App()
+
+    @app.handler("SLOW")
+    async def slow(message: Message) -> bytes:
+        await asyncio.sleep(0.2)
+        return b"done"
+
+    received = list[bytes]()
+
+    async def test(client: Client) -> None:
+        client.send("SLOW")
+        while client.slot.counters()["rx_messages"] == 0:
+            await asyncio.sleep(0)
+        client.receiving = asyncio.create_task(collect(client))  # type: ignore[attr-defined]
+
+    async def collect(client: Client) -> None:
+        received.append(await client.receive())
+
+    serve(app, test)
+    assert received == [b"done"]
+
+
+def test_a_timer_of_the_app_runs_through_a_flood() -> None:
+    """100 ticks of 5 ms while a sender floods: nothing like a fixed pace, but no starvation."""
+    app = App()
+
+    @app.handler("FLOOD")
+    async def flood(message: Message) -> None: ...
+
+    ticks = list[int]()
+
+    async def test(client: Client) -> None:
+        async def tick() -> None:
+            for number in range(100):
+                await asyncio.sleep(0.005)
+                ticks.append(number)
+
+        ticking = asyncio.create_task(tick())
+        while not ticking.done():
+            for _ in range(200):
+                with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
+                    client.send("FLOOD", bytes(20))
+            await asyncio.sleep(0)
+
+    client = serve(app, test)
+    assert len(ticks) == 100
+    assert client.slot.counters()["rx_messages"] > 1000
+
+
+def test_what_is_queued_before_it_serves_is_served() -> None:
+    app = App()
+
+    @app.handler("EARLY")
+    async def early(message: Message) -> bytes:
+        return message.body
+
+    async def test(client: Client) -> None:
+        assert await client.receive() == b"early"
+
+    serve(app, test, before=lambda client: client.send("EARLY", b"early"))
+
+
+def test_an_async_app_under_the_supervisor(supervised: Supervised, tmp_path: Path) -> None:
+    (tmp_path / "chat.py").write_text(
+        "import asyncio, peerd\napp = peerd.App()\n"
+        "@app.handler('CHAT')\nasync def chat(message):\n"
+        "    await asyncio.sleep(0.01)\n    return b'hello ' + message.body\n"
+    )
+    running = supervised.start("--app=chat:app", peers=2)
+    running.wait_registered()
+    for port in running.ports:
+        assert raw_client.request(port, b"CHAT", b"you")[2] == b"hello you"
+    send_signal(running.peer(0)["pid"], signal.SIGKILL)
+    eventually(
+        lambda: raw_client.request(running.ports[0], b"CHAT", b"again", 0.5)[2] == b"hello again"
+    )
+    running.signal(signal.SIGTERM)
+    assert running.wait() == 0
+    assert "Traceback" not in running.err

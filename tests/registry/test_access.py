@@ -1,0 +1,292 @@
+"""etcd that lets in not everybody: logins whose tokens run out, TLS, and what each wrong setting says."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from harness.certificates import CertificateAuthority
+from harness.command import peerd
+from harness.etcd_process import ETCD_VERSIONS, EtcdProcess, ServerTls
+from harness.eventually import eventually
+from harness.record_writer import RecordWriter
+from harness.supervised import free_ports
+from harness.watch_recorder import WatchRecorder, every_event
+from peerd.errors import RegistryAuthError, RegistryError
+from peerd.registry import EtcdAccess, PeerRecord, Registry
+
+PREFIX = "guarded"
+FOLDER = b"guarded/"
+MINE = PeerRecord("localhost", 5009, "mine")
+TOKEN_TTL_S = 5
+ERROR_WITHIN_S = 5.0
+LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
+
+# bcrypt at its usual cost would be half of the test's time.
+AUTH_FLAGS = [f"--auth-token-ttl={TOKEN_TTL_S}", "--bcrypt-cost=4"]
+PEER = EtcdAccess(user="peer", password="secret")
+
+
+@pytest.fixture(params=ETCD_VERSIONS)
+def binary(request: pytest.FixtureRequest) -> Path:
+    assert isinstance(request.param, Path)
+    return request.param
+
+
+@pytest.fixture
+def guarded(binary: Path, tmp_path: Path) -> Iterator[EtcdProcess]:
+    """With authentication; user ``peer`` may do everything below the prefix and nothing else."""
+    with EtcdProcess(binary, tmp_path, flags=AUTH_FLAGS) as etcd:
+        guard(etcd)
+        yield etcd
+
+
+def guard(etcd: EtcdProcess) -> None:
+    etcd.gateway.add_user("peer", "secret")
+    etcd.gateway.allow("peer", FOLDER)
+    etcd.gateway.add_user("stranger", "secret")
+    etcd.gateway.enable_auth("root secret")
+
+
+@dataclass(frozen=True)
+class Tls:
+    etcd: EtcdProcess
+    authority: CertificateAuthority
+    stranger: CertificateAuthority
+    """Whom neither side trusts."""
+
+    def access(self) -> EtcdAccess:
+        """As it should be."""
+        client = self.authority.issue("client")
+        return EtcdAccess(
+            ca_file=self.authority.ca_file, cert_file=client.cert_file, key_file=client.key_file
+        )
+
+
+@pytest.fixture
+def tls(binary: Path, tmp_path: Path) -> Iterator[Tls]:
+    """etcd wants certificates from its clients."""
+    authority, stranger = CertificateAuthority(tmp_path), CertificateAuthority(tmp_path, "other")
+    settings = ServerTls(*authority.issue("server"), client_ca_file=authority.ca_file)
+    with EtcdProcess(binary, tmp_path, tls=settings, flags=AUTH_FLAGS) as etcd:
+        yield Tls(etcd, authority, stranger)
+
+
+# What works
+
+
+def test_tokens_run_out_and_nobody_notices(
+    guarded: EtcdProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = RecordWriter(guarded.gateway, PREFIX)
+    with (
+        Registry(guarded.endpoint, PREFIX, access=PEER, lease_ttl_s=5) as registry,
+        registry.cache() as cache,
+        WatchRecorder(registry.watch()) as recorder,
+    ):
+        registration = registry.register(MINE)
+        recorder.wait_for({"mine": MINE})
+        put = guarded.gateway.items(FOLDER + b"mine")
+        # Used all the time, and then left alone for longer than a token lives.
+        for idle_s in (0.2,) * 10 + (TOKEN_TTL_S + 1.5,) * (8 if LONG else 1) + (0.2,) * 10:
+            time.sleep(idle_s)
+            writer.write()
+            recorder.wait_for(writer.records())
+            assert len(registry.nodes()) == len(writer.records())
+            with registry.register(PeerRecord("localhost", 5010)):
+                pass
+            assert registration.registered
+            assert cache.current
+        assert guarded.gateway.items(FOLDER + b"mine") == put
+        recorder.wait_for(writer.records())
+        assert recorder.events == every_event(guarded.gateway.history(FOLDER))
+    assert [record.message for record in caplog.records if record.levelname != "INFO"] == []
+
+
+def test_check_does_not_promise_that_a_refused_login_registers_later(
+    guarded: EtcdProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEERD_ETCD_PASSWORD", "wrong")
+    where = [f"--etcd={guarded.endpoint}", f"--base-port={free_ports(1)}"]
+    checked = peerd("check", "--etcd-user=peer", *where)
+    assert checked.returncode == 0
+    assert "refuses user 'peer'" in checked.stderr
+    assert "the peers would serve, and not be registered until that is mended" in checked.stderr
+
+
+def test_a_restart_forgets_all_tokens(guarded: EtcdProcess) -> None:
+    writer = RecordWriter(guarded.gateway, PREFIX)
+    with (
+        Registry(guarded.endpoint, PREFIX, access=PEER) as registry,
+        WatchRecorder(registry.watch()) as recorder,
+    ):
+        registration = registry.register(MINE)
+        recorder.wait_for({"mine": MINE})
+        for _ in range(3):
+            guarded.restart()
+            assert eventually(registry.nodes)
+            writer.write(5)
+            recorder.wait_for(writer.records())
+        eventually(lambda: registration.registered)
+        assert recorder.events == every_event(guarded.gateway.history(FOLDER))
+
+
+def test_authentication_is_switched_on_under_a_user(binary: Path, tmp_path: Path) -> None:
+    """Who has a login already is asked for it from then on."""
+    with (
+        EtcdProcess(binary, tmp_path, flags=AUTH_FLAGS) as etcd,
+        Registry(etcd.endpoint, PREFIX, access=PEER) as registry,
+        WatchRecorder(registry.watch()) as recorder,
+    ):
+        registration = registry.register(MINE)
+        recorder.wait_for({"mine": MINE})
+        guard(etcd)
+        writer = RecordWriter(etcd.gateway, PREFIX)
+        writer.write(5)
+        assert len(registry.nodes()) == len(writer.records())
+        recorder.wait_for(writer.records())
+        assert registration.registered
+
+
+def test_certificates_on_both_sides(tls: Tls) -> None:
+    writer = RecordWriter(tls.etcd.gateway, PREFIX)
+    with (
+        Registry(tls.etcd.endpoint, PREFIX, access=tls.access()) as registry,
+        WatchRecorder(registry.watch()) as recorder,
+    ):
+        registration = registry.register(MINE)
+        writer.write(10)
+        recorder.wait_for(writer.records())
+        tls.etcd.restart()
+        writer.write(10)
+        recorder.wait_for(writer.records())
+        assert MINE in registry.nodes()
+        assert eventually(lambda: registration.registered)
+
+
+def test_certificates_and_a_login(tls: Tls) -> None:
+    guard(tls.etcd)
+    files = tls.access()
+    access = EtcdAccess(
+        user="peer",
+        password="secret",
+        ca_file=files.ca_file,
+        cert_file=files.cert_file,
+        key_file=files.key_file,
+    )
+    with (
+        Registry(tls.etcd.endpoint, PREFIX, access=access) as registry,
+        WatchRecorder(registry.watch()) as recorder,
+    ):
+        registry.register(MINE)
+        recorder.wait_for({"mine": MINE})
+        assert registry.nodes() == [MINE]
+
+
+# What does not
+
+
+def failure(endpoint: str, access: EtcdAccess) -> RegistryError:
+    """The error of reading and registering, which is the same, and comes in time."""
+    said = []
+    uses: list[Callable[[Registry], object]] = [Registry.nodes, lambda r: r.register(MINE)]
+    for use in uses:
+        began_s = time.monotonic()
+        with Registry(endpoint, PREFIX, access=access) as registry:
+            with pytest.raises(RegistryError) as raised:
+                use(registry)
+            said.append(raised.value)
+        assert time.monotonic() - began_s < ERROR_WITHIN_S
+    assert str(said[0]) == str(said[1])
+    assert "secret" not in str(said[0])
+    return said[0]
+
+
+def check_watch_raises(endpoint: str, access: EtcdAccess) -> None:
+    """Only what its user can act on ends a watch."""
+    with (
+        Registry(endpoint, PREFIX, access=access) as registry,
+        registry.watch() as watch,
+        pytest.raises(RegistryAuthError),
+    ):
+        next(watch)
+
+
+@pytest.mark.parametrize(
+    ("access", "says"),
+    [
+        (EtcdAccess(user="peer", password="no secre"), "'peer'.*password"),
+        (EtcdAccess(user="nobody", password="secret"), "'nobody'.*password"),
+        (EtcdAccess(), "--etcd-user"),
+        (EtcdAccess(user="stranger", password="secret"), "'stranger'.*permission"),
+    ],
+    ids=["wrong password", "unknown user", "no login", "no permission"],
+)
+def test_a_wrong_login(guarded: EtcdProcess, access: EtcdAccess, says: str) -> None:
+    with pytest.raises(RegistryAuthError, match=says):
+        raise failure(guarded.endpoint, access)
+    check_watch_raises(guarded.endpoint, access)
+
+
+def test_an_etcd_that_is_not_trusted(tls: Tls) -> None:
+    files = tls.access()
+    access = EtcdAccess(
+        ca_file=tls.stranger.ca_file, cert_file=files.cert_file, key_file=files.key_file
+    )
+    with pytest.raises(RegistryError, match="--etcd-ca"):
+        raise failure(tls.etcd.endpoint, access)
+
+
+def test_an_etcd_of_an_authority_that_this_machine_does_not_know(tls: Tls) -> None:
+    files = tls.access()
+    access = EtcdAccess(cert_file=files.cert_file, key_file=files.key_file)
+    with pytest.raises(RegistryError, match="--etcd-ca"):
+        raise failure(tls.etcd.endpoint, access)
+
+
+def test_no_client_certificate(tls: Tls) -> None:
+    with pytest.raises(RegistryError, match="--etcd-cert"):
+        raise failure(tls.etcd.endpoint, EtcdAccess(ca_file=tls.authority.ca_file))
+
+
+def test_a_client_certificate_that_etcd_does_not_trust(tls: Tls) -> None:
+    theirs = tls.stranger.issue("client")
+    access = EtcdAccess(
+        ca_file=tls.authority.ca_file, cert_file=theirs.cert_file, key_file=theirs.key_file
+    )
+    with pytest.raises(RegistryError, match="--etcd-cert"):
+        raise failure(tls.etcd.endpoint, access)
+
+
+def test_https_where_etcd_speaks_plain_text(tls: Tls) -> None:
+    with pytest.raises(RegistryError, match="http://"):
+        raise failure(f"https://{tls.etcd.plain}", tls.access())
+
+
+def test_plain_text_where_etcd_speaks_tls(tls: Tls) -> None:
+    with pytest.raises(RegistryError, match="https://"):
+        raise failure(f"http://{tls.etcd.client}", EtcdAccess())
+
+
+def test_each_of_these_has_its_own_words(tls: Tls) -> None:
+    """As do nobody who listens and somebody who never answers."""
+    files, endpoint = tls.access(), tls.etcd.endpoint
+    theirs = EtcdAccess(
+        ca_file=tls.stranger.ca_file, cert_file=files.cert_file, key_file=files.key_file
+    )
+    said = [
+        failure(endpoint, theirs),
+        failure(endpoint, EtcdAccess(ca_file=tls.authority.ca_file)),
+        failure(f"https://{tls.etcd.plain}", files),
+        failure(f"http://{tls.etcd.client}", EtcdAccess()),
+    ]
+    tls.etcd.kill()
+    said.append(failure(endpoint, files))
+    words = [str(error).replace(str(tls.etcd.plain), str(tls.etcd.client)) for error in said]
+    words = [text.replace("https://", "http://") for text in words]
+    assert len(set(words)) == len(words), "\n".join(words)

@@ -1,0 +1,230 @@
+"""A cluster of three whose connected member fails, once as a follower and once as the leader."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from harness.cluster_network import ClusterNetwork, why_no_networks
+from harness.etcd_cluster import SIZE, EtcdCluster
+from harness.etcd_gateway import Gateway, GatewayError, Item
+from harness.etcd_process import ETCD_VERSIONS, EtcdProcess
+from harness.eventually import eventually
+from harness.record_writer import RecordWriter
+from harness.watch_recorder import WatchRecorder, check_revisions, every_event, replayed
+from peerd.registry import Cache, PeerRecord, Registry
+
+PREFIX = "clustered"
+FOLDER = b"clustered/"
+MINE = PeerRecord("localhost", 5009, "mine")
+TTL_S = 10
+READS_AGAIN_WITHIN_S = 3.0
+TOLD_AGAIN_WITHIN_S = 5.0
+log = logging.getLogger(__name__)
+
+LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
+
+needs_networks = pytest.mark.skipif(bool(why_no_networks()), reason=why_no_networks())
+
+
+@dataclass(frozen=True)
+class Failure:
+    begin: Callable[[EtcdCluster, EtcdProcess], None]
+    end: Callable[[EtcdCluster, EtcdProcess], None]
+
+
+FAILURES = {
+    "killed": Failure(
+        lambda cluster, member: member.kill(),
+        lambda cluster, member: member.start(),
+    ),
+    "stopped": Failure(
+        lambda cluster, member: member.stop(),
+        lambda cluster, member: member.cont(),
+    ),
+    "cut-off": Failure(
+        lambda cluster, member: cluster.cut(member),
+        lambda cluster, member: cluster.mend(member),
+    ),
+    "cut-off-from-its-peers": Failure(
+        lambda cluster, member: cluster.cut_from_peers(member),
+        lambda cluster, member: cluster.mend(member),
+    ),
+}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=needs_networks) if name.startswith("cut-off") else name
+        for name in FAILURES
+    ]
+)
+def failure_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=ETCD_VERSIONS)
+def cluster(
+    request: pytest.FixtureRequest, failure_name: str, tmp_path: Path
+) -> Iterator[EtcdCluster]:
+    if failure_name.startswith("cut-off"):
+        with (
+            ClusterNetwork(SIZE) as network,
+            EtcdCluster(request.param, tmp_path, network) as cluster,
+        ):
+            yield cluster
+    else:
+        with EtcdCluster(request.param, tmp_path) as cluster:
+            yield cluster
+
+
+def connected_member(cluster: EtcdCluster, registry: Registry) -> EtcdProcess:
+    registry.nodes()
+    (member,) = (one for one in cluster.members if one.endpoint == registry.endpoint)
+    return member
+
+
+@pytest.mark.timeout(240)
+def test_the_connected_member_fails(cluster: EtcdCluster, failure_name: str) -> None:
+    failure = FAILURES[failure_name]
+    with (
+        Registry(cluster.endpoints, PREFIX, lease_ttl_s=TTL_S) as registry,
+        registry.cache() as cache,
+        WatchRecorder(registry.watch()) as recorder,
+    ):
+        registration = registry.register(MINE)
+        recorder.wait_for({"mine": MINE})
+        put = cluster.members[0].gateway.items(FOLDER + b"mine")
+        for leads in (False, True):
+            member = connected_member(cluster, registry)
+            others = cluster.others(member)
+            cluster.move_leader(member if leads else others[0])
+            assert connected_member(cluster, registry) is member
+
+            # Patient with an election, and written through a member that does not fail.
+            writer = RecordWriter(Gateway(others[0].plain, timeout_s=1.0), PREFIX, seed=leads)
+            with writer.writing():
+                failure.begin(cluster, member)
+                began_s = time.monotonic()
+                eventually(registry.nodes, READS_AGAIN_WITHIN_S)
+                took_s = time.monotonic() - began_s
+                log.info("%s, leads=%s: reads again after %.2f s", failure_name, leads, took_s)
+                assert took_s < READS_AGAIN_WITHIN_S
+                check_reads_go_on(registry)
+                assert connected_member(cluster, registry) is not member
+                wait_for_events(recorder, writer.revision)
+                log.info("and events after %.2f s", time.monotonic() - began_s)
+                check_newcomers(cluster)
+                wait_for_keep_alive(cluster, others)
+                if LONG:
+                    time.sleep(TTL_S + 3)  # a lease that nobody keeps would have run out
+                assert registration.registered
+                failure.end(cluster, member)
+            member.wait_ready()
+
+            told = every_event(others[0].gateway.history(FOLDER))
+            recorder.wait_for(replayed(told))
+            assert recorder.events == told
+            check_revisions(recorder.events)
+            for one in cluster.members:
+                wait_for_items(one, b"mine", put)
+            wait_for_cache(cache, replayed(told))
+
+
+def check_reads_go_on(registry: Registry) -> None:
+    """And none goes back to the member that failed, and waits for it."""
+    for _ in range(20):
+        began_s = time.monotonic()
+        assert MINE in registry.nodes()
+        assert time.monotonic() - began_s < READS_AGAIN_WITHIN_S
+
+
+def check_newcomers(cluster: EtcdCluster) -> None:
+    """Some of them ask the member that is away first."""
+    for _ in range(6):
+        began_s = time.monotonic()
+        with Registry(cluster.endpoints, PREFIX) as registry:
+            assert MINE in registry.nodes()
+        assert time.monotonic() - began_s < READS_AGAIN_WITHIN_S
+
+
+def wait_for_events(recorder: WatchRecorder, revision: int) -> None:
+    """Until the watch has told of what was written after ``revision``, so after the failure."""
+    eventually(lambda: recorder.events[-1].revision > revision, TOLD_AGAIN_WITHIN_S)
+
+
+def wait_for_items(member: EtcdProcess, peer_id: bytes, items: dict[bytes, Item]) -> None:
+    """Until the member has caught up."""
+
+    def there() -> bool:
+        found = member.gateway.items(FOLDER + peer_id)
+        assert found == items, f"{member.name} has {found}"
+        return True
+
+    eventually(there)
+
+
+def wait_for_cache(cache: Cache, records: dict[str, PeerRecord]) -> None:
+    def known() -> bool:
+        found = {record.peer_id: record for record in cache.nodes()}
+        assert found == records, f"current={cache.current} age={cache.age_s}: {found}"
+        return True
+
+    eventually(known)
+
+
+def wait_for_keep_alive(cluster: EtcdCluster, members: list[EtcdProcess]) -> None:
+    """Until the leader of now has renewed a lease. Its election has extended them all, once."""
+
+    def renewed() -> float:
+        return sum(one.metric("etcd_debugging_lease_renewed_total") for one in members)
+
+    assert cluster.leader() in members
+    before = renewed()
+    eventually(lambda: renewed() > before, TTL_S)
+
+
+def test_a_cluster_without_a_majority(cluster: EtcdCluster, failure_name: str) -> None:
+    """Nothing can be read but what a member has, until the majority is back; then it goes on."""
+    failure = FAILURES[failure_name]
+    writer = RecordWriter(cluster.members[0].gateway, PREFIX)
+    writer.put("first")
+    with (
+        Registry(cluster.endpoints, PREFIX, timeout_s=5.0) as registry,
+        registry.cache() as cache,
+        WatchRecorder(registry.watch()) as recorder,
+    ):
+        recorder.wait_for(writer.records())
+        assert cache.wait_current(5)
+        for member in cluster.members[1:]:
+            failure.begin(cluster, member)
+        eventually(lambda: not cache.current, 10)
+        assert [record.peer_id for record in cache.nodes()] == ["first"]
+        eventually(lambda: [r.peer_id for r in registry.nodes(serializable=True)] == ["first"], 15)
+        recorder.check_alive()
+        for member in cluster.members[1:]:
+            if failure_name == "killed":
+                member.launch()  # one is not ready before the other
+            else:
+                failure.end(cluster, member)
+        eventually(lambda: cache.current, 20)
+        eventually(write_one(writer), 20)
+        recorder.wait_for(writer.records())
+        assert recorder.events == every_event(cluster.members[0].gateway.history(FOLDER))
+
+
+def write_one(writer: RecordWriter) -> Callable[[], bool]:
+    def write() -> bool:
+        try:
+            writer.write()
+        except (OSError, GatewayError):
+            return False
+        return True
+
+    return write

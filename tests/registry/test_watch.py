@@ -1,0 +1,402 @@
+"""Watching and caching peers in a real etcd that stays up; test_watch_faults.py has one that does not."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from harness.eventually import eventually
+from peerd.errors import InvalidRecordError, PeerConflictError, RegistryUnavailableError
+from peerd.registry import EtcdAccess, Joined, Left, PeerRecord, Registry, Updated, Watch
+from peerd.registry.connection import Members
+from peerd.registry.embedded_etcd import EmbeddedEtcd
+from peerd.registry.etcd import Etcd, WatchStream
+
+FAASNETS = b'{"Url":"localhost","Port":5009,"PartitionKey":"eu","Id":"..."}'
+SEED = PeerRecord(url="localhost", port=5001, peer_id="seedId")
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"test-{uuid.uuid4()}"
+
+
+@pytest.fixture
+def registry(etcd: str, prefix: str) -> Iterator[Registry]:
+    with Registry(etcd, prefix) as registry:
+        yield registry
+
+
+@pytest.fixture
+def store(etcd: str) -> Iterator[Etcd]:
+    store = Etcd(etcd)
+    yield store
+    store.close()
+
+
+# Watching
+
+
+def test_first_what_is_there_and_then_what_happens(registry: Registry, prefix: str) -> None:
+    with registry.register(SEED) as seed, registry.watch() as watch:
+        first = next(watch)
+        assert first == Joined(SEED, first.revision)
+        other = registry.register(PeerRecord("h", 2))
+        told = seed.update(metadata={"load": 3})
+        other.close()
+        joined, updated, left = next(watch), next(watch), next(watch)
+        assert joined == Joined(PeerRecord("h", 2), joined.revision)
+        assert updated == Updated(told, updated.revision)
+        assert left == Left(PeerRecord("h", 2), left.revision)
+        assert first.revision < joined.revision < updated.revision < left.revision
+    assert next(watch, None) is None, "it ends when it is closed"
+
+
+def test_a_value_that_is_no_record_is_no_event(
+    registry: Registry, store: Etcd, prefix: str
+) -> None:
+    key = f"{prefix}/seedId".encode()
+    first = registry.register(PeerRecord("h", 1))
+    with registry.watch() as watch:
+        assert next(watch).record == first.record
+        store.put(key, b"garbage")
+        store.put(key, SEED.to_json())
+        store.put(key, b"garbage again")
+        store.put(f"{prefix}/thief".encode(), SEED.to_json())  # who names another than its key
+        store.put(f"{prefix}/localhost".encode(), FAASNETS)
+        events = [next(watch) for _ in range(3)]
+    faasnets = PeerRecord("localhost", 5009, partition_key="eu")
+    assert [(type(event), event.record) for event in events] == [
+        (Joined, SEED),
+        (Left, SEED),
+        (Joined, faasnets),
+    ]
+    assert registry.scan().skipped == 2
+
+
+@pytest.mark.parametrize("how", ["watch", "registry"])
+def test_closing_from_another_thread_ends_a_wait(etcd: str, prefix: str, how: str) -> None:
+    registry = Registry(etcd, prefix)
+    registry.register(SEED)
+    watch = registry.watch()
+    events: list[object] = []
+    reader = threading.Thread(target=lambda: events.extend(watch))
+    reader.start()
+    eventually(lambda: events)
+    (watch if how == "watch" else registry).close()
+    reader.join(5.0)
+    assert not reader.is_alive()
+    watch.close()
+    registry.close()
+
+
+def test_a_watch_that_is_dropped_half_way_closes_itself(registry: Registry) -> None:
+    registry.register(SEED)
+    for event in registry.watch():
+        assert event.record == SEED
+        break
+    gc.collect()
+    eventually(lambda: not any("pulse" in thread.name for thread in threading.enumerate()))
+
+
+def test_a_stream_that_is_collected_under_the_lock_of_its_connection(
+    etcd: str, prefix: str
+) -> None:
+    """The collector runs in whatever thread allocates, which once waited for itself from then on."""
+    members = Members(etcd, EtcdAccess(), 5.0)
+    stream = WatchStream(members, prefix.encode(), 0)
+    assert next(stream) == []
+
+    def collect() -> None:
+        nonlocal stream
+        with members._lock:
+            del stream  # a cycle: it and its generator
+            gc.collect()
+
+    collector = threading.Thread(target=collect, daemon=True)
+    collector.start()
+    collector.join(5.0)
+    assert not collector.is_alive()
+    members.close()
+
+
+def test_two_threads_cannot_ask_one_watch(registry: Registry) -> None:
+    registry.register(SEED)
+    with registry.watch() as watch:
+        next(watch)
+        reader = threading.Thread(target=lambda: list(watch))
+        reader.start()
+        eventually(lambda: watch._asking.locked())
+        with pytest.raises(RuntimeError, match="two threads"):
+            next(watch)
+        watch.close()
+        reader.join(5.0)
+
+
+def test_async_for(registry: Registry) -> None:
+    async def some() -> list[object]:
+        found: list[object] = []
+        async for event in registry.watch():
+            found.append(type(event))
+            if len(found) == 1:
+                await asyncio.to_thread(registration.close)
+            else:
+                break
+        return found
+
+    registration = registry.register(SEED)
+    assert asyncio.run(some()) == [Joined, Left]
+
+
+def test_an_async_watch_that_is_cancelled(registry: Registry) -> None:
+    async def wait_for_ever(watch: Watch) -> None:
+        async for _ in watch:
+            joined.set()
+
+    async def cancel() -> None:
+        waiting = asyncio.create_task(wait_for_ever(registry.watch()))
+        await joined.wait()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    joined = asyncio.Event()
+    registry.register(SEED)
+    asyncio.run(cancel())
+
+
+def test_a_watch_may_begin_before_etcd_does(prefix: str) -> None:
+    etcd = EmbeddedEtcd()
+    with etcd:
+        endpoint = etcd.endpoint
+        etcd.kill()
+        with Registry(endpoint, prefix, timeout_s=1.0) as registry, registry.watch() as watch:
+            events: list[Joined | Updated | Left] = []
+            reader = threading.Thread(target=lambda: events.extend(watch))
+            reader.start()
+            etcd.restart()
+            registration = eventually(lambda: registry.register(SEED))
+            eventually(lambda: [event.record for event in events] == [SEED])
+            registration.close()
+            eventually(lambda: len(events) == 2)
+            watch.close()
+            reader.join(5.0)
+
+
+# Caching
+
+
+def test_a_cache_follows(registry: Registry, store: Etcd, prefix: str) -> None:
+    with registry.cache() as cache:
+        assert cache.wait_current(5.0)
+        assert cache.nodes() == []
+        with registry.register(SEED):
+            eventually(lambda: cache.get("seedId") == SEED)
+            registry.register(PeerRecord("h", 2, partition_key="eu", metadata={"zone": 1}))
+            eventually(lambda: len(cache.nodes()) == 2)
+            assert [record.peer_id for record in cache.nodes()] == ["h:2", "seedId"]
+            assert [record.port for record in cache.nodes(partition_key="eu")] == [2]
+        eventually(lambda: cache.get("seedId") is None)
+        assert cache.current
+        assert cache.age_s < 3.0
+
+
+def test_a_peer_that_is_there_twice_is_there_until_both_are_gone(
+    registry: Registry, store: Etcd, prefix: str
+) -> None:
+    """FaasNet's key for it and ours."""
+    store.put(f"{prefix}/localhost".encode(), FAASNETS, lease := store.grant(60).lease_id)
+    with registry.cache() as cache:
+        eventually(lambda: cache.get("localhost:5009"))
+        registration = registry.register(PeerRecord("localhost", 5009))
+        eventually(lambda: cache.get("localhost:5009") == registration.record)
+        store.revoke([lease])
+        registration.close()
+        eventually(lambda: cache.nodes() == [])
+
+
+def test_all_caches_of_a_registry_share_one_watch(registry: Registry) -> None:
+    def threads() -> int:
+        return sum(thread.name == "peerd-registry-cache" for thread in threading.enumerate())
+
+    with registry.cache() as one:
+        with registry.cache() as other:
+            registry.register(SEED)
+            eventually(lambda: one.get("seedId") and other.get("seedId"))
+            assert threads() == 1
+        other.close()
+        assert one.get("seedId") == SEED
+        assert threads() == 1
+    assert threads() == 0
+
+
+def test_a_cache_can_be_read_while_etcd_is_away(prefix: str) -> None:
+    with EmbeddedEtcd() as etcd, Registry(etcd.endpoint, prefix) as registry:
+        registry.register(SEED)
+        with registry.cache() as cache:
+            eventually(lambda: cache.nodes() == [SEED])
+            etcd.kill()
+            eventually(lambda: not cache.current, within_s=10.0)
+            assert cache.nodes() == [SEED]
+            assert cache.age_s > 1.0
+            etcd.restart()
+            eventually(lambda: cache.current)
+    with Registry("http://localhost:9", prefix) as registry, registry.cache() as cache:
+        assert not cache.wait_current(0.2)
+        assert (cache.nodes(), cache.age_s) == ([], float("inf"))
+
+
+# Listing
+
+
+def test_filters(registry: Registry) -> None:
+    for port, key, protocol, zone in [
+        (1, "eu", "udp", "a"),
+        (2, "us", "udp", "b"),
+        (3, "eu", "quic", "b"),
+    ]:
+        registry.register(
+            PeerRecord("h", port, partition_key=key, protocol=protocol, metadata={"zone": zone})
+        )
+
+    def ports(**wanted: object) -> list[int]:
+        return [record.port for record in registry.nodes(**wanted)]  # type: ignore[arg-type]
+
+    assert ports() == ports(serializable=True) == [1, 2, 3]
+    assert ports(partition_key="eu") == [1, 3]
+    assert ports(protocol="udp") == [1, 2]
+    assert ports(metadata={"zone": "b"}) == [2, 3]
+    assert ports(metadata={"zone": "b"}, partition_key="eu") == [3]
+    assert ports(metadata={"none": None}) == []
+
+
+def test_a_second_listing_sees_what_has_changed(registry: Registry) -> None:
+    registration = registry.register(SEED)
+    assert registry.nodes() == [SEED]
+    changed = registration.update(metadata={"a": 1})
+    assert registry.nodes() == [changed]
+    registration.close()
+    assert registry.nodes() == []
+
+
+def test_values_that_are_too_large_for_one_page(
+    registry: Registry, store: Etcd, prefix: str
+) -> None:
+    """Others may write up to 1.5 MB; a page of them would be more than gRPC takes."""
+    records = [PeerRecord("localhost", port) for port in range(1, 1501)]
+    for record in records:
+        store.put(f"{prefix}/{record.peer_id}".encode(), record.to_json())
+    lease_id = store.grant(60).lease_id
+    for number in range(40):
+        store.put(f"{prefix}/zz-{number}".encode(), bytes(1_400_000), lease_id)
+    expected = sorted(records, key=lambda record: record.peer_id)
+    with registry.watch() as watch:
+        for _ in range(2):
+            listing = registry.scan()
+            assert (listing.records, listing.skipped) == (tuple(expected), 40)
+        assert [next(watch).record for _ in records] == expected
+    store.revoke([lease_id])
+
+
+def test_more_at_once_than_one_message_takes(registry: Registry, store: Etcd, prefix: str) -> None:
+    """What has happened before a stream is opened comes in one message."""
+    lease_id = store.grant(60).lease_id
+    with registry.watch() as watch:
+        assert watch.take() == []
+        for number in range(40):
+            store.put(f"{prefix}/zz-{number}".encode(), bytes(1_400_000), lease_id)
+        record = PeerRecord("localhost", 1)
+        store.put(f"{prefix}/{record.peer_id}".encode(), record.to_json())
+        assert next(watch).record == record
+    store.revoke([lease_id])
+
+
+# Updating
+
+
+def test_an_update_keeps_the_lease(registry: Registry) -> None:
+    registration = registry.register(SEED)
+    lease_id = registration.lease_id
+    assert registration.update(metadata={"a": [1]}).metadata == {"a": [1]}
+    assert registration.update(partition_key="eu").metadata == {"a": [1]}
+    assert registry.nodes() == [registration.record]
+    assert registration.lease_id == lease_id
+    with pytest.raises(InvalidRecordError):
+        registration.update(metadata={"a": object()})
+    registration.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        registration.update(metadata={})
+
+
+def test_an_update_is_refused_where_somebody_else_has_the_key(
+    registry: Registry, store: Etcd, prefix: str
+) -> None:
+    registration = registry.register(SEED)
+    store.put(f"{prefix}/seedId".encode(), FAASNETS, store.grant(60).lease_id)
+    with pytest.raises(PeerConflictError, match="localhost:5009"):
+        registration.update(metadata={"a": 1})
+    assert registration.record == SEED
+
+
+def test_an_update_of_a_lost_record_says_so(registry: Registry) -> None:
+    registration = registry.register(SEED)
+    registry.revoke(registration.lease_id)
+    with pytest.raises(RegistryUnavailableError, match="put again soon"):
+        registration.update(metadata={"a": 1})
+
+
+# Fork
+
+FORKING = """
+import os, sys
+from peerd.registry import PeerRecord, Registry
+registry = Registry(sys.argv[1], sys.argv[2])
+registration = registry.register(PeerRecord("localhost", 5001, peer_id="seedId"))
+watch, cache = registry.watch(), registry.cache()
+assert cache.wait_current(5.0)
+next(watch)
+uses = {
+    "watch": registry.watch,
+    "next": lambda: next(watch),
+    "cache": registry.cache,
+    "cache.nodes": cache.nodes,
+    "update": lambda: registration.update(metadata={}),
+}
+child = os.fork()
+if not child:
+    with registry, registration, watch, cache:  # leaves the parent's alone
+        for name, use in uses.items():
+            try:
+                use()
+            except RuntimeError as error:
+                print(name, error, flush=True)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+registration.update(metadata={"parent": True})
+assert next(watch).record.metadata == {"parent": True}
+assert cache.current
+registry.close()
+"""
+
+
+def test_a_forked_child_gets_a_clear_error(etcd: str, prefix: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING, etcd, prefix], capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "watch",
+        "next",
+        "cache",
+        "cache.nodes",
+        "update",
+    ]
+    assert all("forked child" in line and "open another" in line for line in lines)

@@ -1,0 +1,148 @@
+"""What is said of workers that do not turn, and who of them is killed: only those in a handler that does not
+return."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from harness import raw_client
+from harness.eventually import eventually
+from harness.supervised import Running, Supervised, send_signal
+from harness.supervisor_requests import events, pids
+from peerd.chaos.load import Load
+
+LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
+BURN_S = 600.0 if LONG else 10.0
+BURNERS = max(32, 16 * (os.cpu_count() or 1))
+STUCK_S = 1.5
+NO_ETCD = "http://127.0.0.1:1"
+
+APP = """
+import time, peerd
+app = peerd.App()
+
+@app.handler("SPIN")
+def spin(message):
+    while True: pass  # SPIN
+
+@app.handler("SLEEP")
+def sleep(message):
+    time.sleep(60)  # SLEEP
+
+@app.handler("SEQ")
+def answer(message):
+    return message.body
+"""
+
+pytestmark = pytest.mark.timeout(900 if LONG else 120)
+
+
+def start(supervised: Supervised, *args: str, peers: int) -> Running:
+    (supervised.folder / "mixed.py").write_text(APP)
+    running = supervised.start(
+        "--app=mixed:app", f"--stuck-timeout={STUCK_S}", *args, peers=peers, etcd=NO_ETCD
+    )
+    running.wait_ready()
+    return running
+
+
+def health(running: Running) -> list[str | None]:
+    return [peer["health"] for peer in running.status()["peers"]]
+
+
+def line_of(mark: str) -> int:
+    return next(
+        number for number, line in enumerate(APP.splitlines(), 1) if line.endswith(f"# {mark}")
+    )
+
+
+def test_the_verdicts_on_four_workers_side_by_side(supervised: Supervised) -> None:
+    """One that spins in its handler, one that sleeps there, one that is stopped, one that is well."""
+    running = start(supervised, peers=4)
+    before = pids(running)
+    eventually(lambda: health(running) == ["idle"] * 4)
+    send_signal(before[2], signal.SIGSTOP)
+    for slot, magic in enumerate(["SPIN", "SLEEP"]):
+        raw_client.send(running.ports[slot], magic.encode())
+    seen: list[set[str]] = [set(), set(), set(), set()]
+
+    def all_judged() -> bool:
+        for slot, verdict in enumerate(health(running)):
+            if verdict is not None and pids(running)[slot] == before[slot]:
+                seen[slot].add(verdict)
+        return {"stuck"} <= seen[0] & seen[1] and "stopped" in seen[2]
+
+    eventually(all_judged, within_s=20)
+    eventually(lambda: running.status()["peers"][0]["restarts"] == 1, within_s=20)
+    eventually(lambda: running.status()["peers"][1]["restarts"] == 1, within_s=20)
+    running.wait_ready()
+    # For longer than the others took.
+    eventually(lambda: running.peer(2)["heartbeat_age_s"] > 3 * STUCK_S, within_s=20)
+    assert seen[3] <= {"ok", "idle"}
+    assert health(running)[2] == "stopped"
+    send_signal(before[2], signal.SIGCONT)
+    eventually(lambda: health(running) == ["idle"] * 4)
+    assert pids(running)[2:] == before[2:]
+    for slot, magic in enumerate(["SPIN", "SLEEP"]):
+        assert f'mixed.py", line {line_of(magic)} in {magic.lower()}' in running.err
+        (died,) = [each for each in events(running, "died") if each["pid"] == before[slot]]
+        assert (died["cause"], died["lost_in_flight"]) == ("stuck", 1)
+        assert any(f"line {line_of(magic)} in" in line for line in died["last_lines"])
+    assert {each["pid"] for each in events(running, "stuck")} == set(before[:2])
+
+
+def test_one_without_a_cpu_is_starved(supervised: Supervised) -> None:
+    """It has the least right to the CPU that a burner has all to itself otherwise (SCHED_IDLE)."""
+    running = start(supervised, peers=2)
+    before = pids(running)
+    cpu = min(os.sched_getaffinity(0))
+    os.sched_setaffinity(before[0], {cpu})
+    os.sched_setscheduler(before[0], os.SCHED_IDLE, os.sched_param(0))
+    with burners(16, cpu):
+        # Nothing is seen of one that gets on a little, four times a second.
+        raw_client.send(running.ports[0], b"SPIN")
+        eventually(lambda: health(running)[0] == "starved", within_s=20)
+        assert health(running)[1] in ("ok", "idle")
+        assert pids(running) == before
+        assert not events(running, "stuck")
+
+
+def test_burners_kill_nobody(supervised: Supervised) -> None:
+    """Sixteen times as many as there are CPUs."""
+    running = start(supervised, peers=8)
+    eventually(lambda: None not in health(running))
+    before = pids(running)
+    verdicts: set[str | None] = set()
+    with Load(running.ports, rate=200.0) as load, burners(BURNERS):
+        end_s = time.monotonic() + BURN_S
+        while time.monotonic() < end_s:
+            verdicts |= set(health(running))
+            time.sleep(0.2)
+        report = load.finish(timeout_s=60)
+    assert report.finished
+    assert report.missing == 0
+    assert verdicts <= {"ok", "idle", "starved"}
+    assert pids(running) == before
+    assert not events(running, "stuck")
+    assert all(peer["restarts"] == 0 for peer in running.status()["peers"])
+
+
+@contextmanager
+def burners(count: int, cpu: int | None = None) -> Iterator[None]:
+    children = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(count)]
+    try:
+        for child in children:
+            os.sched_setaffinity(child.pid, os.sched_getaffinity(0) if cpu is None else {cpu})
+        yield
+    finally:
+        for child in children:
+            child.kill()
+        for child in children:
+            child.wait()

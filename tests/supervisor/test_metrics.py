@@ -1,0 +1,570 @@
+"""``--metrics``: what the supervisor tells Prometheus and a health check, over real connections."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from harness import raw_client
+from harness.eventually import eventually
+from harness.supervised import Running, Supervised, free_tcp_port, send_signal
+from harness.supervisor_requests import serving
+from peerd.address import MAX_PORT
+from peerd.chaos.load import Load
+from peerd.supervisor import control, metrics
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+"""Values by name and labels."""
+
+# Nobody is there: what is measured here needs no records.
+NO_ETCD = "http://127.0.0.1:1"
+
+
+LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
+KILLS = 200 if LONG else 25
+KILLED_PEERS = 8
+
+pytestmark = pytest.mark.timeout(600 if LONG else 120)
+
+
+def start(supervised: Supervised, port: int, *args: str, peers: int = 2) -> Running:
+    return supervised.start(f"--metrics=127.0.0.1:{port}", *args, peers=peers, etcd=NO_ETCD)
+
+
+def get(port: int, path: str, method: str = "GET") -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    finally:
+        connection.close()
+
+
+def is_ready(port: int) -> bool:
+    return get(port, "/healthz/ready") == (200, "ready\n")
+
+
+def scrape(port: int) -> tuple[Samples, Samples]:
+    """Everything, and of it what must never go back."""
+    return parse(get(port, "/metrics"))
+
+
+def parse(answer: tuple[int, str]) -> tuple[Samples, Samples]:
+    status, text = answer
+    assert status == 200
+    every: Samples = {}
+    rising: Samples = {}
+    for family in text_string_to_metric_families(text):
+        assert family.documentation, family.name
+        for sample in family.samples:
+            key = (sample.name, tuple(sorted(sample.labels.items())))
+            assert key not in every, key
+            every[key] = sample.value
+            if family.type in ("counter", "histogram"):
+                rising[key] = sample.value
+    return every, rising
+
+
+def of_peer(samples: Samples, name: str, running: Running, slot: int, **labels: str) -> float:
+    labels["peer"] = f"localhost:{running.ports[slot]}"
+    return samples[name, tuple(sorted(labels.items()))]
+
+
+def check_against_status(running: Running, port: int) -> bool:
+    """Figures of two moments, so the caller tries until nothing has moved between them."""
+    samples, _ = scrape(port)
+    for slot, peer in enumerate(running.status()["peers"]):
+
+        def value(name: str, slot: int = slot, **labels: str) -> float:
+            return of_peer(samples, name, running, slot, **labels)
+
+        counters: dict[str, int] = peer["counters"]
+        for name, (metric, _) in metrics.COUNTERS.items():
+            assert value(metric) == counters[name], name
+        for name, reason in metrics.RX_DROPPED.items():
+            assert value("peerd_rx_dropped_total", reason=reason) == counters[name]
+        for name, reason in metrics.TX_DROPPED.items():
+            assert value("peerd_tx_dropped_total", reason=reason) == counters[name]
+        assert value("peerd_rx_dropped_total", reason="kernel") == peer["rx_dropped"]
+        restarts = [
+            value("peerd_restarts_total", reason=reason) for reason in metrics.RESTART_REASONS
+        ]
+        assert sum(restarts) == peer["restarts"]
+        assert value("peerd_lost_in_flight_total") == peer["lost_in_flight"]
+        assert value("peerd_registered") == peer["registered"]
+        assert value("peerd_conflict") == bool(peer["conflict"])
+        assert value("peerd_peer_state", state=peer["state"]) == 1
+        assert value("peerd_heartbeat_age_seconds") < 5
+        check_histograms(samples, running, slot, peer["histograms"])
+    return True
+
+
+def check_histograms(
+    samples: Samples, running: Running, slot: int, expected: dict[str, list[int]]
+) -> None:
+    for metric, counted, unit_s in (
+        ("peerd_batch_datagrams", "batch_datagrams", None),
+        ("peerd_turn_seconds", "turn_us", 1e-6),
+    ):
+        below = 0
+        *bounded, last = expected[counted]
+        for number, count in enumerate(bounded):
+            below += count
+            # Datagrams are whole ones, and a time in microseconds is cut off.
+            end = 2 ** (number + 1) - 1 if unit_s is None else 2 ** (number + 1) / 1e6
+            bucket = of_peer(samples, f"{metric}_bucket", running, slot, le=str(float(end)))
+            assert bucket == below, (metric, number)
+        every = of_peer(samples, f"{metric}_bucket", running, slot, le="+Inf")
+        assert every == below + last
+        assert of_peer(samples, "peerd_turns_total", running, slot) == every
+
+
+def test_the_figures_are_those_of_status(supervised: Supervised) -> None:
+    port = free_tcp_port()
+    running = start(supervised, port)
+    eventually(lambda: is_ready(port))
+    for _ in range(5):
+        raw_client.request(running.ports[0], b"PING", b"x")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        for datagram in (b"", b"abc", raw_client.pack(b"NOBODY", b"1.0", b"")):
+            client.sendto(datagram, ("127.0.0.1", running.ports[1]))
+    eventually(lambda: running.peer(1)["counters"]["rx_datagrams"] == 3)
+    eventually(lambda: check_against_status(running, port))
+    samples, _ = scrape(port)
+    assert of_peer(samples, "peerd_tx_messages_total", running, 0) == 5
+    for reason in ("decode_empty", "decode_short", "unknown_magic"):
+        assert of_peer(samples, "peerd_rx_dropped_total", running, 1, reason=reason) == 1
+    assert samples["peerd_registry_state", (("state", "suspended"),)] == 1
+    assert f"http://127.0.0.1:{port}/metrics" in running.out
+    # Neither this process's nor Python's: those of prometheus_client are left out.
+    assert {name for name, _ in samples if not name.startswith("peerd_")} == set()
+
+
+def test_a_registered_peer_is_told(supervised: Supervised) -> None:
+    port = free_tcp_port()
+    running = supervised.start(f"--metrics=127.0.0.1:{port}", peers=1)
+    running.wait_registered()
+    samples, _ = scrape(port)
+    assert of_peer(samples, "peerd_registered", running, 0) == 1
+    assert samples["peerd_registry_state", (("state", "connected"),)] == 1
+
+
+def test_no_counter_goes_back_over_20_kills(supervised: Supervised) -> None:
+    port, peers, rounds = free_tcp_port(), 5, 4
+    running = start(supervised, port, peers=peers)
+    eventually(lambda: is_ready(port))
+    with pings(running.ports), watched(port) as seen:
+        for number in range(rounds):
+            for slot in range(peers):
+                send_signal(running.peer(slot)["pid"], signal.SIGKILL)
+            eventually(partial(restarted, running, number + 1), within_s=20)
+            eventually(lambda: is_ready(port))
+        scraped = len(seen)
+        eventually(lambda: len(seen) > scraped + 1)
+    eventually(lambda: check_against_status(running, port))
+    samples, _ = scrape(port)
+    for slot in range(peers):
+        assert of_peer(samples, "peerd_restarts_total", running, slot, reason="signal") == rounds
+        assert of_peer(samples, "peerd_worker_starts_total", running, slot) == rounds + 1
+        assert of_peer(samples, "peerd_rx_messages_total", running, slot) > 0
+
+
+def test_scrapes_are_quick_while_workers_are_killed_all_the_time(supervised: Supervised) -> None:
+    """200 with PEERD_LONG_TESTS=1. Who is parked is started by hand, to die again."""
+    port = free_tcp_port()
+    running = start(supervised, port, "--app=peerd.chaos.app:app", peers=KILLED_PEERS)
+    eventually(lambda: is_ready(port))
+    chance = random.Random(10)
+    with Load(running.ports, rate=2_000.0), watched(port) as seen:
+        for _ in range(KILLS):
+            slot = chance.randrange(KILLED_PEERS)
+            pid = serving(running, slot)
+            send_signal(pid, signal.SIGKILL)
+            eventually(partial(is_replaced, running, slot, pid))
+        for slot in range(KILLED_PEERS):
+            serving(running, slot)
+        scraped = len(seen)
+        eventually(lambda: len(seen) > scraped + 1)
+    eventually(lambda: check_against_status(running, port))
+    restarts = sum(peer["restarts"] for peer in running.status()["peers"])
+    assert restarts >= KILLS
+    seen.sort()
+    if LONG:
+        assert seen[-1] <= 0.02, seen[-len(seen) // 20 :]
+    else:  # the rest is what this process and the supervisor wait for a CPU, as others have it as well
+        assert statistics.median(seen) <= 0.02, seen[len(seen) // 2 :]
+        assert statistics.quantiles(seen, n=20)[-1] <= 0.1, seen[-len(seen) // 20 :]
+
+
+def is_replaced(running: Running, slot: int, pid: int) -> bool:
+    return bool(running.peer(slot)["pid"] != pid)
+
+
+def restarted(running: Running, times: int) -> bool:
+    peers = running.status()["peers"]
+    return all(peer["restarts"] == times and peer["state"] == "ready" for peer in peers)
+
+
+@contextmanager
+def pings(ports: Sequence[int]) -> Iterator[None]:
+    """As many as the peers answer, since each reply is waited for; lost ones are given up soon."""
+    stop = threading.Event()
+
+    def ping(port: int) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.settimeout(0.05)
+            while not stop.is_set():
+                client.sendto(raw_client.pack(b"PING", b"1.0", b"x"), ("127.0.0.1", port))
+                try:
+                    client.recv(100)
+                except TimeoutError:
+                    continue
+
+    threads = [threading.Thread(target=ping, args=(port,)) for port in ports]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+@contextmanager
+def watched(port: int) -> Iterator[list[float]]:
+    """Scrapes all the time, and how long each took, in seconds. Fails at the end if anything went back."""
+    stop, seen, wrong = threading.Event(), list[float](), list[object]()
+
+    def watch() -> None:
+        before: Samples = {}
+        try:
+            while not stop.is_set():
+                asked_s = time.monotonic()
+                answer = get(port, "/metrics")
+                took_s = time.monotonic() - asked_s
+                _, now = parse(answer)
+                assert before.keys() <= now.keys()
+                back = {key: (old, now[key]) for key, old in before.items() if now[key] < old}
+                assert not back
+                before = now
+                seen.append(took_s)
+        except BaseException as error:
+            wrong.append(error)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
+
+
+def test_the_gaps_of_a_reload_are_told(supervised: Supervised) -> None:
+    port = free_tcp_port()
+    running = start(supervised, port)
+    eventually(lambda: is_ready(port))
+    replaced = control.request(running.control, "reload", timeout_s=30)["replaced"]
+    samples = eventually(partial(scrape_after, port, len(replaced)))
+    assert samples is not None
+    gaps_s = [peer["gap_ms"] / 1e3 for peer in replaced]
+    assert samples["peerd_reload_gap_seconds_sum", ()] == pytest.approx(sum(gaps_s))
+    for end_s in metrics.RELOAD_GAP_ENDS_S:
+        below = samples["peerd_reload_gap_seconds_bucket", (("le", str(end_s)),)]
+        assert below == sum(gap_s <= end_s for gap_s in gaps_s)
+
+
+def scrape_after(port: int, replaced: int) -> Samples | None:
+    """None for a text that is too old."""
+    samples, _ = scrape(port)
+    return samples if samples["peerd_reload_gap_seconds_count", ()] == replaced else None
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"), [("os._exit(3)", "exit"), ("os.abort()", "signal"), ("sleep()", "stuck")]
+)
+def test_why_a_worker_was_restarted(
+    supervised: Supervised, tmp_path: Path, act: str, reason: str
+) -> None:
+    (tmp_path / "mortal.py").write_text(
+        "import os, peerd, time\n"
+        "app = peerd.App()\n"
+        "def sleep():\n"
+        "    while True:\n"
+        "        time.sleep(1)\n"
+        "@app.handler('ACT')\n"
+        "def act(message):\n"
+        f"    {act}\n"
+    )
+    port = free_tcp_port()
+    running = start(supervised, port, "--app=mortal:app", "--stuck-timeout=1", peers=1)
+    eventually(lambda: is_ready(port))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.sendto(raw_client.pack(b"ACT", b"1.0", b""), ("127.0.0.1", running.ports[0]))
+    eventually(lambda: restarted(running, 1), within_s=20)
+    eventually(lambda: check_against_status(running, port))
+    samples, _ = scrape(port)
+    assert of_peer(samples, "peerd_restarts_total", running, 0, reason=reason) == 1
+
+
+def test_a_stopped_worker_makes_it_unready(supervised: Supervised) -> None:
+    port = free_tcp_port()
+    running = start(supervised, port)
+    eventually(lambda: is_ready(port))
+    peer = running.peer(1)
+    send_signal(peer["pid"], signal.SIGSTOP)
+    try:
+        line = eventually(lambda: unready(port), within_s=20)
+        assert line is not None
+        assert line.startswith(f"not ready: {peer['peer_id']} (has not turned for ")
+        assert line.count("\n") == 1
+        assert f"localhost:{running.ports[0]}" not in line
+        assert get(port, "/healthz/live") == (200, "live\n")
+        samples, _ = scrape(port)
+        assert of_peer(samples, "peerd_heartbeat_age_seconds", running, 1) > 4
+    finally:
+        send_signal(peer["pid"], signal.SIGCONT)
+    eventually(lambda: is_ready(port))
+
+
+def unready(port: int) -> str | None:
+    status, line = get(port, "/healthz/ready")
+    return line if status == 503 else None
+
+
+def test_who_is_not_ready_is_named_and_not_all_of_a_crowd(
+    supervised: Supervised, tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import os, peerd, time\n"
+        "app = peerd.App()\n"
+        "while not os.path.exists('go'):\n"
+        "    time.sleep(0.01)\n"
+    )
+    port = free_tcp_port()
+    running = start(supervised, port, "--app=slow:app", peers=10)
+    line = eventually(partial(all_starting, port))
+    named = ", ".join(f"localhost:{number} (starting)" for number in running.ports[:8])
+    assert line == f"not ready: {named}, and 2 more\n"
+    (tmp_path / "go").touch()
+    eventually(lambda: is_ready(port), within_s=15)
+
+
+def all_starting(port: int) -> str | None:
+    status, line = get(port, "/healthz/ready")
+    return line if status == 503 and line.count("(starting)") == 8 else None
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", 404),
+        (b"GET /metrics/ HTTP/1.1\r\n\r\n", 404),
+        (b"GET /healthz/live?verbose=1 HTTP/1.0\r\n\r\n", 200),
+        (b"GET /healthz/live HTTP/1.1\nHost: x\n\n", 200),
+        (b"HEAD /metrics HTTP/1.1\r\n\r\n", 405),
+        (b"POST /metrics HTTP/1.1\r\nContent-Length: 0\r\n\r\n", 405),
+        (b"GET /metrics HTTP/2\r\n\r\n", 400),
+        (b"GET /metrics\r\n\r\n", 400),
+        (b"\r\n\r\n", 400),
+        (b"\xff\x00 \xfe \x80\r\n\r\n", 400),
+        (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n", None),
+        (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 10_000 + b"\r\n", None),
+        (b"\x16\x03\x01" + b"\xff" * 20_000, None),
+        (b"", None),
+        (b"GET /metrics HTTP/1.1\r\nHost: x", None),
+    ],
+    ids=lambda value: repr(value[:20]) if isinstance(value, bytes) else str(value),
+)
+def test_what_is_no_request(
+    supervised: Supervised, request_bytes: bytes, status: int | None
+) -> None:
+    port = free_tcp_port()
+    start(supervised, port, peers=1)
+    eventually(lambda: is_ready(port))
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+        answer = b""
+        try:
+            client.sendall(request_bytes)
+            if status is None:
+                client.shutdown(socket.SHUT_WR)
+            while chunk := client.recv(1 << 16):
+                answer += chunk
+        except TimeoutError:
+            raise
+        except OSError:  # dropped in the middle of what it sent
+            pass
+    assert answer == b"" if status is None else answer.startswith(b"HTTP/1.1 %d " % status)
+    assert is_ready(port)
+
+
+def test_who_takes_too_long_is_dropped(supervised: Supervised) -> None:
+    port = free_tcp_port()
+    running = start(supervised, port, peers=1)
+    eventually(lambda: is_ready(port))
+    with socket.create_connection(("127.0.0.1", port)) as slow:
+        slow.sendall(b"GET /metrics HTTP/1.1\r\n")
+        slow.setblocking(False)
+        # The server looks when the next client comes.
+        eventually(lambda: is_ready(port) and is_dropped(slow), 3 * metrics.CLIENT_TIMEOUT_S)
+    assert running.process.poll() is None
+
+
+def is_dropped(client: socket.socket) -> bool:
+    try:
+        return client.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def test_a_crowd_of_idle_clients_is_bounded_and_harms_nobody(supervised: Supervised) -> None:
+    port, crowd = free_tcp_port(), 3 * metrics.MAX_CLIENTS
+    running = start(supervised, port)
+    eventually(lambda: is_ready(port))
+    before = psutil.Process(running.pid).num_fds()
+    with ExitStack() as stack:
+        clients = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(crowd)
+        ]
+        for number, client in enumerate(clients):
+            client.setblocking(False)
+            # Some say nothing, some half a request, some ask and never read.
+            if number % 3:
+                try:
+                    client.sendall(b"GET /metrics HTTP/1.1\r\n" + b"\r\n" * (number % 3 - 1))
+                except ConnectionError:
+                    continue
+        assert is_ready(port)
+        assert scrape(port)[0]
+        assert psutil.Process(running.pid).num_fds() <= before + metrics.MAX_CLIENTS
+        for slot in running.ports:
+            assert raw_client.request(slot, b"PING", b"x")[0] == b"PONG"
+        assert not is_dropped(clients[-3])  # says nothing, and is one of the last
+        eventually(lambda: is_dropped(clients[0]))
+    eventually(lambda: psutil.Process(running.pid).num_fds() <= before)
+
+
+def test_children_do_not_hold_the_port(supervised: Supervised) -> None:
+    port = free_tcp_port()
+    running = start(supervised, port)
+    eventually(lambda: is_ready(port))
+    with socket.create_connection(("127.0.0.1", port)):
+        send_signal(running.peer(0)["pid"], signal.SIGKILL)  # one that is forked while it is open
+        eventually(lambda: is_ready(port) and running.peer(0)["restarts"] == 1)
+        supervisor, *children = running.tree()
+        assert children
+        for child in children:
+            local = {found.laddr.port for found in child.net_connections("tcp") if found.laddr}
+            assert port not in local
+        assert supervisor.pid == running.pid
+
+
+def test_a_taken_port_stops_it_before_it_begins(supervised: Supervised) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = int(holder.getsockname()[1])
+        running = start(supervised, port)
+        assert running.wait() == 73
+    assert f"TCP port {port} is in use, held by pid {os.getpid()}" in running.err
+    assert "--metrics" in running.err
+    assert len(running.err.strip().splitlines()) == 1
+    assert running.out == ""
+
+
+def test_a_supervisor_that_has_the_port_is_named_and_goes_on(supervised: Supervised) -> None:
+    port = free_tcp_port()
+    first = start(supervised, port)
+    eventually(lambda: is_ready(port))
+    second = start(supervised, port)
+    assert second.wait() == 73
+    assert f"TCP port {port} is in use, held by pid {first.pid}" in second.err
+    assert is_ready(port)
+
+
+def test_the_next_supervisor_gets_the_port_at_once(supervised: Supervised) -> None:
+    """The connections of the one before are in TIME_WAIT, and on the server's side."""
+    port = free_tcp_port()
+    for _ in range(2):
+        running = start(supervised, port, peers=1)
+        eventually(lambda: is_ready(port))
+        running.signal(signal.SIGTERM)
+        assert running.wait() == 0
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_every_address(supervised: Supervised, family: socket.AddressFamily) -> None:
+    port = free_tcp_port()
+    host, reached_at = ("0.0.0.0", "127.0.0.1") if family == socket.AF_INET else ("[::1]", "::1")
+    supervised.start(f"--metrics={host}:{port}", peers=1, etcd=NO_ETCD)
+
+    def answers() -> bool:
+        with socket.create_connection((reached_at, port), timeout=5) as client:
+            client.sendall(b"GET /healthz/live HTTP/1.1\r\n\r\n")
+            return client.recv(100).startswith(b"HTTP/1.1 200 OK\r\n")
+
+    eventually(answers)
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "text"),
+    [
+        ("9464", 2, "write HOST:PORT"),
+        (":9464", 2, "write HOST:PORT"),
+        ("http://localhost:9464", 2, "write HOST:PORT"),
+        ("localhost:0", 2, f"a port is a number from 1 to {MAX_PORT}"),
+        ("localhost:65536", 2, f"a port is a number from 1 to {MAX_PORT}"),
+        ("192.0.2.1:9464", 73, "cannot bind TCP 192.0.2.1:9464: this machine has no such address"),
+        ("no-such-host.invalid:9464", 73, "use --metrics with an address of this machine"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(
+    supervised: Supervised, value: str, code: int, text: str
+) -> None:
+    running = supervised.start(f"--metrics={value}", peers=1, etcd=NO_ETCD)
+    assert running.wait() == code
+    assert text in running.err
+    assert len(running.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_other_ways_to_set_it(
+    supervised: Supervised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    port = free_tcp_port()
+    args: list[str] = []
+    if source == "environment":
+        monkeypatch.setenv("PEERD_SUPERVISE_METRICS", f"127.0.0.1:{port}")
+    else:
+        config = tmp_path / "peerd.toml"
+        config.write_text(f'metrics = "127.0.0.1:{port}"\n')
+        args.append(f"--config={config}")
+    supervised.start(*args, peers=1, etcd=NO_ETCD)
+    eventually(lambda: is_ready(port))
+
+
+def test_who_does_not_ask_for_it_does_not_pay() -> None:
+    code = "import sys, peerd.cli.supervise; print('prometheus_client' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,497 @@
+"""More peers and fewer while they serve: ``scale``, SIGTTIN, SIGTTOU."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import psutil
+import pytest
+
+from harness import raw_client
+from harness.eventually import eventually
+from harness.supervised import Running, Supervised, alive, free_ports, free_tcp_port, send_signal
+from harness.supervisor_requests import Asked, ask, events, logged, pids, scale
+from peerd.chaos.subject import is_free
+from peerd.errors import ControlError
+from peerd.registry import Left, Registry
+from peerd.registry.embedded_etcd import EmbeddedEtcd
+from peerd.supervisor.stopping import LAST_TIMEOUT_S
+
+SLOW_S = 1.0
+SLOW = f"import time\ntime.sleep({SLOW_S})\nfrom peerd.serving.app import builtin_app\napp = builtin_app()\n"
+"""An app that takes its time to load."""
+
+STOP_TIMEOUT_S = 8.0
+"""The default."""
+
+NEVER_LOADED = SLOW.replace(str(SLOW_S), "60")
+PLAIN = SLOW.replace(f"time.sleep({SLOW_S})\n", "")
+BROKEN = "import peerd\nraise ValueError('broken today')\n"
+DIES = "import os\nos._exit(3)\n"
+
+
+def start(
+    supervised: Supervised, *args: str, peers: int, room: int, app: str | None = None
+) -> Running:
+    """A supervisor with free ports behind its last one for ``room`` peers in all."""
+    if app is not None:
+        write_app(supervised, app)
+        args = ("--app=scaled:app", *args)
+    running = supervised.start(*args, peers=peers, base_port=free_ports(room))
+    running.wait_registered()
+    return running
+
+
+def write_app(supervised: Supervised, source: str) -> None:
+    (supervised.folder / "scaled.py").write_text(source)
+
+
+def registered(running: Running) -> list[int]:
+    with Registry(running.etcd, running.prefix) as registry:
+        return sorted(record.port for record in registry.nodes())
+
+
+def answers(port: int) -> bool:
+    return raw_client.request(port, b"PING", b"x") == (b"PONG", b"1.0", b"x")
+
+
+@contextmanager
+def client_of(port: int) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.connect(("127.0.0.1", port))
+        client.settimeout(5)
+        yield client
+
+
+def title(running: Running) -> str:
+    return " ".join(psutil.Process(running.pid).cmdline()).strip()
+
+
+def test_new_peers_serve_on_the_ports_behind_the_last(supervised: Supervised) -> None:
+    running = start(supervised, peers=2, room=4)
+    base = running.base_port
+    before = pids(running)
+    result = scale(running, 4)
+    assert (result["before"], result["peers"], result["stopped"]) == (2, 4, [])
+    after = pids(running)
+    assert after[:2] == before
+    assert result["started"] == [
+        {"slot": slot, "peer_id": f"localhost:{base + slot}", "pid": after[slot]} for slot in (2, 3)
+    ]
+    assert all(answers(port) for port in range(base, base + 4))
+    running.wait_registered()
+    assert registered(running) == list(range(base, base + 4))
+    status = running.status()
+    assert status["supervisor"]["configured_peers"] == 2
+    assert [peer["slot"] for peer in status["peers"]] == [0, 1, 2, 3]
+    assert title(running) == f"peerd: supervisor of ports {base} to {base + 3}"
+    (told,) = events(running, "scaled")
+    assert (told["before"], told["peers"]) == (2, 4)
+    assert "scaled from 2 to 4 peers" in running.err
+
+
+def test_the_highest_go_first_and_their_queues_are_served(supervised: Supervised) -> None:
+    running = start(supervised, peers=3, room=3)
+    base, before = running.base_port, pids(running)
+    with (
+        Registry(running.etcd, running.prefix) as registry,
+        registry.watch() as watch,
+        client_of(base + 2) as client,
+    ):
+        for _ in range(3):
+            next(watch)
+        send_signal(before[2], signal.SIGSTOP)
+        for number in range(100):
+            client.send(raw_client.pack(b"PING", b"1.0", b"%d" % number))
+        asked = Asked(running, "scale", peers=1)
+        gone = [next(watch) for _ in range(2)]
+        assert [type(event) for event in gone] == [Left, Left]
+        # Revoked first: nobody is sent to a peer that is about to end.
+        assert asked.is_under_way
+        send_signal(before[2], signal.SIGCONT)
+        result = asked.answer()
+        bodies = {raw_client.unpack(client.recv(1 << 16))[2] for _ in range(100)}
+    assert len(bodies) == 100
+    assert [row["slot"] for row in result["stopped"]] == [2, 1]
+    assert all(row["took_ms"] > 0 for row in result["stopped"])
+    assert pids(running) == before[:1]
+    assert registered(running) == [base]
+    assert is_free(base + 1)
+    assert is_free(base + 2)
+    assert not alive(before[1:])
+    assert answers(base)
+    assert title(running) == f"peerd: supervisor of ports {base} to {base}"
+    assert events(running, "died") == []
+
+
+def has_peers(running: Running, number: int) -> bool:
+    return len(pids(running)) == number
+
+
+def test_signals_scale_by_one(supervised: Supervised) -> None:
+    running = start(supervised, peers=1, room=3)
+    for number in (2, 3):
+        running.signal(signal.SIGTTIN)
+        eventually(partial(has_peers, running, number))
+    running.wait_registered()
+    for number in (2, 1):
+        running.signal(signal.SIGTTOU)
+        eventually(partial(has_peers, running, number))
+    running.signal(signal.SIGTTOU)
+    # The answer to this comes after that signal.
+    assert ask(running, "scale", peers=1)["before"] == 1
+    assert answers(running.base_port)
+    assert "ERROR" not in running.err
+
+
+def test_twenty_signals_in_a_tenth_of_a_second(supervised: Supervised) -> None:
+    """A signal that is pending when another of its kind comes is one (signal(7)), so some may be lost."""
+    running = start(supervised, peers=1, room=21)
+    for _ in range(20):
+        running.signal(signal.SIGTTIN)
+        time.sleep(0.005)  # the pace is the test's subject
+    eventually(lambda: "scaled from" in running.err and not is_scaling(running), within_s=15)
+    number = len(pids(running))
+    assert 2 <= number <= 21
+    running.wait_ready()
+    assert all(answers(running.base_port + slot) for slot in range(number))
+    for _ in range(30):
+        running.signal(signal.SIGTTOU)
+        time.sleep(0.003)
+    eventually(lambda: len(pids(running)) < number and not is_scaling(running), within_s=15)
+    left = len(pids(running))
+    assert left >= 1
+    assert events(running, "died", "not scaled") == []
+
+
+def is_scaling(running: Running) -> bool:
+    """A scaling to what is there already waits for those before."""
+    number = len(pids(running))
+    return bool(scale(running, number)["before"] != number)
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (0, "cannot scale to 0 peers: give a number from 1 to 4096"),
+        (-1, "cannot scale to -1 peers"),
+        (4097, "cannot scale to 4097 peers"),
+        (1 << 62, "cannot scale to"),
+        ("x", "cannot scale to 'x' peers: give a number"),
+        (2.0, "cannot scale to 2.0 peers: give a number"),
+        (True, "cannot scale to True peers: give a number"),
+        (None, "cannot scale to None peers: give a number"),
+    ],
+)
+def test_a_number_that_is_none_changes_nothing(
+    running_pair: Running, asked: object, why: str
+) -> None:
+    before = pids(running_pair)
+    with pytest.raises(ControlError, match=why):
+        scale(running_pair, asked)
+    assert pids(running_pair) == before
+
+
+@pytest.fixture
+def running_pair(supervised: Supervised) -> Running:
+    running = supervised.start(peers=2)
+    running.wait_ready()
+    return running
+
+
+def test_a_taken_port_changes_nothing(supervised: Supervised) -> None:
+    running = start(supervised, peers=1, room=3)
+    before, taken = pids(running), running.base_port + 2
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
+        holder.bind(("127.0.0.1", taken))
+        with pytest.raises(ControlError, match=f"UDP port {taken} is in use, held by pid"):
+            scale(running, 3)
+        assert pids(running) == before
+        assert is_free(running.base_port + 1)
+        running.signal(signal.SIGTTIN)
+        eventually(lambda: len(pids(running)) == 2)
+        running.signal(signal.SIGTTIN)
+        eventually(lambda: f"not scaled: UDP port {taken} is in use" in running.err)
+    assert scale(running, 3)["before"] == 2
+
+
+def test_there_are_no_ports_past_the_last(supervised: Supervised) -> None:
+    running = supervised.start(peers=1, base_port=65534)
+    running.wait_ready()
+    before = pids(running)
+    with pytest.raises(ControlError, match="the last port would be 65536; 2 fit"):
+        scale(running, 3)
+    assert pids(running) == before
+    assert scale(running, 2)["peers"] == 2
+
+
+def test_more_than_the_descriptors_allow_changes_nothing(running_pair: Running) -> None:
+    before = pids(running_pair)
+    _, hard = resource.prlimit(running_pair.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(running_pair.pid, resource.RLIMIT_NOFILE, (200, hard))
+    with pytest.raises(ControlError, match=r"open files, and the limit is 200 \(ulimit -n\)"):
+        scale(running_pair, 20)
+    assert pids(running_pair) == before
+
+
+def test_an_app_that_is_broken_by_now_leaves_the_old_set(supervised: Supervised) -> None:
+    running = start(supervised, peers=2, room=4, app=PLAIN)
+    before = pids(running)
+    write_app(supervised, BROKEN)
+    with pytest.raises(ControlError) as refused:
+        scale(running, 4)
+    assert str(refused.value).startswith("not scaled, the number of peers is still 2: ")
+    assert str(refused.value).count("Traceback") == 1
+    assert "ValueError: broken today" in str(refused.value)
+    assert pids(running) == before
+    assert all(answers(port) for port in running.ports)
+    assert is_free(running.base_port + 2)
+    assert is_free(running.base_port + 3)
+    (told,) = events(running, "not scaled")
+    assert "Traceback" not in told["why"]
+    write_app(supervised, PLAIN)
+    assert scale(running, 4)["peers"] == 4
+
+
+def test_newcomers_that_die_again_and_again_are_given_up(supervised: Supervised) -> None:
+    running = start(supervised, peers=1, room=3, app=PLAIN)
+    before = pids(running)
+    write_app(supervised, DIES)
+    with pytest.raises(
+        ControlError,
+        match=r"not scaled, the number of peers is still 1: worker pid .*: exit code 3 before it was ready",
+    ) as refused:
+        scale(running, 3)
+    assert "restarted" not in str(refused.value), "that is what does not happen any more"
+    assert pids(running) == before
+    assert registered(running) == [running.base_port]
+    assert is_free(running.base_port + 1)
+    assert running.status()["supervisor"]["state"] == "ready"
+
+
+def test_a_scaling_and_a_reload_do_not_wait_for_each_other(supervised: Supervised) -> None:
+    running = start(supervised, peers=3, room=4, app=SLOW)
+    before = pids(running)
+    reload = Asked(running, "reload")
+    eventually(lambda: len(running.tree()) == 6)  # the registrar, and a successor
+    assert scale(running, 4)["peers"] == 4
+    assert reload.is_under_way
+    scaling = Asked(running, "scale", peers=2)
+    assert [row["slot"] for row in scaling.answer()["stopped"]] == [3, 2]
+    replaced = [row["slot"] for row in reload.answer()["replaced"]]
+    assert replaced[:2] == [0, 1]
+    assert not set(pids(running)) & set(before)
+    assert len(pids(running)) == 2
+
+
+def test_a_reload_while_peers_are_added(supervised: Supervised) -> None:
+    running = start(supervised, peers=1, room=3, app=SLOW)
+    scaling = Asked(running, "scale", peers=3)
+    eventually(lambda: len(running.status()["peers"]) == 3)
+    replaced = ask(running, "reload")["replaced"]
+    scaling.answer()
+    assert [row["slot"] for row in replaced] == [0, 1, 2]
+    assert [row["pid"] for row in replaced] == pids(running)
+    assert all(answers(running.base_port + slot) for slot in range(3))
+    running.wait_registered()
+    assert events(running, "died") == []
+
+
+def test_a_reload_while_a_peer_goes_and_another_comes_in_its_place(supervised: Supervised) -> None:
+    """The one that the reload meant is gone, and the new one has the app of today."""
+    running = start(supervised, peers=3, room=3, app=SLOW)
+    reload = Asked(running, "reload")
+    scale(running, 2)
+    scale(running, 3)
+    assert reload.is_under_way
+    replaced = [each["slot"] for each in reload.answer()["replaced"]]
+    assert replaced in ([0, 1], [0, 1, 2])
+
+
+def test_a_reload_that_waits_for_a_peer_that_is_scaled_away(supervised: Supervised) -> None:
+    running = start(supervised, peers=2, room=2, app=f"print('loads')\n{SLOW}")
+    reload = Asked(running, "reload")
+    eventually(lambda: logged(running, 0).count("loads") == 2)
+    write_app(supervised, NEVER_LOADED)
+    restart = Asked(running, "restart", slot=1)
+    eventually(lambda: events(running, "replaced"))  # so the reload waits behind the restart by now
+    scale(running, 1)
+    with pytest.raises(ControlError, match="stopping"):
+        restart.answer()
+    assert [each["slot"] for each in reload.answer()["replaced"]] == [0]
+
+
+def test_a_peer_is_scaled_away_while_it_is_replaced(supervised: Supervised) -> None:
+    running = start(supervised, peers=2, room=2, app=PLAIN)
+    before = pids(running)
+    write_app(supervised, NEVER_LOADED)
+    restarts = [Asked(running, "restart", slot=1) for _ in range(2)]
+    eventually(lambda: len(running.tree()) == 5)
+    begun_s = time.monotonic()
+    assert scale(running, 1)["peers"] == 1
+    assert time.monotonic() - begun_s < STOP_TIMEOUT_S, "nobody had to be killed for it at the end"
+    for restart in restarts:
+        with pytest.raises(
+            ControlError, match=f"localhost:{running.base_port + 1}:? .*is stopping"
+        ):
+            restart.answer()
+    assert pids(running) == before[:1]
+    assert len(running.tree()) == 3
+    assert events(running, "died") == []
+
+
+def test_a_stop_ends_a_scaling(supervised: Supervised) -> None:
+    running = start(supervised, peers=1, room=3, app=PLAIN)
+    write_app(supervised, NEVER_LOADED)
+    scaling = Asked(running, "scale", peers=3)
+    eventually(lambda: len(running.tree()) == 5)
+    waiting = Asked(running, "scale", peers=2)
+    tree = [process.pid for process in running.tree()]
+    begun_s = time.monotonic()
+    running.signal(signal.SIGTERM)
+    for asked in (scaling, waiting):
+        with pytest.raises(ControlError, match="the supervisor is stopping"):
+            asked.answer()
+    assert running.wait() == 0
+    assert time.monotonic() - begun_s < STOP_TIMEOUT_S - LAST_TIMEOUT_S, "so late they are killed"
+    assert not alive(tree)
+    assert registered(running) == []
+
+
+def test_a_stop_ends_a_scaling_that_waits_for_a_stopped_worker(supervised: Supervised) -> None:
+    running = start(supervised, "--stop-timeout=1.5", peers=2, room=2)
+    tree = [process.pid for process in running.tree()]
+    send_signal(pids(running)[1], signal.SIGSTOP)
+    scaling = Asked(running, "scale", peers=1)
+    eventually(lambda: running.peer(1)["state"] == "stopping")
+    begun_s = time.monotonic()
+    running.signal(signal.SIGTERM)
+    with pytest.raises(ControlError, match="the supervisor is stopping"):
+        scaling.answer()
+    assert running.wait() == 0
+    assert time.monotonic() - begun_s < STOP_TIMEOUT_S
+    assert not alive(tree)
+
+
+def test_a_worker_that_does_not_end_is_killed(supervised: Supervised) -> None:
+    running = start(supervised, "--stop-timeout=1", peers=2, room=2)
+    send_signal(pids(running)[1], signal.SIGSTOP)
+    (stopped,) = scale(running, 1)["stopped"]
+    assert 900 < stopped["took_ms"] < STOP_TIMEOUT_S * 1e3
+    assert "has not stopped in time: SIGKILL" in running.err
+    assert is_free(running.base_port + 1)
+
+
+def test_counters_go_on_when_a_slot_comes_back(supervised: Supervised) -> None:
+    running = start(supervised, "--recv-buffer=20000", peers=2, room=2)
+    port = running.base_port + 1
+    for _ in range(10):
+        assert answers(port)
+    send_signal(pids(running)[1], signal.SIGSTOP)
+    with client_of(port) as client:
+        for _ in range(200):
+            client.send(raw_client.pack(b"PING", b"1.0", bytes(1000)))
+        send_signal(pids(running)[1], signal.SIGCONT)
+        # Its answer comes when all that was queued is counted.
+        eventually(lambda: answers(port))
+    before = running.peer(1)
+    assert before["rx_messages"] + before["rx_dropped"] == 211
+    assert before["rx_dropped"] > 0
+    scale(running, 1)
+    assert scale(running, 2)["started"][0]["slot"] == 1
+    after = running.peer(1)
+    for name in ("rx_messages", "rx_dropped", "rx_bytes"):
+        assert after[name] == before[name]
+    assert after["tx_messages"] >= before["tx_messages"]  # counted when they are gone
+    assert after["restarts"] == 0
+    assert after["generation"] == before["generation"] + 1
+    assert answers(port)
+    assert running.peer(1)["rx_messages"] == before["rx_messages"] + 1
+
+
+def test_what_was_dropped_last_is_counted(supervised: Supervised) -> None:
+    """Nobody has looked at the counter between the drops and the end of the socket."""
+    running = start(supervised, "--recv-buffer=20000", peers=2, room=2)
+    send_signal(pids(running)[1], signal.SIGSTOP)
+    with client_of(running.base_port + 1) as client:
+        for _ in range(200):
+            client.send(raw_client.pack(b"PING", b"1.0", bytes(1000)))
+        scaling = Asked(running, "scale", peers=1)
+        eventually(lambda: registered(running) == [running.base_port])
+        for process in running.tree():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+        scaling.answer()
+    scale(running, 2)
+    peer = running.peer(1)
+    assert peer["rx_messages"] + peer["rx_dropped"] == 200
+    assert peer["rx_dropped"] > 100
+
+
+def test_peers_go_without_etcd(supervised: Supervised) -> None:
+    with EmbeddedEtcd() as etcd:
+        running = supervised.start("--ttl=3", etcd=etcd.endpoint, peers=3)
+        running.wait_registered()
+        send_signal(etcd.pid, signal.SIGSTOP)
+        try:
+            begun_s = time.monotonic()
+            result = scale(running, 1)
+            # Two seconds for the records, then the queues, which are empty.
+            assert 1.9 < time.monotonic() - begun_s < STOP_TIMEOUT_S
+        finally:
+            send_signal(etcd.pid, signal.SIGCONT)
+        assert [row["slot"] for row in result["stopped"]] == [2, 1]
+        assert len(pids(running)) == 1
+        assert answers(running.base_port)
+        eventually(lambda: registered(running) == [running.base_port], within_s=10)
+        running.signal(signal.SIGTERM)
+        assert running.wait() == 0
+
+
+def test_a_peer_that_was_added_is_restarted_and_logged_like_any_other(
+    supervised: Supervised,
+) -> None:
+    running = start(supervised, peers=1, room=2)
+    scale(running, 2)
+    old = pids(running)[1]
+    send_signal(old, signal.SIGKILL)
+    eventually(lambda: running.peer(1)["pid"] not in (old, None))
+    running.wait_registered()
+    assert any(f"worker pid {old}: killed by SIGKILL" in line for line in logged(running, 1))
+    assert ask(running, "restart", slot=1)["replaced"][0]["pid"] == pids(running)[1]
+
+
+def test_what_nobody_has_read_when_a_port_is_closed_is_counted(supervised: Supervised) -> None:
+    """By the status, the metrics and an event, as the client has sent it."""
+    metrics = f"127.0.0.1:{free_tcp_port()}"
+    running = start(
+        supervised,
+        "--stop-timeout=1",
+        "--recv-buffer=1000000",
+        f"--metrics={metrics}",
+        peers=2,
+        room=2,
+    )
+    port, sent = running.base_port + 1, 50
+    assert answers(port)
+    send_signal(pids(running)[1], signal.SIGSTOP)
+    for number in range(sent):
+        raw_client.send(port, b"PING", b"%d" % number)
+    assert scale(running, 1)["peers"] == 1
+    (closed,) = events(running, "closed")
+    assert (closed["peer_id"], closed["lost_unread"]) == (f"localhost:{port}", sent)
+    assert scale(running, 2)["peers"] == 2
+    peer = running.peer(1)
+    assert (peer["lost_unread"], peer["lost_in_flight"], peer["rx_messages"]) == (sent, 0, 1)
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    assert f'peerd_lost_unread_total{{peer="localhost:{port}"}} {sent}' in lines
+    assert f'peerd_lost_unread_total{{peer="localhost:{running.base_port}"}} 0' in lines

@@ -1,0 +1,173 @@
+"""Nothing is lost by what is meant to lose nothing, and what a kill costs is known exactly.
+
+PEERD_LONG_TESTS=1 runs them at the size of a day: 20,000 datagrams a second over 8 peers.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from harness.eventually import eventually
+from harness.supervised import Running, Supervised, free_ports, free_tcp_port, send_signal
+from harness.supervisor_requests import ask, serving
+from peerd.chaos.app import HANDLER_VARIABLE
+from peerd.chaos.load import Load, LoadReport
+from peerd.supervisor import control
+
+LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
+PEERS = 8
+RATE = 20_000.0 if LONG else 6_000.0
+RELOADS = 50 if LONG else 5
+SCALINGS = 20 if LONG else 4
+KILLS = 100 if LONG else 12
+UNREAD_S = 30.0 if LONG else 4.0
+# Of the time between two datagrams of a peer; with what the kernel adds to a sleep, it is nearly all of it.
+HANDLER_S = 0.75 * PEERS / RATE
+RECV_BUFFER = "--recv-buffer=134217728"  # room for what a busy machine leaves undone
+
+pytestmark = pytest.mark.timeout(600 if LONG else 120)
+
+CHATTERING = """
+import sys, peerd
+app = peerd.App()
+
+@app.handler("SEQ")
+def echo(message):
+    print("a line of what a handler says, which nobody reads", file=sys.stdout, flush=True)
+    print("and another one", file=sys.stderr, flush=True)
+    return message.body
+"""
+
+
+@pytest.fixture(autouse=True)
+def slow_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HANDLER_VARIABLE, str(HANDLER_S))
+
+
+def start(supervised: Supervised, *args: str) -> Running:
+    running = supervised.start("--app=peerd.chaos.app:app", RECV_BUFFER, *args, peers=PEERS)
+    running.wait_registered()
+    return running
+
+
+def assert_nothing_is_lost(report: LoadReport, running: Running) -> None:
+    assert report.finished
+    assert (report.dropped, report.foreign) == (0, 0)
+    assert (report.missing, report.doubled, report.out_of_order) == (0, 0, 0)
+    for peer in running.status()["peers"]:
+        assert (peer["lost_in_flight"], peer["rx_dropped"], peer["restarts"]) == (0, 0, 0)
+
+
+def assert_the_rate_was_kept(load: Load, begun_s: float) -> None:
+    """Beside others, the load itself may have no CPU for it."""
+    if LONG:
+        assert load.report().sent >= 0.8 * RATE * (time.monotonic() - begun_s)
+
+
+def test_reloads_and_changes_of_size_lose_nothing(supervised: Supervised) -> None:
+    chance = random.Random(9)
+    # With fewer peers each gets more than it can answer, and has it to answer before it goes.
+    running = start(supervised, "--stop-timeout=60")
+    commands = ["reload"] * RELOADS + ["scale"] * SCALINGS
+    chance.shuffle(commands)
+    backlogs = []
+    begun_s = time.monotonic()
+    with Load(running.ports, rate=RATE) as load:
+        peers = PEERS
+        for command in commands:
+            backlogs.append(sum(peer["rx_queued_bytes"] for peer in running.status()["peers"]))
+            if command == "reload":
+                replaced = ask(running, "reload", timeout_s=100)["replaced"]
+                assert len(replaced) == peers
+                continue
+            wanted = chance.choice([size for size in range(PEERS - 4, PEERS + 1) if size != peers])
+            # Who leaves is still owed what is in its queue.
+            load.remove(running.ports[wanted:peers])
+            ask(running, "scale", timeout_s=100, peers=wanted)
+            load.add(running.ports[peers:wanted])
+            peers = wanted
+        assert_the_rate_was_kept(load, begun_s)
+        report = load.finish(timeout_s=60)
+    assert_nothing_is_lost(report, running)
+    assert sum(backlog > 0 for backlog in backlogs) > len(backlogs) / 2, backlogs
+
+
+def test_what_kills_cost_is_what_is_missing(supervised: Supervised) -> None:
+    chance = random.Random(3)
+    metrics = f"localhost:{free_tcp_port()}"
+    running = start(supervised, f"--metrics={metrics}")
+    begun_s = time.monotonic()
+    with Load(running.ports, rate=RATE) as load:
+        killed: set[int] = set()
+        while len(killed) < KILLS:
+            pid = serving(running, chance.randrange(PEERS), killed)
+            send_signal(pid, signal.SIGKILL)
+            killed.add(pid)
+            # When the next one dies is the test's subject: not always in the same place.
+            time.sleep(chance.uniform(0.0, 0.05))
+        for slot in range(PEERS):
+            serving(running, slot, killed)
+        assert_the_rate_was_kept(load, begun_s)
+        report = load.finish(timeout_s=120.0)
+    assert report.finished
+    assert (report.dropped, report.foreign) == (0, 0)
+    assert (report.doubled, report.out_of_order) == (0, 0)
+    peers = running.status()["peers"]
+    assert sum(peer["restarts"] for peer in peers) >= KILLS
+    assert [peer["rx_dropped"] for peer in peers] == [0] * PEERS
+    missing = {peer["port"]: report.of(peer["port"]).missing for peer in peers}
+    assert missing == {peer["port"]: peer["lost_in_flight"] for peer in peers}
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    lost = [line for line in lines if line.startswith("peerd_lost_in_flight_total{")]
+    assert len(lost) == PEERS
+    assert sum(float(line.rpartition(" ")[2]) for line in lost) == report.missing
+
+
+def test_nobody_reads_what_it_says(supervised: Supervised, tmp_path: Path) -> None:
+    """Handlers print all the time, and what takes it is full after a moment."""
+    (tmp_path / "chattering.py").write_text(CHATTERING)
+    path = tmp_path / "control.sock"
+    base_port = free_ports(PEERS)
+    command = [sys.executable, "-m", "peerd", "supervise", f"--peers={PEERS}"]
+    command += [f"--base-port={base_port}", f"--etcd={supervised.etcd}", "--app=chattering:app"]
+    with unread([*command, f"--control={path}", "--prefix=unread"], tmp_path):
+        eventually(lambda: all_ready(path), within_s=15)
+        begun_s = time.monotonic()
+        with Load(range(base_port, base_port + PEERS), rate=RATE) as load:
+            eventually(lambda: load.report().sent >= RATE * UNREAD_S, within_s=3 * UNREAD_S + 10)
+            assert_the_rate_was_kept(load, begun_s)
+            report = load.finish()
+        assert report.finished
+        assert (report.missing, report.doubled, report.out_of_order) == (0, 0, 0)
+        peers = control.request(path, "status")["peers"]
+        assert [peer["rx_dropped"] for peer in peers] == [0] * PEERS
+
+
+@contextmanager
+def unread(command: list[str], cwd: Path) -> Iterator[None]:
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd
+    )
+    try:
+        yield
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def all_ready(path: Path) -> bool:
+    return all(peer["state"] == "ready" for peer in control.request(path, "status")["peers"])
