@@ -41,24 +41,25 @@ EXIT_CODES: tuple[tuple[type[PeerdError], int], ...] = (
 )
 
 COMMANDS = {
-    "supervise": ("peerd.cli.supervise", "Run peers: one worker process for each UDP port."),
-    "check": ("peerd.cli.check", "Try what 'supervise' would run, and say what it is."),
-    "nodes": ("peerd.cli.nodes", "List the peers that are registered in etcd."),
-    "ping": ("peerd.cli.messages", "See whether a peer answers, and how fast."),
-    "send": ("peerd.cli.messages", "Send one message to a peer and print its reply."),
-    "status": ("peerd.cli.status", "Show what a running supervisor and its peers do."),
-    "wait": ("peerd.cli.manage", "Wait until all peers are ready."),
-    "events": ("peerd.cli.events", "Show what has happened to the processes of a supervisor."),
-    "logs": ("peerd.cli.log_lines", "Show the last lines that the workers have written."),
-    "reload": ("peerd.cli.manage", "Replace all workers, one at a time, losing nothing."),
-    "restart": ("peerd.cli.manage", "Replace the worker of one slot, losing nothing."),
-    "scale": ("peerd.cli.manage", "Change the number of peers while they run, losing nothing."),
-    "stop": ("peerd.cli.manage", "Stop a supervisor in order, and wait for it."),
-    "systemd-unit": ("peerd.cli.systemd_unit", "Print a unit for systemd that runs peers."),
-    "etcd": ("peerd.cli.etcd", "Run an etcd for trials, in the foreground."),
-    "chaos": ("peerd.cli.chaos", "Do harm to a supervisor under load, and check what it promises."),
-    "completion": ("peerd.cli.completion", "Print what makes a shell complete peerd's commands."),
+    "supervise": ("supervise", "Run peers: one worker process for each UDP port."),
+    "check": ("check", "Validate a configuration without starting anything."),
+    "nodes": ("list_nodes", "List the peers that are registered in etcd."),
+    "ping": ("ping_and_send", "Check that a peer answers, and measure round trips."),
+    "send": ("ping_and_send", "Send one message to a peer and print its reply."),
+    "status": ("show_status", "Show the state of a running supervisor and its peers."),
+    "wait": ("manage", "Wait until all peers are ready."),
+    "events": ("show_events", "Show deaths, replacements and other events of a supervisor."),
+    "logs": ("show_logs", "Show the last lines that the workers printed or logged."),
+    "reload": ("manage", "Replace all workers, one at a time, without losing datagrams."),
+    "restart": ("manage", "Replace the worker of one slot without losing datagrams."),
+    "scale": ("manage", "Change the number of peers while they run."),
+    "stop": ("manage", "Stop a supervisor gracefully and wait until it has exited."),
+    "systemd-unit": ("print_systemd_unit", "Print a systemd unit that runs peers."),
+    "etcd": ("run_etcd", "Run an etcd for trials, in the foreground."),
+    "chaos": ("run_chaos", "Inject faults into a supervisor under load and verify its guarantees."),
+    "completion": ("print_completion", "Print a shell completion script for peerd."),
 }
+"""The module of each command, in peerd.cli.commands, and its summary."""
 
 
 @contextlib.contextmanager
@@ -104,7 +105,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(COMMANDS[cmd_name][0])
+        module = importlib.import_module(f"peerd.cli.commands.{COMMANDS[cmd_name][0]}")
         command = getattr(module, cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command)
         _add_variables(cmd_name, command)

@@ -16,7 +16,7 @@ import pytest
 from harness.command import command, peerd, started
 from harness.supervised import send_signal
 from peerd.chaos.schedule import Kind, schedule
-from peerd.cli.chaos import DEFAULT_PEERS
+from peerd.cli.commands.run_chaos import DEFAULT_PEERS
 from peerd.supervisor import control
 
 SEED = 2184

@@ -15,7 +15,7 @@ from peerd.chaos.drive import ChaosSettings
 from peerd.chaos.load import LoadReport
 from peerd.chaos.schedule import Kind
 from peerd.chaos.streams import Count
-from peerd.cli.chaos import _command_line, chaos
+from peerd.cli.commands.run_chaos import _command_line, chaos
 
 PEER = {
     "slot": 0,

@@ -10,7 +10,7 @@ import pytest
 
 from harness.command import peerd
 from peerd.cli import COMMANDS, cli
-from peerd.cli.supervisor_options import SECTIONS, SupervisorCommand
+from peerd.cli.setting_options import SECTIONS, SupervisorCommand
 
 HEAVY = ("rich", "psutil", "prometheus_client", "grpc", "etcd3", "asyncio", "tomllib", "difflib")
 

@@ -91,7 +91,7 @@ def test_each_module_imports_alone(module: str) -> None:
     [
         "peerd",
         "peerd.cli",
-        "peerd.cli.supervise",
+        "peerd.cli.commands.supervise",
         "peerd.serving.worker",
         "peerd.registry.registrar",
     ],

@@ -565,6 +565,6 @@ def test_other_ways_to_set_it(
 
 
 def test_who_does_not_ask_for_it_does_not_pay() -> None:
-    code = "import sys, peerd.cli.supervise; print('prometheus_client' in sys.modules)"
+    code = "import sys, peerd.cli.commands.supervise; print('prometheus_client' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -109,8 +109,8 @@ def systemd_unit(
 def _service(ctx: click.Context, options: tuple[str, ...]) -> _Service:
     """Raises what 'peerd supervise' would for these options: click's errors, SettingsError."""
     # Here, since it brings the supervisor with it, and --help should be quick.
-    from peerd.cli.supervise import supervise
-    from peerd.cli.supervisor_options import SupervisorCommand, settings_of
+    from peerd.cli.commands.supervise import supervise
+    from peerd.cli.setting_options import SupervisorCommand, settings_of
 
     parsed = supervise.make_context("supervise", list(options), parent=ctx.find_root())
     assert isinstance(supervise, SupervisorCommand)

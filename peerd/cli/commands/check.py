@@ -15,7 +15,7 @@ import orjson
 from peerd import __version__
 from peerd.cli.app_probe import FoundApp, probe
 from peerd.cli.options import json_option
-from peerd.cli.supervisor_options import (
+from peerd.cli.setting_options import (
     LaunchOptions,
     Setting,
     SupervisorCommand,
@@ -93,7 +93,7 @@ def check(
     something cannot be bound, 78 for a bad app or file, 2 for other settings. An etcd that does not
     answer is a warning, since peers serve without it.
     """
-    from peerd.cli.supervise import raise_descriptor_limit
+    from peerd.cli.commands.supervise import raise_descriptor_limit
 
     assert isinstance(ctx.command, SupervisorCommand)
     findings = _Findings(warnings=ctx.command.misspelt_variables())

@@ -15,8 +15,8 @@ import click
 
 from peerd import __version__
 from peerd._scoreboard import Scoreboard, Slot
-from peerd.cli import logs
-from peerd.cli.supervisor_options import LaunchOptions, SupervisorCommand, supervisor_options
+from peerd.cli import logging_setup
+from peerd.cli.setting_options import LaunchOptions, SupervisorCommand, supervisor_options
 from peerd.cli.wording import counted, ports
 from peerd.errors import SettingsError
 from peerd.registry import registrar
@@ -56,7 +56,7 @@ def supervise(ctx: click.Context, settings: SupervisorSettings, launch: LaunchOp
 
     if settings.app is not None:
         import orjson  # noqa: F401 - an app may use Message.json(), and forked workers share it
-    log_dropped = logs.configure(launch.log_level, launch.log_format)
+    log_dropped = logging_setup.configure(launch.log_level, launch.log_format)
     assert isinstance(ctx.command, SupervisorCommand)
     for line in ctx.command.misspelt_variables():
         log.warning("%s", line)
@@ -161,7 +161,7 @@ def _worker_entry(settings: SupervisorSettings) -> Any:
     cpus = pinning.plan(pinning.usable_cpus(), cpu_quota(), MAX_PEERS) if settings.pin else ()
 
     def run_worker(index: int, sock: socket.socket, slot: Slot, report: BootReport) -> int:
-        logs.become_worker(slot.add_log_dropped)
+        logging_setup.become_worker(slot.add_log_dropped)
         if cpus:
             os.sched_setaffinity(0, {cpus[index]})
         return worker.run(
@@ -188,7 +188,7 @@ def _registrar_entry(settings: SupervisorSettings, own_etcd: EmbeddedEtcdSetting
                 # Killed, so it cannot clean up; etcd was killed with it.
                 _discard(own_etcd)
 
-        logs.name_process("registrar")
+        logging_setup.name_process("registrar")
         return registrar.run(settings, board, lifeline_fd, report_fd, at_end)
 
     return run_registrar

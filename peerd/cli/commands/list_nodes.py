@@ -10,7 +10,7 @@ import click
 import orjson
 
 from peerd.address import Address
-from peerd.cli import logs
+from peerd.cli import logging_setup
 from peerd.cli.options import access_options, etcd_option, json_option, prefix_option
 from peerd.cli.table import print_table
 from peerd.settings import EtcdAccess
@@ -83,8 +83,8 @@ def _print_listing(
 
 
 def _print_events(registry: Registry, wanted: Callable[[PeerRecord], bool], as_json: bool) -> None:
-    logs.configure("info")  # when etcd is away, and when it is back
-    logs.name_process("nodes")
+    logging_setup.configure("info")  # when etcd is away, and when it is back
+    logging_setup.name_process("nodes")
     for event in registry.watch():
         if not wanted(event.record):
             continue
