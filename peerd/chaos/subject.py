@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 
+from peerd import control
 from peerd.errors import NotRunningError
-from peerd.supervisor import control
 
 COMMAND_TIMEOUT_S = 90.0
 """Commands queue, and each of a full queue takes its time."""

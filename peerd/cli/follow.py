@@ -17,8 +17,8 @@ from typing import Any
 import click
 import orjson
 
+from peerd import control
 from peerd.errors import PeerdError
-from peerd.supervisor import control
 
 POLL_S = 0.3
 

@@ -214,7 +214,7 @@ def _complete_slot(
     """The slots of the running supervisor; none, and no word, when none answers soon."""
     from click.shell_completion import CompletionItem
 
-    from peerd.supervisor import control
+    from peerd import control
 
     try:
         path = ctx.params.get("path") or control.find_running()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import click
 from click.core import ParameterSource
 
+from peerd import control
 from peerd.cli.config_file import BadConfigError, read_config
 from peerd.cli.options import (
     HOST_PORT,
@@ -40,7 +41,6 @@ from peerd.settings import (
     SupervisorSettings,
     default_linger_us,
 )
-from peerd.supervisor import control
 from peerd.supervisor.pinning import cpu_count
 
 SECTIONS = {

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from peerd import control
 from peerd.cli import status_view
 from peerd.cli.table import build_table, columns_that_fit, left_out, make_console
 from peerd.errors import ControlError, NotRunningError
-from peerd.supervisor import control
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

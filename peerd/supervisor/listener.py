@@ -1,8 +1,8 @@
-"""Takes in the connections of a listening socket, and none while there is no descriptor for one.
+"""Accepts connections on a listening socket, and pauses when there is no descriptor for another one.
 
-A connection that cannot be accepted (EMFILE) stays where it is, so the socket stays readable, and a loop that
-only tried again would have the CPU for itself. So it is not looked at for a moment; whoever waits there is
-served later.
+A connection that cannot be accepted (EMFILE) stays in the backlog, so the socket stays readable, and a loop
+that kept trying would use a whole CPU. The listener therefore stops watching the socket for a moment; the
+clients in the backlog wait that much longer.
 """
 
 from __future__ import annotations
@@ -13,42 +13,42 @@ from collections.abc import Callable
 
 from peerd.supervisor.loop import Loop, Timer
 
-REST_S = 0.25
+PAUSE_S = 0.25
 
-MOST_AT_ONCE = 64
-"""Connections that are accepted in one turn of the loop."""
+MAX_ACCEPTS = 64
+"""Connections accepted per iteration of the loop."""
 
 
 class Listener:
     def __init__(
-        self, loop: Loop, sock: socket.socket, admit: Callable[[socket.socket], None]
+        self, loop: Loop, sock: socket.socket, on_connection: Callable[[socket.socket], None]
     ) -> None:
-        """``sock`` must not block, and is this object's from here on. ``admit`` gets each connection."""
+        """``sock`` must not block; the listener owns it from here on. It passes each connection on."""
         self._loop = loop
         self._sock = sock
-        self._admit = admit
-        self._rest: Timer | None = None
+        self._on_connection = on_connection
+        self._pause: Timer | None = None
         self._listen()
 
     def close(self) -> None:
-        if self._rest is None:
+        if self._pause is None:
             self._loop.selector.unregister(self._sock)
         else:
-            self._rest.cancel()
+            self._pause.cancel()
         self._sock.close()
 
     def _listen(self) -> None:
-        self._rest = None
+        self._pause = None
         self._loop.selector.register(self._sock, selectors.EVENT_READ, self._accept)
 
     def _accept(self, _events: int) -> None:
-        for _ in range(MOST_AT_ONCE):
+        for _ in range(MAX_ACCEPTS):
             try:
                 connection, _address = self._sock.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError:
                 self._loop.selector.unregister(self._sock)
-                self._rest = self._loop.call_later(REST_S, self._listen)
+                self._pause = self._loop.call_later(PAUSE_S, self._listen)
                 return
-            self._admit(connection)
+            self._on_connection(connection)

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING
 
 from setproctitle import setproctitle
 
+from peerd import control
 from peerd._scoreboard import PeerState, Scoreboard
 from peerd.errors import ControlError
 from peerd.settings import MAX_PEERS, OnCrashloop, SupervisorSettings
-from peerd.supervisor import control
 from peerd.supervisor.cgroup import OomKills
-from peerd.supervisor.control import Command, ControlServer, Pending
+from peerd.supervisor.control_server import Command, ControlServer, Pending
 from peerd.supervisor.history import History
 from peerd.supervisor.kernel_drops import KernelDrops
 from peerd.supervisor.loop import Loop

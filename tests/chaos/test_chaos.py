@@ -15,9 +15,9 @@ import pytest
 
 from harness.command import command, peerd, started
 from harness.supervised import send_signal
+from peerd import control
 from peerd.chaos.schedule import Kind, schedule
 from peerd.cli.commands.run_chaos import DEFAULT_PEERS
-from peerd.supervisor import control
 
 SEED = 2184
 """One that does each kind of harm more than once within 20 s, and kills 18 times."""

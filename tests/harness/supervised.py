@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from harness.eventually import eventually
-from peerd.supervisor import control
+from peerd import control
 
 
 class Supervised:

@@ -8,8 +8,8 @@ from typing import Any
 
 from harness.eventually import eventually
 from harness.supervised import Running
+from peerd import control
 from peerd.errors import ControlError
-from peerd.supervisor import control
 
 
 def ask(running: Running, command: str, timeout_s: float = 30, **arguments: object) -> Any:

@@ -12,7 +12,7 @@ import psutil
 from harness.eventually import eventually
 from harness.supervised import Supervised, free_ports, is_gone, send_signal
 from harness.terminal import Terminal
-from peerd.supervisor import control
+from peerd import control
 
 
 def test_log_lines_from_the_background_stop_nobody(supervised: Supervised) -> None:

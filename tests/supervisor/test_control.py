@@ -6,7 +6,7 @@ import socket
 import threading
 
 from harness.supervised import Supervised
-from peerd.supervisor.control import MAX_REQUEST_BYTES
+from peerd.supervisor.control_server import MAX_REQUEST_BYTES
 
 STATUS = b'{"v": 1, "command": "status"}\n'
 

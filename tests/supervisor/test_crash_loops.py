@@ -13,8 +13,8 @@ from harness import raw_client
 from harness.eventually import eventually
 from harness.supervised import Running, Supervised
 from harness.supervisor_requests import events
+from peerd import control
 from peerd.chaos.load import Load
-from peerd.supervisor import control
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 POISONED_S = 120.0 if LONG else 20.0

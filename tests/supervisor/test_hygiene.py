@@ -26,8 +26,8 @@ from harness import raw_client
 from harness.eventually import eventually
 from harness.supervised import Running, Supervised, free_ports, free_tcp_port, send_signal
 from harness.supervisor_requests import Asked, ask, events, pids
+from peerd import control
 from peerd.errors import ControlError
-from peerd.supervisor import control
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 

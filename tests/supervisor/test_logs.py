@@ -23,7 +23,7 @@ from harness.command import command, peerd, started
 from harness.eventually import eventually
 from harness.supervised import Running, Supervised, free_ports, send_signal
 from harness.supervisor_requests import ask, events, logged, pids
-from peerd.supervisor import control
+from peerd import control
 
 APP = r"""
 import logging, os, subprocess, sys, peerd

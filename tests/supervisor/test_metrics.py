@@ -25,9 +25,10 @@ from harness import raw_client
 from harness.eventually import eventually
 from harness.supervised import Running, Supervised, free_tcp_port, send_signal
 from harness.supervisor_requests import serving
+from peerd import control
 from peerd.address import MAX_PORT
 from peerd.chaos.load import Load
-from peerd.supervisor import control, metrics
+from peerd.supervisor import metrics
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 """Values by name and labels."""

@@ -25,7 +25,7 @@ import pytest
 from harness import raw_client
 from harness.eventually import eventually
 from harness.supervised import Supervised, free_ports, is_gone, send_signal
-from peerd.supervisor import control
+from peerd import control
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 ATTEMPTS = 50 if LONG else 20

@@ -18,8 +18,8 @@ from harness.eventually import eventually
 from harness.fake_systemd import FakeSystemd
 from harness.raw_client import request
 from harness.supervised import alive, free_ports, send_signal
+from peerd import control
 from peerd.chaos.load import Load
-from peerd.supervisor import control
 
 PEERS = 4
 RX_BATCH = 16

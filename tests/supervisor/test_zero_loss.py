@@ -21,9 +21,9 @@ import pytest
 from harness.eventually import eventually
 from harness.supervised import Running, Supervised, free_ports, free_tcp_port, send_signal
 from harness.supervisor_requests import ask, serving
+from peerd import control
 from peerd.chaos.app import HANDLER_VARIABLE
 from peerd.chaos.load import Load, LoadReport
-from peerd.supervisor import control
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 PEERS = 8

@@ -158,7 +158,7 @@ def _ask_etcd(settings: RegistrySettings, is_named: bool, findings: _Findings) -
 
 
 def _ask_control_socket(launch: LaunchOptions, findings: _Findings) -> None:
-    from peerd.supervisor import control
+    from peerd import control
 
     try:
         report = control.request(launch.control_path, "status", timeout_s=1.0)

@@ -11,13 +11,13 @@ from typing import Any
 import click
 import orjson
 
+from peerd import control
 from peerd.cli import status_view
 from peerd.cli.options import SECONDS, control_option, integer, json_option, slot_argument
 from peerd.cli.table import print_table
 from peerd.cli.wording import counted
 from peerd.errors import ControlError, NotRunningError, PeerdError
 from peerd.settings import MAX_PEERS
-from peerd.supervisor import control
 
 POLL_S = 0.1
 ANSWER_S = 1.0

@@ -11,8 +11,8 @@ from typing import Any
 import click
 import orjson
 
+from peerd import control
 from peerd.cli.options import control_option, did_you_mean, json_option
-from peerd.supervisor import control
 
 Show = Callable[[dict[str, Any]], None]
 
