@@ -1,1 +1,1 @@
-"""Clients that send messages to peers, blocking and on asyncio."""
+"""Clients that send messages to peers: one for threads, one for asyncio, and the parts that they share."""

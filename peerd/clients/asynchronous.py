@@ -1,30 +1,24 @@
-"""The client for an event loop, asyncio's or uvloop's; client.py has its theory and what is shared."""
+"""The client for coroutines, on any asyncio event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import socket
-import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from peerd._core import Message
 from peerd.address import Address
-from peerd.clients.blocking import (
+from peerd.clients.client_base import (
     DEFAULT_VERSION,
     RECEIVE_BYTES,
     ClientBase,
-    Endpoint,
-    IsAnswer,
     Target,
-    check_limits,
     failures_named,
-    message_in,
-    numeric,
-    pause_s,
-    preferred,
 )
+from peerd.clients.endpoints import Endpoint, numeric, preferred
+from peerd.clients.request import IsAnswer, Request
 from peerd.errors import NoAnswerError
 
 if TYPE_CHECKING:
@@ -34,14 +28,14 @@ log = logging.getLogger(__name__)
 
 
 class AsyncPeerClient(ClientBase):
-    """:class:`peerd.PeerClient` for coroutines. An async context manager; of any event loop.
+    """:class:`peerd.PeerClient` for coroutines. An async context manager.
 
         async with AsyncPeerClient(cache) as client:
             reply = await client.request("orders-3", "ASK", b"...", timeout=0.5, retries=2)
 
-    A request has a socket until it ends, so the limit on open files bounds how many there can be at a
-    time. One that is cancelled leaves nothing open. ``peers`` is asked in the event loop's thread and
-    must not block: a cache does not.
+    A request holds one socket until it ends, so the limit on open files bounds how many can be under
+    way. A cancelled request leaves nothing open. ``peers`` is called in the event loop's thread and must
+    not block: a cache does not.
     """
 
     async def request(
@@ -55,24 +49,20 @@ class AsyncPeerClient(ClientBase):
         version: str = DEFAULT_VERSION,
         is_answer: IsAnswer = lambda _: True,
     ) -> Message:
-        """As :meth:`peerd.PeerClient.request`; ``timeout`` bounds the look-up of a name too."""
-        datagram = self._datagram(magic, version, body)
-        check_limits(timeout, retries)
+        """See :meth:`peerd.PeerClient.request`; here ``timeout`` bounds the DNS look-up as well."""
+        request = Request(self._encode(magic, version, body), timeout, retries, is_answer)
         while True:
-            started_s = time.monotonic()
+            request.begin_attempt()
             try:
-                return await self._try(target, datagram, timeout, is_answer)
-            except NoAnswerError:
-                if not retries:
-                    raise
-            retries -= 1
-            await asyncio.sleep(pause_s(started_s, timeout))
+                return await self._attempt(target, request)
+            except NoAnswerError as error:
+                await asyncio.sleep(request.pause_after_s(error))
 
     async def send(
         self, target: Target, magic: str, body: bytes = b"", *, version: str = DEFAULT_VERSION
     ) -> None:
-        """As :meth:`peerd.PeerClient.send`."""
-        await self._send(target, self._datagram(magic, version, body))
+        """See :meth:`peerd.PeerClient.send`."""
+        await self._send(target, self._encode(magic, version, body))
 
     async def broadcast(
         self,
@@ -82,14 +72,14 @@ class AsyncPeerClient(ClientBase):
         *,
         version: str = DEFAULT_VERSION,
     ) -> int:
-        """As :meth:`peerd.PeerClient.broadcast`; names are looked up side by side."""
-        datagram = self._datagram(magic, version, body)
-        records = self._everyone(partition_key)
-        return sum(await asyncio.gather(*(self._sent(record, datagram) for record in records)))
+        """See :meth:`peerd.PeerClient.broadcast`; host names are resolved concurrently."""
+        datagram = self._encode(magic, version, body)
+        records = self._recipients(partition_key)
+        return sum(await asyncio.gather(*(self._try_send(record, datagram) for record in records)))
 
     async def close(self) -> None:
-        """Requests of other tasks that are under way come to their own end."""
-        self._senders.close()
+        """Requests that are under way in other tasks run to their end."""
+        self._send_sockets.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -102,31 +92,29 @@ class AsyncPeerClient(ClientBase):
     ) -> None:
         await self.close()
 
-    async def _try(
-        self, target: Target, datagram: bytes, timeout_s: float, is_answer: IsAnswer
-    ) -> Message:
+    async def _attempt(self, target: Target, request: Request) -> Message:
         address = self.locate(target)
-        with failures_named(target, address, timeout_s):
-            async with asyncio.timeout(timeout_s):
+        with failures_named(target, address, request.timeout_s):
+            async with asyncio.timeout(request.timeout_s):
                 endpoint = await _resolve(address)
-                with self._ports.connect(endpoint) as sock:
+                with self._attempt_sockets.connect(endpoint) as sock:
                     sock.setblocking(False)
-                    sock.send(datagram)
-                    return await _answer(sock, endpoint, is_answer)
+                    sock.send(request.datagram)
+                    return await _receive_answer(sock, endpoint, request)
 
     async def _send(self, target: Target, datagram: bytes) -> None:
         address = self.locate(target)
         with failures_named(target, address):
             endpoint = await _resolve(address)
-            sock = self._senders.of(endpoint.family)
+            sock = self._send_sockets.of(endpoint.family)
             try:
                 sock.sendto(datagram, socket.MSG_DONTWAIT, endpoint.sockaddr)
             except BlockingIOError:
-                # The send buffer is full, which is rare enough for a thread that waits.
+                # The send buffer is full. This is rare enough for a thread that waits.
                 loop = asyncio.get_running_loop()
                 await loop.run_in_executor(None, sock.sendto, datagram, endpoint.sockaddr)
 
-    async def _sent(self, record: PeerRecord, datagram: bytes) -> bool:
+    async def _try_send(self, record: PeerRecord, datagram: bytes) -> bool:
         try:
             await self._send(record, datagram)
         except NoAnswerError as error:
@@ -143,12 +131,12 @@ async def _resolve(address: Address) -> Endpoint:
     return preferred(await loop.getaddrinfo(*address, type=socket.SOCK_DGRAM))
 
 
-async def _answer(sock: socket.socket, endpoint: Endpoint, is_answer: IsAnswer) -> Message:
-    # Not a datagram transport, which would close its socket only at some later turn of the loop.
+async def _receive_answer(sock: socket.socket, endpoint: Endpoint, request: Request) -> Message:
+    # Not a datagram transport, which would close its socket only in a later iteration of the loop.
     loop = asyncio.get_running_loop()
     while True:
-        message = message_in(await loop.sock_recv(sock, RECEIVE_BYTES), endpoint)
-        if message is not None and is_answer(message):
-            return message
-        # sock_recv does not wait where there is something: a peer that floods would stop the loop.
+        answer = request.answer_in(await loop.sock_recv(sock, RECEIVE_BYTES), endpoint)
+        if answer is not None:
+            return answer
+        # sock_recv does not yield while datagrams are queued, so a peer that floods would block the loop.
         await asyncio.sleep(0)

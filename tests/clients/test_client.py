@@ -1,4 +1,4 @@
-"""The clients, blocking and on both event loops, against real peers and against scripted ones."""
+"""Both clients, the asynchronous one on two event loops, against real and scripted peers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import pytest
 import uvloop
 
-import peerd.clients.blocking
 from harness import forged_icmp
 from harness.eventually import eventually
 from harness.supervised import free_ports
@@ -31,7 +30,10 @@ from peerd import (
     encode,
 )
 from peerd.address import Address
-from peerd.clients.blocking import Peers, preferred
+from peerd.clients import client_sockets
+from peerd.clients.client_base import Peers
+from peerd.clients.endpoints import Endpoint, preferred
+from peerd.clients.request import RETRY_PAUSE_S
 from peerd.registry import PeerRecord, Registry
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
@@ -39,13 +41,13 @@ EVENT_LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loo
 event_loops = pytest.mark.parametrize("event_loop", EVENT_LOOPS)
 
 LONG_S = 30.0
-"""A timeout that no test waits for: what fails sooner has failed for another reason."""
+"""A timeout that no test waits for: an earlier failure has another cause."""
 
 AT_ONCE_S = 3.0
 SHORT_S = 0.2
 
 NO_HOST = "no..host"
-"""Not even a name, so that nobody's DNS is asked."""
+"""Not a valid name, so that no DNS server is asked."""
 
 
 class Client(Protocol):
@@ -59,7 +61,7 @@ class Client(Protocol):
 
 
 class InEventLoop:
-    """An AsyncPeerClient whose every call is awaited to its end."""
+    """An AsyncPeerClient with blocking methods."""
 
     def __init__(self, runner: asyncio.Runner, peers: Peers | None) -> None:
         self._runner = runner
@@ -81,7 +83,7 @@ class InEventLoop:
 
 @pytest.fixture(scope="module", autouse=True)
 def uvloop_is_open_before_any_test() -> None:
-    """With its first loop libuv opens a pipe for the whole process, and keeps it."""
+    """With the first loop libuv opens a pipe that the process keeps."""
     uvloop.new_event_loop().close()
 
 
@@ -90,7 +92,7 @@ MakeClient = Callable[..., Client]
 
 @pytest.fixture(params=["blocking", *EVENT_LOOPS])
 def client_of(request: pytest.FixtureRequest) -> Iterator[MakeClient]:
-    """Makes a client that asks these peers; the test runs with each kind of it."""
+    """Makes a client with the given peers; each test runs with every kind of client."""
     with contextlib.ExitStack() as stack:
 
         def make(peers: Peers | None = None) -> Client:
@@ -103,7 +105,7 @@ def client_of(request: pytest.FixtureRequest) -> Iterator[MakeClient]:
 
 
 class Known:
-    """Peers that are known, as a cache knows them, and what is done before each look at one."""
+    """A cache of fixed records, with a hook that runs before each ``get``."""
 
     def __init__(self, *records: PeerRecord, before_get: Callable[[], object] = int) -> None:
         self.records = {record.peer_id: record for record in records}
@@ -136,7 +138,7 @@ def echo() -> Iterator[Peer]:
 def scripted(
     script: Callable[[socket.socket], object], family: socket.AddressFamily = V4
 ) -> Iterator[Address]:
-    """A peer that does what the script says, in a thread; the script ends before the test does."""
+    """A peer that runs the script in a thread; the script ends before the test does."""
     with (
         socket.socket(family, socket.SOCK_DGRAM) as sock,
         ThreadPoolExecutor(1) as pool,
@@ -183,14 +185,14 @@ def test_ipv6(client_of: MakeClient) -> None:
         eventually(lambda: peer.counters()["handled"] == 2)
 
 
-def test_a_name_with_both_is_an_ipv4_address() -> None:
-    """Whatever the order of getaddrinfo: so the supervisor binds "localhost"."""
+def test_ipv4_is_preferred_for_a_name_with_both() -> None:
+    """In any order of getaddrinfo, because the supervisor binds "localhost" that way."""
     found = [(V6, 2, 17, "", ("::1", 5001, 0, 0)), (V4, 2, 17, "", ("127.0.0.1", 5001))]
     assert preferred(found) == preferred(found[::-1]) == (V4, ("127.0.0.1", 5001))
     assert preferred(found[:1]) == (V6, ("::1", 5001, 0, 0))
 
 
-def test_what_is_registered_is_the_truth_about_an_id_that_reads_as_an_address(
+def test_a_registered_id_wins_over_the_address_that_it_reads_as(
     client_of: MakeClient, echo: Peer
 ) -> None:
     moved = PeerRecord(url="127.0.0.1", port=echo.port, peer_id="elsewhere:1")
@@ -199,7 +201,7 @@ def test_what_is_registered_is_the_truth_about_an_id_that_reads_as_an_address(
     assert client.request("elsewhere:1", "ECHO", b"x").body == b"x"
 
 
-def test_a_late_reply_to_an_earlier_try_is_not_this_trys(client_of: MakeClient) -> None:
+def test_a_late_reply_to_an_earlier_try_does_not_answer_the_next(client_of: MakeClient) -> None:
     def script(sock: socket.socket) -> None:
         _, first = take(sock)
         _, second = take(sock)  # the first try is over
@@ -224,14 +226,14 @@ def test_a_late_reply_alone_is_no_answer(client_of: MakeClient) -> None:
         client_of().request(address, "ASK", timeout=SHORT_S, retries=2)
 
 
-def test_the_port_of_a_try_that_was_given_up_is_not_used_again(
+def test_the_port_of_a_failed_try_is_not_drawn_again(
     client_of: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel draws it again once in 28,000 times; here it wants to."""
+    """By chance the kernel does that once in 28,000 times; here it is forced to."""
     drawn: list[int] = []
-    connected = peerd.clients.blocking._connected
+    connected = client_sockets._connected
 
-    def same_port_again(endpoint: peerd.clients.blocking.Endpoint) -> socket.socket:
+    def same_port_again(endpoint: Endpoint) -> socket.socket:
         if len(drawn) % 2 == 0:
             sock = connected(endpoint)
         else:
@@ -241,7 +243,7 @@ def test_the_port_of_a_try_that_was_given_up_is_not_used_again(
         drawn.append(sock.getsockname()[1])
         return sock
 
-    monkeypatch.setattr(peerd.clients.blocking, "_connected", same_port_again)
+    monkeypatch.setattr(client_sockets, "_connected", same_port_again)
     senders: list[Any] = []
 
     def script(sock: socket.socket) -> None:
@@ -258,7 +260,7 @@ def test_the_port_of_a_try_that_was_given_up_is_not_used_again(
     assert drawn[2] == senders[1][1]
 
 
-def test_what_others_send_is_no_answer(client_of: MakeClient) -> None:
+def test_a_datagram_of_a_stranger_is_no_answer(client_of: MakeClient) -> None:
     def script(sock: socket.socket) -> None:
         _, client = take(sock)
         with socket.socket(V4, socket.SOCK_DGRAM) as stranger:
@@ -269,7 +271,7 @@ def test_what_others_send_is_no_answer(client_of: MakeClient) -> None:
         assert client_of().request(address, "ASK").body == b"of the peer"
 
 
-def test_what_is_no_envelope_or_not_asked_for_is_passed_over(client_of: MakeClient) -> None:
+def test_garbage_and_unwanted_messages_are_skipped(client_of: MakeClient) -> None:
     def script(sock: socket.socket) -> None:
         _, client = take(sock)
         for datagram in (b"garbage", b"", reply(b"1"), reply(b"2"), reply(b"3")):
@@ -283,7 +285,7 @@ def test_what_is_no_envelope_or_not_asked_for_is_passed_over(client_of: MakeClie
 def test_a_peer_that_floods_does_not_hold_the_request_beyond_its_timeout(
     client_of: MakeClient,
 ) -> None:
-    """There is always one more to read, and none is the answer."""
+    """There is always one more datagram to read, and none is the answer."""
     asked: list[tuple[socket.socket, Any]] = []
 
     def script(sock: socket.socket) -> None:
@@ -302,13 +304,13 @@ def test_a_peer_that_floods_does_not_hold_the_request_beyond_its_timeout(
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "localhost"])
-def test_nobody_listens_is_known_at_once(client_of: MakeClient, host: str) -> None:
+def test_a_closed_port_is_reported_without_waiting(client_of: MakeClient, host: str) -> None:
     target = f"{host}:{free_ports(1)}"
     started_s = time.monotonic()
     with pytest.raises(NoAnswerError) as refused:
         client_of().request(target, "PING", timeout=LONG_S)
     assert time.monotonic() - started_s < AT_ONCE_S
-    assert f"no answer from {target}: Connection refused; nobody listens" in str(refused.value)
+    assert f"no answer from {target}: Connection refused; no process listens" in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -322,10 +324,10 @@ def test_nobody_listens_is_known_at_once(client_of: MakeClient, host: str) -> No
     ],
     ids=["v4-host", "v4-port", "v4-time-exceeded", "v6-host", "v6-port"],
 )
-def test_so_is_what_a_router_says(
+def test_an_icmp_error_from_a_router_is_reported_without_waiting(
     client_of: MakeClient, family: socket.AddressFamily, kind: int, code: int, cause: str
 ) -> None:
-    """While the request waits: the peer has it, and the error comes instead of a reply."""
+    """The peer has received the request, and the error arrives instead of a reply."""
     with forged_icmp.raw_socket(family) as raw:
 
         def script(sock: socket.socket) -> None:
@@ -338,7 +340,7 @@ def test_so_is_what_a_router_says(
         assert time.monotonic() - started_s < AT_ONCE_S
 
 
-def test_a_peer_that_comes_up_between_tries_is_found_where_it_is_then(
+def test_each_try_locates_the_peer_anew(
     client_of: MakeClient,
 ) -> None:
     first_port = free_ports(2)
@@ -371,8 +373,8 @@ def test_there_are_as_many_tries_as_allowed(client_of: MakeClient) -> None:
     with pytest.raises(NoAnswerError, match=r"no answer from gone at localhost:.*refused"):
         client.request("gone", "PING", timeout=LONG_S, retries=3)
     assert peers.gets == 4
-    # Pauses, so that a peer can come back, and no longer than that takes.
-    assert 3 * peerd.clients.blocking.RETRY_PAUSE_S <= time.monotonic() - started_s < AT_ONCE_S
+    # The pauses give a peer time to come back, and do not last until the timeout.
+    assert 3 * RETRY_PAUSE_S <= time.monotonic() - started_s < AT_ONCE_S
 
 
 @pytest.mark.parametrize(
@@ -384,16 +386,20 @@ def test_there_are_as_many_tries_as_allowed(client_of: MakeClient) -> None:
         (("localhost", 0), SettingsError, "from 1 to 65535"),
         (("::1", 5001, 0, 0), SettingsError, r"write \(host, port\)"),
         (("", 5001), SettingsError, r"write \(host, port\)"),
-        ("nobody", NoAnswerError, "no peer has the id 'nobody'"),
+        ("unknown", NoAnswerError, "no peer has the id 'unknown'"),
         ("", NoAnswerError, "no peer has the id"),
         (":5001", NoAnswerError, "no peer has the id"),
-        ("::1:5001", NoAnswerError, "no peer has the id"),  # which of the two it is, nobody knows
+        (
+            "::1:5001",
+            NoAnswerError,
+            "no peer has the id",
+        ),  # ambiguous: the last group may be the port
         (f"{NO_HOST}:5001", NoAnswerError, "cannot be a host name"),
         ("x" * 64 + ":5001", NoAnswerError, "cannot be a host name"),
     ],
     ids=lambda value: str(value)[:16],
 )
-def test_targets_that_lead_nowhere(
+def test_targets_that_cannot_be_reached(
     client_of: MakeClient, target: Any, error: type[Exception], says: str
 ) -> None:
     client = client_of(Known())
@@ -407,7 +413,7 @@ def test_ids_and_broadcasts_need_peers(client_of: MakeClient) -> None:
     client = client_of()
     with pytest.raises(SettingsError, match=r"no host:port.*cache"):
         client.request("seedId", "PING")
-    with pytest.raises(SettingsError, match=r"nobody to broadcast to.*cache"):
+    with pytest.raises(SettingsError, match=r"no peers to broadcast to.*cache"):
         client.broadcast("PING")
 
 
@@ -424,7 +430,7 @@ def test_ids_and_broadcasts_need_peers(client_of: MakeClient) -> None:
     ],
     ids=["body", "version", "negative", "nan", "inf", "far", "retries"],
 )
-def test_messages_and_limits_that_cannot_work(
+def test_invalid_messages_and_limits(
     client_of: MakeClient, named: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(SettingsError, match=says):
@@ -450,7 +456,7 @@ def test_sends_come_from_one_sender_in_order(client_of: MakeClient) -> None:
     assert len({sender for _, sender in taken}) == 1
 
 
-def test_a_send_to_nobody_is_nobodys_failure(client_of: MakeClient) -> None:
+def test_a_send_to_a_closed_port_is_no_error(client_of: MakeClient) -> None:
     client = client_of()
     for _ in range(3):
         client.send(("127.0.0.1", free_ports(1)), "NOTE")
@@ -481,7 +487,7 @@ def test_broadcast(client_of: MakeClient, caplog: pytest.LogCaptureFixture) -> N
     assert caplog.text.count(f"broadcast: no answer from 0 lost at {NO_HOST}:1") == 2
 
 
-def test_with_the_registrys_cache(client_of: MakeClient, etcd: str) -> None:
+def test_with_a_registry_cache(client_of: MakeClient, etcd: str) -> None:
     port = free_ports(1)
     with (
         Registry(etcd, "client-cache") as registry,
@@ -493,11 +499,11 @@ def test_with_the_registrys_cache(client_of: MakeClient, etcd: str) -> None:
         assert client.request("seedId", "PING", b"x").magic == "PONG"
         assert client.broadcast("PING", partition_key="red") == 1
         assert client.broadcast("PING", partition_key="blue") == 0
-        with pytest.raises(NoAnswerError, match="no peer has the id 'nobody'"):
-            client.request("nobody", "PING")
+        with pytest.raises(NoAnswerError, match="no peer has the id 'unknown'"):
+            client.request("unknown", "PING")
 
 
-def test_a_closed_client_says_so(client_of: MakeClient) -> None:
+def test_a_closed_client_refuses_every_call(client_of: MakeClient) -> None:
     client = client_of(Known())
     client.send(("127.0.0.1", free_ports(1)), "NOTE")
     client.close()
@@ -525,8 +531,8 @@ def run(event_loop: str, main: Coroutine[Any, Any, None]) -> None:
 
 
 @event_loops
-def test_500_requests_at_a_time_each_get_their_own_answer(event_loop: str) -> None:
-    """None is answered before all are there, and the last is answered first."""
+def test_500_concurrent_requests_each_get_their_own_answer(event_loop: str) -> None:
+    """The peer answers when it has all of them, the last one first."""
     bodies = [b"%d" % number for number in range(500)]
 
     def script(sock: socket.socket) -> None:
@@ -573,7 +579,7 @@ def test_a_cancelled_request_leaves_no_socket(event_loop: str) -> None:
 
 
 @event_loops
-def test_a_timeout_of_the_callers_stays_the_callers(event_loop: str) -> None:
+def test_a_timeout_of_the_caller_is_not_translated(event_loop: str) -> None:
     async def main() -> None:
         async with AsyncPeerClient() as client:
             with pytest.raises(TimeoutError):

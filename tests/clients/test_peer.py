@@ -54,7 +54,7 @@ def test_it_serves_in_the_foreground_until_it_is_stopped() -> None:
     assert not thread.is_alive()
 
 
-def test_what_cannot_start_leaves_nothing_open(etcd: str) -> None:
+def test_a_peer_that_cannot_start_leaves_nothing_open(etcd: str) -> None:
     port = free_ports(2)
     with Peer(port=port, peer_id="one", etcd=etcd, prefix="peer-fails"):
         with pytest.raises(PortInUseError, match=f"held by pid {os.getpid()}.*another port"):

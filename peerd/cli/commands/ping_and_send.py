@@ -13,7 +13,9 @@ import orjson
 from peerd._core import Message
 from peerd.address import address_of
 from peerd.cli.options import SECONDS, access_options, etcd_option, json_option, prefix_option
-from peerd.clients.blocking import DEFAULT_VERSION, PeerClient, failures_named, resolve
+from peerd.clients.blocking import PeerClient
+from peerd.clients.client_base import DEFAULT_VERSION, failures_named
+from peerd.clients.endpoints import resolve
 from peerd.errors import NoAnswerError
 from peerd.registry.records import PeerRecord
 from peerd.settings import EtcdAccess

@@ -1,0 +1,110 @@
+"""Which socket a datagram leaves from.
+
+The envelope has no request id, and peers other than ours would not echo one. The socket is what
+distinguishes replies: each attempt of a request has its own, connected to the peer. A reply to an
+earlier attempt meets a closed port, datagrams of strangers do not arrive, and an ICMP error belongs to
+this attempt, so an absent peer is known immediately. The kernel draws ports at random and could draw
+one again while a reply to its last attempt is still under way. So the ports of failed attempts are
+remembered and not used.
+
+One-way messages share one socket per address family: to a peer they have one sender, so they stay in
+order and are delivered joined (UDP_GRO).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
+from peerd.clients.endpoints import Endpoint
+
+MAX_FAILED_PORTS = 4096
+"""Remembered, of Linux's 28,232 ephemeral ports."""
+
+MAX_DRAWS = 16
+"""Draws of a port that has not failed; after these, any port is better than none."""
+
+# linux/in.h and linux/in6.h; the socket module has them from Python 3.14 on.
+IP_RECVERR = 11
+IPV6_RECVERR = 25
+
+
+class AttemptSockets:
+    """Makes one connected socket per attempt, on a port that no recently failed attempt had."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._failed_ports: dict[int, None] = {}  # oldest first
+
+    @contextlib.contextmanager
+    def connect(self, endpoint: Endpoint) -> Iterator[socket.socket]:
+        """A socket that is closed at the end of the block; an exception marks its port as failed."""
+        with self._draw(endpoint) as sock:
+            port: int = sock.getsockname()[1]
+            try:
+                yield sock
+            except BaseException:
+                self._remember(port)
+                raise
+
+    def _draw(self, endpoint: Endpoint) -> socket.socket:
+        for _ in range(MAX_DRAWS):
+            sock = _connected(endpoint)
+            if sock.getsockname()[1] not in self._failed_ports:
+                return sock
+            sock.close()
+        return _connected(endpoint)
+
+    def _remember(self, port: int) -> None:
+        with self._lock:
+            self._failed_ports.pop(port, None)
+            self._failed_ports[port] = None
+            if len(self._failed_ports) > MAX_FAILED_PORTS:
+                del self._failed_ports[next(iter(self._failed_ports))]
+
+
+def _connected(endpoint: Endpoint) -> socket.socket:
+    sock = socket.socket(endpoint.family, socket.SOCK_DGRAM)
+    try:
+        # Without this option Linux does not report "host unreachable" and the like (udp(7)).
+        sock.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
+        if endpoint.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
+        sock.connect(endpoint.sockaddr)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class SendSockets:
+    """One unconnected socket per address family, opened on first use."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sockets: dict[int, socket.socket] = {}
+        self._closed = False
+
+    def check_open(self) -> None:
+        """Raises RuntimeError."""
+        if self._closed:
+            raise RuntimeError("this client is closed")
+
+    def of(self, family: int) -> socket.socket:
+        with self._lock:
+            self.check_open()
+            sock = self._sockets.get(family)
+            if sock is None:
+                sock = self._sockets[family] = socket.socket(family, socket.SOCK_DGRAM)
+                # Replies are never read, so the kernel should keep as few as possible.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            return sock
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for sock in self._sockets.values():
+                sock.close()
+            self._sockets.clear()
