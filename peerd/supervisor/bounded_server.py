@@ -4,7 +4,8 @@ Each client costs one entry in a table of fixed size, with at most ``max_request
 and one unsent answer. So no client, however slow or hostile, can make the supervisor wait or grow:
 
 - A client that sends more than fits, closes its side, or fails is dropped.
-- When the table is full, the oldest client that does not wait for an answer makes room, otherwise the oldest.
+- When the table is full, a new client displaces the oldest one that has had its answer (it may have hung up
+  already), else the oldest one that does not wait for an answer, else the oldest.
 - With ``client_timeout_s``, clients older than that are dropped when the next one connects.
 - A client gets one answer per iteration of the loop, and its next request is looked at when the answer has
   left: a client that sends many requests neither delays the others nor piles up answers.
@@ -76,16 +77,17 @@ class BoundedServer:
         self._selector.register(connection, selectors.EVENT_READ, partial(self._serve, client))
 
     def _make_room(self) -> None:
-        clients = list(self._clients.values())
         timeout_s = self._limits.client_timeout_s
         if timeout_s is not None:
             oldest_s = time.monotonic() - timeout_s
-            for client in clients:
+            for client in list(self._clients.values()):
                 if client.connected_s <= oldest_s:
                     self._drop(client)
         if len(self._clients) >= self._limits.max_clients:
-            clients = list(self._clients.values())
-            self._drop(next((each for each in clients if not each.awaits_answer), clients[0]))
+            # min() returns the first of equals, and clients are in the order in which they connected.
+            self._drop(
+                min(self._clients.values(), key=lambda each: (each.awaits_answer, not each.is_idle))
+            )
 
     def _serve(self, client: _Client, events: int) -> None:
         try:
@@ -124,7 +126,7 @@ class BoundedServer:
 
     def _reply(self, client: _Client, parts: Iterable[bytes]) -> None:
         if client.connection in self._clients:
-            client.awaits_answer = False
+            client.awaits_answer, client.was_answered = False, True
             client.unsent = deque(memoryview(part) for part in parts)
             self._watch(client, for_writing=True)
 
@@ -145,6 +147,11 @@ class _Client:
     received: bytes = b""
     unsent: deque[memoryview] = field(default_factory=deque)
     awaits_answer: bool = False
+    was_answered: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        return self.was_answered and not self.received and not self.unsent
 
     def send(self) -> None:
         """Raises BlockingIOError when the kernel takes no more."""

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from peerd._scoreboard import PeerState, RegistryState, Scoreboard
@@ -16,6 +16,9 @@ from peerd.supervisor.surroundings import Surroundings
 
 if TYPE_CHECKING:
     import psutil
+
+MAX_NAMES = 8
+"""Peers named in one line."""
 
 REGISTRAR_STALE_S = 5.0
 """Longer than a round in which etcd answers nothing."""
@@ -179,3 +182,10 @@ def _sum(counters: dict[str, int], prefix: str) -> int:
 
 def _seconds_since(then_ns: int) -> float:
     return round((time.monotonic_ns() - then_ns) / 1e9, 3)
+
+
+def shortened(names: Sequence[str]) -> str:
+    """At most eight of them, and how many more there are: ``a, b and 3 more``."""
+    shown = ", ".join(names[:MAX_NAMES])
+    left_out = len(names) - MAX_NAMES
+    return f"{shown}, and {left_out} more" if left_out > 0 else shown

@@ -19,7 +19,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from setproctitle import setproctitle
 
@@ -32,6 +31,8 @@ from peerd.supervisor.control_server import Command, ControlServer, Pending
 from peerd.supervisor.history import History
 from peerd.supervisor.kernel_drops import KernelDrops
 from peerd.supervisor.loop import Loop
+from peerd.supervisor.metrics import Metrics
+from peerd.supervisor.metrics_server import MetricsServer
 from peerd.supervisor.notify import socket_name
 from peerd.supervisor.operations import Recycler, Reloads, Scaler
 from peerd.supervisor.output import RecentLines
@@ -41,9 +42,6 @@ from peerd.supervisor.status import StatusReport
 from peerd.supervisor.stopping import Stop
 from peerd.supervisor.supervised_peer import Peer, Replaced
 from peerd.supervisor.surroundings import Entries, Surroundings
-
-if TYPE_CHECKING:
-    from peerd.supervisor.metrics import MetricsServer
 
 log = logging.getLogger(__name__)
 
@@ -298,8 +296,6 @@ class Supervisor:
                 self._notifier.store(socket_name(peer.port), peer.sock)
             else:
                 self._notifier.discard(socket_name(peer.port))
-            if self._metrics is not None:
-                self._metrics.peers_have_changed()
 
     @property
     def _all_are_ready(self) -> bool:
@@ -454,15 +450,9 @@ class Supervisor:
     def _open_metrics(self) -> None:
         if self._surroundings.metrics_socket is None:
             return
-        # Not at the top: only who asks for metrics pays for prometheus_client. Not at the first
-        # scrape either, since it takes the time of many.
-        from peerd.supervisor.metrics import MetricsServer, ScoreboardCollector
-
-        collector = ScoreboardCollector(
-            self._peers, self._board, self._status, self.history, self._surroundings
-        )
+        metrics = Metrics(self._peers, self._board, self._status, self.history, self._surroundings)
         self._metrics = MetricsServer(
-            self._surroundings.metrics_socket, collector, self._status, self.loop
+            self._surroundings.metrics_socket, metrics, self._status, self.loop
         )
 
     def _release(self) -> None:

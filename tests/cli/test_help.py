@@ -12,7 +12,7 @@ from harness.command import peerd
 from peerd.cli import COMMANDS, cli
 from peerd.cli.setting_options import SECTIONS, SupervisorCommand
 
-HEAVY = ("rich", "psutil", "prometheus_client", "grpc", "etcd3", "asyncio", "tomllib", "difflib")
+HEAVY = ("rich", "psutil", "grpc", "etcd3", "asyncio", "tomllib", "difflib")
 
 PROGRAM = f"""
 import sys

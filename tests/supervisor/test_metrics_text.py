@@ -1,4 +1,4 @@
-"""The text of the metrics and who sends it, without a supervisor around them."""
+"""The text of the metrics and the server that sends it, without a supervisor around them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from peerd._scoreboard import COUNTER_NAMES, PeerState, RegistryState, Scoreboard
 from peerd.address import Address
 from peerd.settings import SupervisorSettings
-from peerd.supervisor import metrics
+from peerd.supervisor import exposition, metrics
 from peerd.supervisor.history import History
 from peerd.supervisor.kernel_drops import KernelDrops
 from peerd.supervisor.loop import Loop
+from peerd.supervisor.metrics import Metrics
+from peerd.supervisor.metrics_server import MetricsServer
 from peerd.supervisor.notify import Notifier
 from peerd.supervisor.output import RecentLines
 from peerd.supervisor.sockets import listen
@@ -31,7 +32,7 @@ SETTINGS = SupervisorSettings(peers=PEERS)
 
 
 class Processes:
-    """A supervisor's parts that peers and metrics look at, without a process."""
+    """The parts of a supervisor that peers and metrics read, without a process."""
 
     def __init__(self, sockets: list[socket.socket]) -> None:
         self.settings = SETTINGS
@@ -55,9 +56,10 @@ class Processes:
             log_dropped=lambda: 7,
         )
         self.status = StatusReport(SETTINGS, self.peers, self.board, surroundings)
-        self.collector = metrics.ScoreboardCollector(
-            self.peers, self.board, self.status, self.history, surroundings
-        )
+        self.metrics = Metrics(self.peers, self.board, self.status, self.history, surroundings)
+
+    def text(self) -> bytes:
+        return exposition.render(self.metrics.families())
 
     def slot_has_changed(self) -> None: ...
     def peer_is_ready(self, peer: Peer) -> None: ...
@@ -80,63 +82,56 @@ def processes() -> Iterator[Processes]:
         sock.close()
 
 
-@pytest.fixture
-def board(processes: Processes) -> Scoreboard:
-    return processes.board
-
-
-@pytest.fixture
-def status(processes: Processes) -> StatusReport:
-    return processes.status
-
-
-@pytest.fixture
-def history(processes: Processes) -> History:
-    return processes.history
-
-
-@pytest.fixture
-def collector(processes: Processes) -> metrics.ScoreboardCollector:
-    return processes.collector
-
-
-def without_ages(text: bytes) -> list[object]:
-    """Everything in its order, but for the one number that changes by itself."""
-    return [
-        (family.name, family.type, family.documentation, sample.name, sample.labels, value)
+def samples(text: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """As prometheus_client's parser reads them."""
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text.decode())
         for sample in family.samples
-        for value in (sample.value if "age" not in sample.name else None,)
-    ]
+    }
 
 
-def test_the_filled_in_form_says_what_prometheus_client_would_write(
-    board: Scoreboard, collector: metrics.ScoreboardCollector
-) -> None:
-    registry = CollectorRegistry()
-    registry.register(collector)
-    form = metrics._Form(collector)
+def test_the_text_has_the_values_of_the_scoreboard(processes: Processes) -> None:
+    board = processes.board
     for number, slot in enumerate(board.slots):
         slot.state = PeerState(number % len(PeerState))
         slot.restarts = 50 * number
         slot.lost_in_flight = 2**53 * number
         slot.generation = number
-        slot.holder = "somebody else" * (number % 2)
+        slot.holder = "another process" * (number % 2)
     board.registry_state = RegistryState.LOST
-    text = form.filled_in()
-    assert without_ages(text) == without_ages(generate_latest(registry))
-    assert b'peerd_restarts_total{peer="localhost:5003",reason="other"} 100\n' in text
-    assert b'peerd_conflict{peer="localhost:5002"} 1\n' in text
-    assert b'peerd_peer_state{peer="localhost:5003",state="ready"} 1\n' in text
+    text = processes.text()
+    values = samples(text)
+    assert len(values) == sum(not line.startswith(b"#") for line in text.splitlines())
+    for number in range(PEERS):
+        peer = ("peer", f"localhost:{5001 + number}")
+        state = PeerState(number % len(PeerState)).name.lower()
+        assert values["peerd_peer_state", (peer, ("state", state))] == 1
+        assert values["peerd_restarts_total", (peer, ("reason", "other"))] == 50 * number
+        assert values["peerd_lost_in_flight_total", (peer,)] == 2**53 * number
+        assert values["peerd_worker_starts_total", (peer,)] == number
+        assert values["peerd_conflict", (peer,)] == number % 2
+        assert values["peerd_turn_seconds_bucket", (("le", "+Inf"), peer)] == 0
+        assert values["peerd_batch_datagrams_count", (peer,)] == 0
+    for family in text_string_to_metric_families(text.decode()):
+        assert family.documentation
+        assert family.type in ("counter", "gauge", "histogram")
 
 
-def test_restarts_have_the_reason_of_the_death_before_them(
-    board: Scoreboard, collector: metrics.ScoreboardCollector, history: History
-) -> None:
-    form = metrics._Form(collector)
+def test_labels_and_help_are_escaped() -> None:
+    value = 'a "quoted\\" name\nof two lines'
+    family = exposition.Family("gauge", "x", value, [(exposition.label_pairs(peer=value), 0.1)])
+    (parsed,) = text_string_to_metric_families(exposition.render([family]).decode())
+    assert parsed.documentation == value
+    assert parsed.samples[0].labels == {"peer": value}
+    assert parsed.samples[0].value == 0.1
+
+
+def test_restarts_have_the_reason_of_the_death_before_them(processes: Processes) -> None:
+    board, history = processes.board, processes.history
 
     def restarts() -> dict[str, float]:
-        families = text_string_to_metric_families(form.filled_in().decode())
+        families = text_string_to_metric_families(processes.text().decode())
         return {
             sample.labels["reason"]: sample.value
             for family in families
@@ -168,55 +163,54 @@ def test_restarts_have_the_reason_of_the_death_before_them(
     assert restarts()["exit"] > 1
 
 
-def test_every_counter_of_the_scoreboard_is_told() -> None:
-    told = {*metrics.COUNTERS, *metrics.RX_DROPPED, *metrics.TX_DROPPED}
+def test_every_counter_of_the_scoreboard_has_a_metric() -> None:
+    shown = {*metrics.COUNTERS, *metrics.RX_DROPPED, *metrics.TX_DROPPED}
     # The kernel's drops come from the kernel, up to date.
-    assert told == set(COUNTER_NAMES) - {"rx_kernel_drops"}
+    assert shown == set(COUNTER_NAMES) - {"rx_kernel_drops"}
 
 
-def test_a_peer_that_was_scaled_away_and_back_counts_on(processes: Processes) -> None:
-    form = metrics._Form(processes.collector)
+def test_a_peer_that_is_scaled_away_and_back_keeps_its_counters(processes: Processes) -> None:
     processes.board.slots[63].lost_in_flight = 3
     line = b'peerd_lost_in_flight_total{peer="localhost:5064"} 3\n'
-    assert line in form.filled_in()
+    assert line in processes.text()
     peer = processes.peers.pop(63)
-    assert line not in metrics._Form(processes.collector).filled_in()
+    assert line not in processes.text()
     processes.peers[63] = peer
-    assert line in metrics._Form(processes.collector).filled_in()
+    assert line in processes.text()
 
 
-def test_a_text_larger_than_the_socket_takes_arrives_whole_and_blocks_nobody(
-    collector: metrics.ScoreboardCollector, status: StatusReport
+def test_a_page_larger_than_the_socket_buffer_arrives_whole_without_blocking(
+    processes: Processes,
 ) -> None:
     listener = listen(Address("127.0.0.1", 0), "--metrics")
-    # What is accepted inherits it. The least that the kernel grants is less than the text.
+    # Accepted connections inherit it. The least that the kernel grants is less than the page.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     loop = Loop()
-    server = metrics.MetricsServer(listener, collector, status, loop)
+    server = MetricsServer(listener, processes.metrics, processes.status, loop)
     try:
         with socket.create_connection(listener.getsockname()[:2]) as client:
-            answer, turns = ask(client, loop.selector)
+            answer, iterations = ask(client, loop.selector)
     finally:
         server.close()
         loop.close()
     headers, _, body = answer.partition(b"\r\n\r\n")
     assert f"Content-Length: {len(body)}" in headers.decode().split("\r\n")
-    assert body.count(b"\n") == metrics._Form(collector).filled_in().count(b"\n")
-    assert turns > 2
+    assert body.count(b"\n") == processes.text().count(b"\n")
+    assert iterations > 2
 
 
 def ask(client: socket.socket, selector: selectors.BaseSelector) -> tuple[bytes, int]:
-    """The answer, and how often the server had a turn before it was all there."""
+    """The answer, and the number of events that it took the server."""
     client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
     client.setblocking(False)
-    answer, turns = b"", 0
+    answer, iterations = b"", 0
     while True:
         for key, events in selector.select(5):
-            turns += 1
+            iterations += 1
             key.data(events)
         try:
             while chunk := client.recv(1 << 16):
                 answer += chunk
         except BlockingIOError:
             continue
-        return answer, turns
+        return answer, iterations
