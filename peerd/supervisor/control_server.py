@@ -20,6 +20,7 @@ from peerd.control.protocol import VERSION
 from peerd.errors import ControlError
 from peerd.supervisor.bounded_server import BoundedServer, Limits, Reply, ServerProtocol
 from peerd.supervisor.loop import Loop
+from peerd.supervisor.promise import Promise
 
 log = logging.getLogger(__name__)
 
@@ -27,33 +28,9 @@ MAX_REQUEST_BYTES = 64 * 1024
 MAX_CLIENTS = 64
 
 Command = Callable[[Mapping[str, Any]], object]
-"""Takes the arguments, returns the result or a Pending. Raises ControlError to refuse."""
+"""Takes the arguments, returns the result or a Promise of it. Raises ControlError to refuse."""
 
 MALFORMED = 'a request is {"v": 1, "command": "..."}'
-
-
-class Pending:
-    """The answer to a command that takes time. The client may be gone when it comes."""
-
-    def __init__(self) -> None:
-        self._answer: dict[str, object] | None = None
-        self._deliver: Callable[[dict[str, object]], None] | None = None
-
-    def finish(self, result: object) -> None:
-        self._end(_success(result))
-
-    def fail(self, error: str) -> None:
-        self._end(_failure(error))
-
-    def deliver_to(self, deliver: Callable[[dict[str, object]], None]) -> None:
-        if self._answer is not None:
-            deliver(self._answer)
-        self._deliver = deliver
-
-    def _end(self, answer: dict[str, object]) -> None:
-        self._answer = answer
-        if self._deliver is not None:
-            self._deliver(answer)
 
 
 class ControlServer:
@@ -80,12 +57,15 @@ class ControlServer:
 
     def _answer(self, line: bytes, reply: Reply) -> None:
         result = self._result(line)
-        if isinstance(result, Pending):
-            result.deliver_to(lambda answer: reply([_line(answer)]))
+        if isinstance(result, Promise):
+            result.then(
+                lambda value: reply([_line(_success(value))]),
+                lambda why: reply([_line(_failure(why))]),
+            )
         else:
             reply([_line(result)])
 
-    def _result(self, line: bytes) -> dict[str, object] | Pending:
+    def _result(self, line: bytes) -> dict[str, object] | Promise[Any]:
         name = None
         try:
             name, arguments = self._parse(line)
@@ -95,7 +75,7 @@ class ControlServer:
         except Exception:  # a failing command must not end the service
             log.exception("the command %r failed", name)
             return _failure("internal error: see the supervisor's log")
-        return result if isinstance(result, Pending) else _success(result)
+        return result if isinstance(result, Promise) else _success(result)
 
     def _parse(self, line: bytes) -> tuple[str, dict[str, Any]]:
         """The command and its arguments. Raises ControlError."""

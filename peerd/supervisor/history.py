@@ -1,6 +1,6 @@
-"""What has happened to the processes of a supervisor, as far back as there is room: ``peerd events``.
+"""The newest events of the journal, as ``peerd events`` shows them.
 
-Times are on the monotonic clock and told as ages, so that a step of the wall clock changes no order.
+Times are on the monotonic clock and shown as ages, so a step of the wall clock changes no order.
 """
 
 from __future__ import annotations
@@ -9,29 +9,36 @@ import time
 from collections import deque
 from collections.abc import Mapping
 
-LONGEST = 1000
-"""Events; the oldest goes."""
+from peerd.supervisor.journal import Event, Journal
+
+MAX_EVENTS = 1000
+"""The oldest is dropped."""
 
 
 class History:
-    def __init__(self) -> None:
-        self._events: deque[tuple[int, float, dict[str, object]]] = deque(maxlen=LONGEST)
+    def __init__(self, journal: Journal) -> None:
+        self._events: deque[tuple[int, float, Event]] = deque(maxlen=MAX_EVENTS)
         self._last = 0
-
-    def note(self, kind: str, **details: object) -> None:
-        """``kind`` is a word, in the past tense: died, replaced. Details without a value are left out."""
-        self._last += 1
-        known = {name: value for name, value in details.items() if value is not None}
-        self._events.append((self._last, time.monotonic(), {"event": kind, **known}))
+        journal.subscribe(Event, self._on_event)
 
     def since(self, arguments: Mapping[str, object]) -> list[dict[str, object]]:
-        """Those with a number above ``after`` (0: all), oldest first, each with its ``age_s``."""
+        """The events with a number above ``after`` (0: all), oldest first, each with its ``age_s``."""
         after = arguments.get("after", 0)
         if type(after) is not int:
             after = 0
         now_s = time.monotonic()
         return [
-            {"number": number, "age_s": round(now_s - at_s, 3), **event}
+            {
+                "number": number,
+                "age_s": round(now_s - at_s, 3),
+                "event": event.shown_as,
+                **{name: value for name, value in event.details().items() if value is not None},
+            }
             for number, at_s, event in self._events
             if number > after
         ]
+
+    def _on_event(self, event: Event) -> None:
+        if event.shown_as is not None:
+            self._last += 1
+            self._events.append((self._last, time.monotonic(), event))

@@ -1,7 +1,11 @@
-"""The supervisor's one loop: callbacks for descriptors that can be read, and for times that come.
+"""The supervisor's event loop: callbacks for readable descriptors, for timers, and for "soon".
 
-Not asyncio, which a forked child would inherit in the middle of a callback, and which costs each worker
-megabytes.
+A callback must not be interrupted by the consequences of what it does. call_soon() is how a part has
+something done after the current callback: the loop runs what was queued this way, in order, before it
+calls back anything else. Journal and Promise rest on it.
+
+Rejected: asyncio. A forked child would inherit its loop in the middle of a callback, and it costs each
+worker megabytes.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import heapq
 import itertools
 import selectors
 import time
+from collections import deque
 from collections.abc import Callable
 
 Callback = Callable[[], object]
@@ -40,6 +45,7 @@ class Loop:
         self.selector = selectors.DefaultSelector()
         """For servers that wait for writing too: the data are a callback that takes the events."""
 
+        self._soon: deque[Callback] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._numbers = itertools.count()
 
@@ -49,6 +55,10 @@ class Loop:
 
     def unwatch(self, fd: int) -> None:
         self.selector.unregister(fd)
+
+    def call_soon(self, callback: Callback) -> None:
+        """Call it after the current callback and before any other."""
+        self._soon.append(callback)
 
     def call_at(self, when_s: float, callback: Callback) -> Timer:
         """``when_s`` is a monotonic time."""
@@ -60,20 +70,29 @@ class Loop:
     def call_later(self, delay_s: float, callback: Callback) -> Timer:
         return self.call_at(time.monotonic() + delay_s, callback)
 
-    def turn(self) -> None:
-        """Wait for what comes next, and call what is due."""
+    def run_once(self) -> None:
+        """Wait until something is due, and run the callbacks of all that is."""
+        if self._soon:  # queued before the loop ran
+            self._run_soon()
+            return
         for key, events in self.selector.select(self._timeout_s()):
             # A callback may have unregistered what comes later in the same list, or even have
             # given its descriptor's number to something new.
             current = self.selector.get_map().get(key.fd)
             if current is not None and current.data is key.data:
                 key.data(events)
+                self._run_soon()
         now_s = time.monotonic()
         while self._timers and self._timers[0][0] <= now_s:
             heapq.heappop(self._timers)[2]._run()
+            self._run_soon()
 
     def close(self) -> None:
         self.selector.close()
+
+    def _run_soon(self) -> None:
+        while self._soon:
+            self._soon.popleft()()
 
     def _timeout_s(self) -> float | None:
         while self._timers and not self._timers[0][2].is_waiting:

@@ -14,23 +14,23 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from peerd._scoreboard import PeerState
 from peerd.address import MAX_PORT
 from peerd.errors import BindError, ControlError
 from peerd.settings import MAX_PEERS, SupervisorSettings
-from peerd.supervisor.history import History
+from peerd.supervisor.journal import Journal, NotScaled, Scaled, WorkerReplaced
 from peerd.supervisor.loop import Callback, Loop
+from peerd.supervisor.promise import Promise
 from peerd.supervisor.sockets import bind_one, resolve
 from peerd.supervisor.stopping import WITHDRAW_TIMEOUT_S
-from peerd.supervisor.supervised_peer import Peer, Replaced
+from peerd.supervisor.supervised_peer import Peer
 from peerd.supervisor.worker_process import DESCRIPTORS
 
 log = logging.getLogger(__name__)
 
-Answer = Callable[[dict[str, object] | str], None]
-"""Gets the result, or why there is none. Called once."""
+Answer = Promise[dict[str, object]]
 
 DESCRIPTORS_PER_PEER = 1 + 2 * DESCRIPTORS
 """Its socket, a worker, and a successor."""
@@ -45,70 +45,76 @@ RECYCLE_REST_S = 60.0
 class Reloads:
     """Replaces all workers, one at a time; the first that cannot be ends it, and the rest stay."""
 
-    def __init__(self, peers: Mapping[int, Peer], on_change: Callback) -> None:
+    def __init__(self, loop: Loop, peers: Mapping[int, Peer], on_change: Callback) -> None:
+        self._loop = loop
         self._peers = peers
         self._on_change = on_change
-        self._waiting: list[Answer] = []
-        self._answers: list[Answer] = []
+        self._waiting: Answer | None = None
+        self._current: Answer | None = None
         self._todo: deque[Peer] = deque()
-        self._done: list[Replaced] = []
+        self._done: list[WorkerReplaced] = []
         self._total = 0
         self._is_abandoned = False
 
     @property
     def is_under_way(self) -> bool:
-        return bool(self._answers)
+        return self._current is not None
 
-    def ask(self, answer: Answer) -> None:
-        self._waiting.append(answer)
-        if not self._answers:
+    def reload(self) -> Answer:
+        answer = self._waiting = self._waiting or Answer(self._loop)
+        if self._current is None:
             self._begin()
+        return answer
 
     def abandon(self) -> None:
         """The supervisor stops."""
         self._is_abandoned = True
-        waiting, self._waiting = self._waiting, []
-        for answer in waiting:
-            answer("the supervisor is stopping")
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.reject("the supervisor is stopping")
 
     def _begin(self) -> None:
-        self._answers, self._waiting = self._waiting, []
+        self._current, self._waiting = self._waiting, None
         self._todo = deque(self._peers.values())
         self._total, self._done = len(self._todo), []
-        if self._answers:
-            self._on_change()
-            self._next()
+        self._on_change()
+        self._next()
 
     def _next(self) -> None:
         while self._todo and self._is_leaving(self._todo[0]):
             self._todo.popleft()
         if self._todo:
             peer = self._todo.popleft()
-            peer.replace(lambda result: self._told(peer, result))
+            peer.replace().then(self._on_replaced, lambda why: self._on_not_replaced(peer, why))
         else:
-            self._end({"replaced": [each._asdict() for each in self._done]})
+            current = self._current
+            assert current is not None
+            current.resolve({"replaced": [asdict(each) for each in self._done]})
+            self._end()
 
-    def _told(self, peer: Peer, result: Replaced | str) -> None:
-        if isinstance(result, Replaced):
-            self._done.append(result)
-        if isinstance(result, Replaced) or self._is_leaving(peer):
+    def _on_replaced(self, replaced: WorkerReplaced) -> None:
+        self._done.append(replaced)
+        self._next()
+
+    def _on_not_replaced(self, peer: Peer, why: str) -> None:
+        if self._is_leaving(peer):
             self._next()
             return
         kept = f"; {len(self._done)} of {self._total} were replaced before" if self._done else ""
-        log.error("reload: not replaced%s: %s", kept, result)
-        self._end(result + kept)
+        log.error("reload: not replaced%s: %s", kept, why)
+        assert self._current is not None
+        self._current.reject(why + kept)
+        self._end()
 
     def _is_leaving(self, peer: Peer) -> bool:
         """It is being scaled away, and nobody has to load the app for it. (Its slot may have another peer
         by now.)"""
         return peer.leaves and not self._is_abandoned
 
-    def _end(self, result: dict[str, object] | str) -> None:
-        answers, self._answers = self._answers, []
+    def _end(self) -> None:
+        self._current = None
         self._on_change()
-        for answer in answers:
-            answer(result)
-        if self._waiting and not self._answers:
+        if self._waiting is not None:
             self._begin()
 
 
@@ -128,7 +134,7 @@ class Scaler:
         peers: Mapping[int, Peer],
         add: Callable[[int, socket.socket], Peer],
         remove: Callable[[Peer], None],
-        history: History,
+        journal: Journal,
         on_change: Callback,
     ) -> None:
         """``add`` makes a peer of a slot and its socket, ``remove`` forgets one that has ended."""
@@ -137,7 +143,7 @@ class Scaler:
         self._peers = peers
         self._add = add
         self._remove = remove
-        self._history = history
+        self._journal = journal
         self._on_change = on_change
         # Now, since a name server may take its time.
         _, self._address = resolve(settings.host, "--host")
@@ -152,22 +158,25 @@ class Scaler:
         self._by_signals: _Scaling | None = None
         self._signalled = 0
 
-    def scale_to(self, peers: int, answer: Answer) -> None:
-        self._ask(_Scaling(lambda _: peers, answer))
+    def scale_to(self, peers: int) -> Answer:
+        scaling = _Scaling(lambda _: peers, Answer(self._loop))
+        self._ask(scaling)
+        return scaling.answer
 
     def scale_by(self, difference: int) -> None:
         """SIGTTIN and SIGTTOU, which add up while an earlier scaling is under way. Never below one peer."""
         self._signalled += difference
         if self._by_signals is None:
-            self._by_signals = _Scaling(self._after_signals, _log_failure)
-            self._ask(self._by_signals)
+            scaling = self._by_signals = _Scaling(self._after_signals, Answer(self._loop))
+            scaling.answer.then(lambda _: None, lambda why: log.error("not scaled: %s", why))
+            self._ask(scaling)
 
     def abandon(self) -> None:
         """The supervisor stops."""
         waiting, self._waiting = self._waiting, deque()
         current, self._current = self._current, None
         for each in (*waiting, *([current] if current else [])):
-            each.answer("the supervisor is stopping")
+            each.answer.reject("the supervisor is stopping")
 
     def is_ready(self, peer: Peer) -> None:
         if self._starting.pop(peer.slot.index, None) is not None:
@@ -216,11 +225,11 @@ class Scaler:
                 self._begin(target)
             except (BindError, ControlError) as error:
                 self._current = None
-                self._history.note("not scaled", why=str(error))
-                scaling.answer(str(error))
+                self._journal.publish(NotScaled(why=str(error)))
+                scaling.answer.reject(str(error))
             except BaseException:  # a defect: it must not hold up all that come behind it
                 self._current = None
-                scaling.answer("internal error: see the supervisor's log")
+                scaling.answer.reject("internal error: see the supervisor's log")
                 raise
             else:
                 self._advance()
@@ -297,19 +306,19 @@ class Scaler:
         scaling, self._current = self._current, None
         self._on_change()
         if self._failure is not None:
-            self._history.note("not scaled", why=self._failure.partition("\n")[0])
-            scaling.answer(
+            self._journal.publish(NotScaled(why=self._failure))
+            scaling.answer.reject(
                 f"not scaled, the number of peers is still {len(self._peers)}: {self._failure}"
             )
         else:
             if self._before != len(self._peers):
-                self._history.note("scaled", before=self._before, peers=len(self._peers))
+                self._journal.publish(Scaled(before=self._before, peers=len(self._peers)))
                 log.info("scaled from %d to %d peers", self._before, len(self._peers))
             started = [
                 {"slot": each.slot.index, "peer_id": each.peer_id, "pid": each.slot.pid}
                 for each in self._started
             ]
-            scaling.answer(
+            scaling.answer.resolve(
                 {
                     "before": self._before,
                     "peers": len(self._peers),
@@ -318,11 +327,6 @@ class Scaler:
                 }
             )
         self._next()
-
-
-def _log_failure(result: dict[str, object] | str) -> None:
-    if isinstance(result, str):
-        log.error("not scaled: %s", result)
 
 
 def _slot(row: dict[str, object]) -> int:
@@ -361,12 +365,16 @@ class Recycler:
         if self._due:
             peer, why = self._due[0]
             log.info("peer %s: its worker is replaced, %s", peer.peer_id, why)
-            peer.replace(self._told)
+            peer.replace().then(lambda _: self._on_replaced(), self._on_not_replaced)
 
-    def _told(self, result: Replaced | str) -> None:
+    def _on_replaced(self) -> None:
+        self._due.popleft()
+        self._next()
+
+    def _on_not_replaced(self, why: str) -> None:
         peer, _ = self._due.popleft()
-        if isinstance(result, str) and _serves(peer):
-            log.error("not replaced, and tried again in %g s: %s", RECYCLE_REST_S, result)
+        if _serves(peer):
+            log.error("not replaced, and tried again in %g s: %s", RECYCLE_REST_S, why)
             self._due.clear()
             self._rests_until_s = time.monotonic() + RECYCLE_REST_S
         self._next()

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from peerd._scoreboard import RegistryState, Scoreboard
 from peerd.settings import EmbeddedEtcdSettings, RegistrySettings
-from peerd.supervisor.history import History
+from peerd.supervisor.journal import CannotFork, Journal, ServiceDied
 from peerd.supervisor.loop import Callback, Loop, Timer
 from peerd.supervisor.processes import Child, ChildPipes, Exit, redirect_output, spawn
 from peerd.supervisor.restart import Failure, RestartPolicy, next_restart
@@ -42,9 +42,9 @@ class _Service(abc.ABC):
 
     name = "service"
 
-    def __init__(self, loop: Loop, history: History, max_delay_s: float) -> None:
+    def __init__(self, loop: Loop, journal: Journal, max_delay_s: float) -> None:
         self._loop = loop
-        self._history = history
+        self._journal = journal
         self._child: Child | None = None
         self._policy = RestartPolicy(max_failures=sys.maxsize, max_delay_s=max_delay_s)
         self._failures: deque[Failure] = deque(maxlen=64)
@@ -64,7 +64,7 @@ class _Service(abc.ABC):
         try:
             child = self._child = self._spawn()
         except OSError as error:
-            self._history.note("cannot fork", what=self.name, why=str(error))
+            self._journal.publish(CannotFork(what=self.name, why=str(error)))
             log.error("cannot start the %s: %s", self.name, error)
             self._start_again()
             return
@@ -117,13 +117,13 @@ class RegistrarService(_Service):
     def __init__(
         self,
         loop: Loop,
-        history: History,
+        journal: Journal,
         entry: RegistrarEntry,
         board: Scoreboard,
         settings: RegistrySettings,
         on_report: Callback,
     ) -> None:
-        super().__init__(loop, history, settings.lease_ttl_s / 4)
+        super().__init__(loop, journal, settings.lease_ttl_s / 4)
         self._entry = entry
         self._board = board
         self._on_report = on_report
@@ -175,7 +175,7 @@ class RegistrarService(_Service):
         self._close_report()
         self._board.registry_state = RegistryState.SUSPENDED
         if self.keeps_running:
-            self._history.note("died", what=self.name, pid=pid, how=str(end))
+            self._journal.publish(ServiceDied(what=self.name, pid=pid, how=str(end)))
             log.error("the registrar, pid %d: %s", pid, end)
             self._start_again()
 
@@ -195,9 +195,9 @@ class EtcdService(_Service):
     name = "etcd"
 
     def __init__(
-        self, loop: Loop, history: History, settings: EmbeddedEtcdSettings, endpoint: str
+        self, loop: Loop, journal: Journal, settings: EmbeddedEtcdSettings, endpoint: str
     ) -> None:
-        super().__init__(loop, history, max_delay_s=5.0)
+        super().__init__(loop, journal, max_delay_s=5.0)
         self._settings = settings
         self._endpoint = endpoint
 
@@ -223,7 +223,7 @@ class EtcdService(_Service):
             # Two supervisors started at once, and the other one's etcd was first.
             log.info("etcd pid %d: %s; another one listens there by now and is used", pid, end)
             return
-        self._history.note("died", what=self.name, pid=pid, how=str(end))
+        self._journal.publish(ServiceDied(what=self.name, pid=pid, how=str(end)))
         log.error("etcd pid %d: %s; its last words:\n%s", pid, end, self._last_words())
         self._start_again()
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from peerd._scoreboard import PeerState, RegistryState, Scoreboard
 from peerd.settings import SupervisorSettings
-from peerd.supervisor.supervised_peer import Death, Peer
+from peerd.supervisor.death import Death
+from peerd.supervisor.supervised_peer import Peer
 from peerd.supervisor.surroundings import Surroundings
 
 if TYPE_CHECKING:

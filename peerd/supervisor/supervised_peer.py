@@ -23,20 +23,32 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from peerd._scoreboard import PeerState, Slot
 from peerd.settings import OnCrashloop, SupervisorSettings
 from peerd.signals import DUMP_STACK, HAND_OVER
-from peerd.supervisor.history import History
+from peerd.supervisor.death import LAST_LINES, Death
+from peerd.supervisor.journal import (
+    CannotFork,
+    CannotStart,
+    Journal,
+    PeerClosed,
+    PeerParked,
+    WorkerDied,
+    WorkerNotReplaced,
+    WorkerReady,
+    WorkerReplaced,
+    WorkerStuck,
+)
 from peerd.supervisor.kernel_drops import KernelDrops
 from peerd.supervisor.lifecycle import TRANSITIONS, Event
 from peerd.supervisor.liveness import Liveness, Verdict, is_stopped
 from peerd.supervisor.loop import Loop, Timer
 from peerd.supervisor.output import PeerLog, RecentLines
 from peerd.supervisor.processes import Exit
+from peerd.supervisor.promise import Promise
 from peerd.supervisor.restart import Failure, RestartPolicy, next_restart
 from peerd.supervisor.sockets import count_unread, has_datagrams, queue_state
 from peerd.supervisor.worker_process import Worker, WorkerEntry, start_worker
@@ -56,79 +68,15 @@ STACK_S = 0.5
 OLD_HEARTBEAT_NS = 1_000_000_000
 """Four times as old as an idle loop lets it become."""
 
-LAST_LINES = 40
-"""Of a worker, in its death certificate. The stack of a crash in C takes 30, the handler's line first."""
-
-
-class Death(NamedTuple):
-    """The certificate of a worker that ended without having been asked to."""
-
-    pid: int
-    generation: int
-    at_s: float
-    how: str
-    """The exit code, or the signal by name."""
-
-    cause: str
-    """``exit``, ``signal``, ``oom``; or what the supervisor killed it for: ``stuck``, ``late``, ``stop``."""
-
-    ready_for_s: float | None
-    """None: it was never ready."""
-
-    lost_in_flight: int
-    """Datagrams that it had read and not answered."""
-
-    next: str
-    last_lines: tuple[str, ...]
-
-    @property
-    def sentence(self) -> str:
-        return f"{self.what_happened}; next: {self.next}"
-
-    @property
-    def what_happened(self) -> str:
-        cause = {
-            "oom": " (out of memory: the kernel's OOM killer)",
-            "stuck": " (by the supervisor, as it was stuck)",
-            "late": " (by the supervisor, as it was late)",
-        }.get(self.cause, "")
-        age = (
-            "before it was ready"
-            if self.ready_for_s is None
-            else f"after {self.ready_for_s:.1f} s of service"
-        )
-        return (
-            f"worker pid {self.pid}: {self.how}{cause} {age}; datagrams in hand and lost: "
-            f"{self.lost_in_flight}"
-        )
-
-
-Told = Callable[["Replaced | str"], None]
-"""Gets what happened, or why nothing did. Called once."""
-
-
-class Replaced(NamedTuple):
-    slot: int
-    peer_id: str
-    old_pid: int | None
-    pid: int
-    gap_ms: float
-    """For how long nobody has read the socket."""
-
 
 @dataclass
 class _Replacement:
-    told: list[Told]
-    """Everybody who asked before it began: one will do for all of them."""
+    promise: Promise[WorkerReplaced]
+    """For all who asked before it began: one will do for all of them."""
 
     old_pid: int = 0
     handed_over_s: float | None = None
     """When the worker was told to leave the socket, or was found to have left it."""
-
-    def tell(self, result: Replaced | str) -> None:
-        """Whoever is told may ask for something new."""
-        for told in self.told:
-            told(result)
 
 
 class Host(Protocol):
@@ -136,7 +84,7 @@ class Host(Protocol):
 
     settings: SupervisorSettings
     loop: Loop
-    history: History
+    journal: Journal
     worker_entry: WorkerEntry
     recent_lines: RecentLines
 
@@ -200,15 +148,17 @@ class Peer:
         worker.go()
         return True
 
-    def replace(self, told: Told) -> None:
+    def replace(self) -> Promise[WorkerReplaced]:
         """By a worker that has loaded the app anew; also starts one where none serves."""
+        promise = Promise[WorkerReplaced](self._host.loop)
         if self._stops:
-            told(f"peer {self.peer_id} is stopping")
-            return
+            promise.reject(f"peer {self.peer_id} is stopping")
+            return promise
         if self._waiting is None:
-            self._waiting = _Replacement([])
-        self._waiting.told.append(told)
+            self._waiting = _Replacement(promise)
+        promise = self._waiting.promise
         self._next_replacement()
+        return promise
 
     def stop(self) -> None:
         """Serve on, but become nothing new: the record goes. ``drain`` is next."""
@@ -218,7 +168,7 @@ class Peer:
         self._cancel_restart()
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
-            waiting.tell(f"peer {self.peer_id} is stopping")
+            waiting.promise.reject(f"peer {self.peer_id} is stopping")
         replacement, successor = self._replacement, self.successor
         if successor is not None and replacement is not None and not replacement.handed_over_s:
             successor.kill("stop")
@@ -255,8 +205,13 @@ class Peer:
             self.health = "ok" if verdict is Verdict.GETS_ON else verdict.value
             if verdict is Verdict.STUCK and worker.killed_for is None:
                 own_s = self._liveness.own_s
-                self._host.history.note(
-                    "stuck", peer_id=self.peer_id, pid=worker.pid, for_s=round(own_s, 3)
+                self._host.journal.publish(
+                    WorkerStuck(
+                        slot=self.slot.index,
+                        peer_id=self.peer_id,
+                        pid=worker.pid,
+                        for_s=round(own_s, 3),
+                    )
                 )
                 self._say(
                     logging.ERROR,
@@ -300,7 +255,9 @@ class Peer:
         self.drops.read()  # the kernel's count ends with the socket
         if not is_kept and (unread := count_unread(self.sock)):
             self.slot.lost_unread += unread
-            self._host.history.note("closed", peer_id=self.peer_id, lost_unread=unread)
+            self._host.journal.publish(
+                PeerClosed(slot=self.slot.index, peer_id=self.peer_id, lost_unread=unread)
+            )
             self._say(
                 logging.WARNING, "datagrams in the queue when its port was closed: %d", unread
             )
@@ -319,7 +276,7 @@ class Peer:
     def _cannot_fork(self, error: OSError) -> None:
         """No process or descriptor to be had: the machine's fault, so it does not count as a failure of the
         app, and nobody is parked for it."""
-        self._host.history.note("cannot fork", peer_id=self.peer_id, why=str(error))
+        self._host.journal.publish(CannotFork(peer_id=self.peer_id, why=str(error)))
         if self._stops:
             self._say(logging.ERROR, "cannot fork a worker: %s", error)
             return
@@ -348,7 +305,9 @@ class Peer:
         worker.deadline.cancel()
         self._becomes(Event.SERVE)
         self.health = "idle"
-        self._host.history.note("ready", peer_id=self.peer_id, pid=worker.pid)
+        self._host.journal.publish(
+            WorkerReady(slot=self.slot.index, peer_id=self.peer_id, pid=worker.pid)
+        )
         if self._replacement is not None and self.successor is None:  # it is the successor
             self._replaced(self._replacement, worker.pid)
         if self._drains:
@@ -378,8 +337,8 @@ class Peer:
             self.slot.restarts += 1
             self.start()
         elif worker.failure is not None:
-            self._host.history.note(
-                "cannot start", peer_id=self.peer_id, why=worker.failure.partition("\n")[0]
+            self._host.journal.publish(
+                CannotStart(slot=self.slot.index, peer_id=self.peer_id, why=worker.failure)
             )
             if self._host.peer_cannot_start(self, worker.failure):
                 self._say(
@@ -414,18 +373,8 @@ class Peer:
             last_lines=tuple(self._log.last_of(worker.generation, LAST_LINES)),
         )
         self.last_death = death
-        self._host.history.note(
-            "died",
-            peer_id=self.peer_id,
-            pid=death.pid,
-            generation=death.generation,
-            how=death.how,
-            cause=death.cause,
-            oom=death.cause == "oom",
-            ready_for_s=death.ready_for_s,
-            lost_in_flight=death.lost_in_flight,
-            next=death.next,
-            last_lines=death.last_lines,
+        self._host.journal.publish(
+            WorkerDied(slot=self.slot.index, peer_id=self.peer_id, death=death)
         )
         self._log.log(
             logging.ERROR,
@@ -464,8 +413,12 @@ class Peer:
     def _tell_if_parked(self) -> None:
         """After the certificate."""
         if self.slot.state is PeerState.CRASHLOOP:
-            self._host.history.note(
-                "parked", peer_id=self.peer_id, retry_in_s=self._policy.parked_delay_s
+            self._host.journal.publish(
+                PeerParked(
+                    slot=self.slot.index,
+                    peer_id=self.peer_id,
+                    retry_in_s=self._policy.parked_delay_s,
+                )
             )
             self._host.peer_is_parked(self)
 
@@ -518,7 +471,7 @@ class Peer:
             if self.worker is None:
                 self._cannot_fork(error)
             else:
-                self._host.history.note("cannot fork", peer_id=self.peer_id, why=str(error))
+                self._host.journal.publish(CannotFork(peer_id=self.peer_id, why=str(error)))
             self._not_replaced(f"cannot fork a successor: {error}")
             return
         successor.watch(
@@ -589,7 +542,7 @@ class Peer:
         self._was_parked = False  # somebody has asked for this one, and may have mended the app
         now_s = time.monotonic()
         gap_s = now_s - (replacement.handed_over_s or now_s)
-        done = Replaced(
+        done = WorkerReplaced(
             slot=self.slot.index,
             peer_id=self.peer_id,
             old_pid=replacement.old_pid or None,
@@ -597,9 +550,7 @@ class Peer:
             gap_ms=round(gap_s * 1e3, 3),
         )
         self.last_gap_ms = done.gap_ms
-        self._host.history.note(
-            "replaced", peer_id=self.peer_id, pid=pid, old_pid=done.old_pid, gap_ms=done.gap_ms
-        )
+        self._host.journal.publish(done)
         self._say(
             logging.INFO,
             "worker pid %d has taken over from %s; gap %.1f ms",
@@ -607,7 +558,7 @@ class Peer:
             f"pid {done.old_pid}" if done.old_pid else "nobody",
             done.gap_ms,
         )
-        replacement.tell(done)
+        replacement.promise.resolve(done)
 
     def _not_replaced(self, why: str) -> None:
         if self.worker is None and not self._restart.is_waiting and not self._stops:
@@ -619,10 +570,10 @@ class Peer:
     def _fail_replacement(self, why: str) -> None:
         replacement, self._replacement = self._replacement, None
         if replacement is not None:
-            self._host.history.note(
-                "not replaced", peer_id=self.peer_id, why=why.partition("\n")[0]
+            self._host.journal.publish(
+                WorkerNotReplaced(slot=self.slot.index, peer_id=self.peer_id, why=why)
             )
-            replacement.tell(f"peer {self.peer_id}: {why}")
+            replacement.promise.reject(f"peer {self.peer_id}: {why}")
 
     # Its state
 

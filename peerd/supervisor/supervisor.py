@@ -19,6 +19,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 
 from setproctitle import setproctitle
 
@@ -27,8 +28,9 @@ from peerd._scoreboard import PeerState, Scoreboard
 from peerd.errors import ControlError
 from peerd.settings import MAX_PEERS, OnCrashloop, SupervisorSettings
 from peerd.supervisor.cgroup import OomKills
-from peerd.supervisor.control_server import Command, ControlServer, Pending
+from peerd.supervisor.control_server import Command, ControlServer
 from peerd.supervisor.history import History
+from peerd.supervisor.journal import Journal, Stopping
 from peerd.supervisor.kernel_drops import KernelDrops
 from peerd.supervisor.loop import Loop
 from peerd.supervisor.metrics import Metrics
@@ -37,10 +39,11 @@ from peerd.supervisor.notify import socket_name
 from peerd.supervisor.operations import Recycler, Reloads, Scaler
 from peerd.supervisor.output import RecentLines
 from peerd.supervisor.processes import reap_stranger
+from peerd.supervisor.promise import Promise
 from peerd.supervisor.services import EtcdService, RegistrarService
 from peerd.supervisor.status import StatusReport
 from peerd.supervisor.stopping import Stop
-from peerd.supervisor.supervised_peer import Peer, Replaced
+from peerd.supervisor.supervised_peer import Peer
 from peerd.supervisor.surroundings import Entries, Surroundings
 
 log = logging.getLogger(__name__)
@@ -75,7 +78,8 @@ class Supervisor:
         self.settings = settings
         self.worker_entry = entries.worker
         self.loop = Loop()
-        self.history = History()
+        self.journal = Journal(self.loop)
+        self.history = History(self.journal)
         self.recent_lines = RecentLines()
         # In a container, all of them have the same pid.
         self._name = f"{os.getpid()}-{time.monotonic_ns()}"
@@ -91,7 +95,7 @@ class Supervisor:
             self._add_peer(index, sock)
         self._registrar = RegistrarService(
             self.loop,
-            self.history,
+            self.journal,
             entries.registrar,
             self._board,
             settings.registry,
@@ -100,16 +104,16 @@ class Supervisor:
         self._etcd: EtcdService | None = None
         if surroundings.etcd is not None:
             endpoint = settings.registry.endpoint
-            self._etcd = EtcdService(self.loop, self.history, surroundings.etcd, endpoint)
+            self._etcd = EtcdService(self.loop, self.journal, surroundings.etcd, endpoint)
         self._status = StatusReport(settings, self._peers, self._board, surroundings)
-        self._reloads = Reloads(self._peers, self._reload_has_changed)
+        self._reloads = Reloads(self.loop, self._peers, self._reload_has_changed)
         self._scaler = Scaler(
             settings,
             self.loop,
             self._peers,
             self._add_peer,
             self._remove_peer,
-            self.history,
+            self.journal,
             self._tell_manager,
         )
         self._recycler = Recycler(settings, self._peers)
@@ -144,7 +148,7 @@ class Supervisor:
                 self._recycle()
                 self._feed_watchdog()
                 while not self._is_done:
-                    self.loop.turn()
+                    self.loop.run_once()
             finally:
                 self._release()
         return self._exit_code
@@ -154,35 +158,27 @@ class Supervisor:
     def status(self, _arguments: Mapping[str, object]) -> dict[str, object]:
         return self._status.build(self._state)
 
-    def reload(self, _arguments: Mapping[str, object]) -> Pending:
+    def reload(self, _arguments: Mapping[str, object]) -> Promise[dict[str, object]]:
         """Replace all workers, one at a time; stop at the first that fails."""
         self._refuse_while_stopping()
-        pending = Pending()
-        self._reloads.ask(_answering(pending))
-        return pending
+        return self._reloads.reload()
 
-    def restart(self, arguments: Mapping[str, object]) -> Pending:
+    def restart(self, arguments: Mapping[str, object]) -> Promise[dict[str, object]]:
         """Replace the worker of one slot, or start it if it is parked."""
         self._refuse_while_stopping()
-        peer = self._peer_at(arguments.get("slot"))
-        pending = Pending()
-        answer = _answering(pending)
+        answer = Promise[dict[str, object]](self.loop)
+        self._peer_at(arguments.get("slot")).replace().then(
+            lambda replaced: answer.resolve({"replaced": [asdict(replaced)]}), answer.reject
+        )
+        return answer
 
-        def told(result: Replaced | str) -> None:
-            answer(result if isinstance(result, str) else {"replaced": [result._asdict()]})
-
-        peer.replace(told)
-        return pending
-
-    def scale(self, arguments: Mapping[str, object]) -> Pending:
+    def scale(self, arguments: Mapping[str, object]) -> Promise[dict[str, object]]:
         """So many peers, on the ports from the first on."""
         self._refuse_while_stopping()
         peers = arguments.get("peers")
         if type(peers) is not int:
             raise ControlError(f"cannot scale to {peers!r} peers: give a number")
-        pending = Pending()
-        self._scaler.scale_to(peers, _answering(pending))
-        return pending
+        return self._scaler.scale_to(peers)
 
     def stop(self, _arguments: Mapping[str, object]) -> dict[str, object]:
         """Begin to stop, as SIGTERM does."""
@@ -370,7 +366,7 @@ class Supervisor:
     # Its end
 
     def _begin_stop(self, exit_code: int) -> None:
-        self.history.note("stopping", exit_code=exit_code)
+        self.journal.publish(Stopping(exit_code=exit_code))
         self._exit_code = exit_code
         self._notifier.stopping("stopping")
         self._reloads.abandon()
@@ -415,7 +411,7 @@ class Supervisor:
             elif number == signal.SIGHUP:
                 log.info("SIGHUP: reloading")
                 self._reload_has_changed()  # systemd waits for a word that comes after its signal
-                self._reloads.ask(lambda _result: None)
+                self._reloads.reload()
             elif number == signal.SIGTTIN:
                 self._scaler.scale_by(1)
             elif number == signal.SIGTTOU:
@@ -472,13 +468,3 @@ class Supervisor:
         if self._metrics is not None:
             self._metrics.close()
         self._notifier.close()
-
-
-def _answering(pending: Pending) -> Callable[[dict[str, object] | str], None]:
-    def answer(result: dict[str, object] | str) -> None:
-        if isinstance(result, str):
-            pending.fail(result)
-        else:
-            pending.finish(result)
-
-    return answer

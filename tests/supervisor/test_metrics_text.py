@@ -14,7 +14,9 @@ from peerd._scoreboard import COUNTER_NAMES, PeerState, RegistryState, Scoreboar
 from peerd.address import Address
 from peerd.settings import SupervisorSettings
 from peerd.supervisor import exposition, metrics
+from peerd.supervisor.death import Death
 from peerd.supervisor.history import History
+from peerd.supervisor.journal import CannotStart, Event, Journal, ServiceDied, WorkerDied
 from peerd.supervisor.kernel_drops import KernelDrops
 from peerd.supervisor.loop import Loop
 from peerd.supervisor.metrics import Metrics
@@ -37,7 +39,8 @@ class Processes:
     def __init__(self, sockets: list[socket.socket]) -> None:
         self.settings = SETTINGS
         self.loop = Loop()
-        self.history = History()
+        self.journal = Journal(self.loop)
+        self.history = History(self.journal)
         self.recent_lines = RecentLines()
         self.worker_entry: WorkerEntry = lambda *_: 0
         self.board = Scoreboard(PEERS)
@@ -128,7 +131,12 @@ def test_labels_and_help_are_escaped() -> None:
 
 
 def test_restarts_have_the_reason_of_the_death_before_them(processes: Processes) -> None:
-    board, history = processes.board, processes.history
+    board = processes.board
+    peer_id = "localhost:5001"
+
+    def publish(event: Event) -> None:
+        processes.journal.publish(event)
+        processes.loop.run_once()
 
     def restarts() -> dict[str, float]:
         families = text_string_to_metric_families(processes.text().decode())
@@ -141,10 +149,11 @@ def test_restarts_have_the_reason_of_the_death_before_them(processes: Processes)
         }
 
     def died(pid: int, cause: str, restarted: bool = True) -> None:
-        history.note("died", peer_id="localhost:5001", pid=pid, cause=cause)
+        death = Death(pid, 1, 0.0, "exit code 1", cause, None, 0, "restarted at once", ())
+        publish(WorkerDied(slot=0, peer_id=peer_id, death=death))
         board.slots[0].restarts += restarted
 
-    history.note("died", what="registrar", pid=9, how="exit code 1")
+    publish(ServiceDied(what="registrar", pid=9, how="exit code 1"))
     died(1, "signal")
     died(2, "exit")
     assert restarts() == {"signal": 1, "exit": 1}
@@ -153,7 +162,7 @@ def test_restarts_have_the_reason_of_the_death_before_them(processes: Processes)
     assert restarts() == {"signal": 2, "exit": 1, "stuck": 1}
     died(5, "exit", restarted=False)  # a successor was there
     assert restarts() == {"signal": 2, "exit": 1, "stuck": 1}
-    history.note("cannot start", peer_id="localhost:5001", why="no module")
+    publish(CannotStart(slot=0, peer_id=peer_id, why="no module"))
     board.slots[0].restarts += 1
     board.slots[0].restarts += 1  # no process was to be had
     assert restarts() == {"signal": 2, "exit": 1, "stuck": 1, "boot": 1, "other": 1}

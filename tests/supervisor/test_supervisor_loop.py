@@ -15,7 +15,7 @@ def test_timers_come_in_order_and_not_when_cancelled() -> None:
     cancelled.cancel()
     cancelled.cancel()
     while len(called) < 2:
-        loop.turn()
+        loop.run_once()
     assert called == ["first", "second"]
     assert time.monotonic() >= now_s + 0.02
     loop.close()
@@ -33,7 +33,7 @@ def test_a_callback_may_end_the_watch_of_another_that_is_due() -> None:
 
         loop.watch(reader, callback)
         os.write(writer, b"x")
-    loop.turn()
+    loop.run_once()
     assert len(called) == 1
     loop.close()
     for pipe in pipes:

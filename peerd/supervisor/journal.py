@@ -1,0 +1,225 @@
+"""The journal: what happened to peers, workers and services, as typed events.
+
+Problem. Many parts need to know that a worker became ready or died: the scaler, the stop, systemd's
+status line, the metrics, ``peerd events``. If the part that notices it called them directly, they would
+run in the middle of its work and could call back into it.
+
+So the part that notices something publishes an event, once, and knows no reader::
+
+    journal.publish(WorkerReady(slot=3, peer_id="localhost:5004", pid=4711))
+
+and a reader subscribes to a type. A base class stands for all its subclasses, ``Event`` for everything::
+
+    journal.subscribe(WorkerDied, self._on_worker_died)
+
+Invariants: publish() only queues. The loop delivers after the current callback and before the next
+one; events arrive in the order of publication; each event reaches all its subscribers, in the order in
+which they subscribed, before the next event is delivered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import ClassVar, TypeVar
+
+from peerd.supervisor.death import Death
+from peerd.supervisor.loop import Loop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    shown_as: ClassVar[str | None] = None
+    """The name in ``peerd events``; None for events that only other parts of the supervisor read."""
+
+    def details(self) -> dict[str, object]:
+        """The fields in ``peerd events``; those that are None are left out."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerEvent(Event):
+    slot: int
+    peer_id: str
+
+    def details(self) -> dict[str, object]:
+        return {name: value for name, value in super().details().items() if name != "slot"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotChanged(PeerEvent):
+    """The peer has another state in the scoreboard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerReady(PeerEvent):
+    shown_as = "ready"
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerStuck(PeerEvent):
+    """Its loop is blocked, and the supervisor is about to kill it."""
+
+    shown_as = "stuck"
+    pid: int
+    for_s: float
+    """The CPU time that the worker had since it last made progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerDied(PeerEvent):
+    """A worker ended without having been asked to."""
+
+    shown_as = "died"
+    death: Death
+
+    def details(self) -> dict[str, object]:
+        shown = {name: value for name, value in self.death._asdict().items() if name != "at_s"}
+        return {"peer_id": self.peer_id, **shown, "oom": self.death.cause == "oom"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerReplaced(PeerEvent):
+    shown_as = "replaced"
+    old_pid: int | None
+    """None: there was no worker."""
+
+    pid: int
+    gap_ms: float
+    """How long no process read the socket."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerNotReplaced(PeerEvent):
+    shown_as = "not replaced"
+    why: str
+
+    def details(self) -> dict[str, object]:
+        return {**super().details(), "why": _first_line(self.why)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CannotStart(PeerEvent):
+    """A worker reported that it cannot start, such as for an app that cannot be imported."""
+
+    shown_as = "cannot start"
+    why: str
+
+    def details(self) -> dict[str, object]:
+        return {**super().details(), "why": _first_line(self.why)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CannotFork(Event):
+    """The machine has no process or descriptor left for a worker or a service."""
+
+    shown_as = "cannot fork"
+    peer_id: str | None = None
+    what: str | None = None
+    """The service, when it is no worker."""
+
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerParked(PeerEvent):
+    """It is in a crash loop."""
+
+    shown_as = "parked"
+    retry_in_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerEnded(PeerEvent):
+    """It was asked to stop, and has no process and no queue left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerClosed(PeerEvent):
+    """Its socket was closed with datagrams in it."""
+
+    shown_as = "closed"
+    lost_unread: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeersChanged(Event):
+    """A peer was added or removed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceDied(Event):
+    """The registrar or the embedded etcd ended, and is started again."""
+
+    shown_as = "died"
+    what: str
+    pid: int
+    how: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceEnded(Event):
+    """The registrar or the embedded etcd ended, and is not started again."""
+
+    what: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordsChanged(Event):
+    """The registrar has registered or revoked records."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReloadChanged(Event):
+    """A reload began or ended."""
+
+    is_running: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaled(Event):
+    shown_as = "scaled"
+    before: int
+    peers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotScaled(Event):
+    shown_as = "not scaled"
+    why: str
+
+    def details(self) -> dict[str, object]:
+        return {"why": _first_line(self.why)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopping(Event):
+    shown_as = "stopping"
+    exit_code: int
+
+
+E = TypeVar("E", bound=Event)
+
+
+class Journal:
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._subscribers: list[tuple[type[Event], Callable[[Event], object]]] = []
+
+    def subscribe(self, kind: type[E], on_event: Callable[[E], object]) -> None:
+        """Call ``on_event`` with each event of this type that is published from now on."""
+        # Sound: deliver() calls it with instances of ``kind`` only.
+        self._subscribers.append((kind, on_event))  # type: ignore[arg-type]
+
+    def publish(self, event: Event) -> None:
+        self._loop.call_soon(lambda: self._deliver(event))
+
+    def _deliver(self, event: Event) -> None:
+        for kind, on_event in list(self._subscribers):
+            if isinstance(event, kind):
+                on_event(event)
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
