@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from peerd.cli.options import SIZE, Seconds, did_you_mean
+from peerd.cli.option_types import SIZE, Seconds
+from peerd.cli.options import did_you_mean
 
 
 class BadConfigError(click.ClickException):

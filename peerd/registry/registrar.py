@@ -276,7 +276,7 @@ class _Reconciler:
         from peerd.registry import PeerRecord
 
         return PeerRecord(
-            url=self._settings.url,
+            url=self._settings.advertised_host,
             port=self._settings.base_port + slot.index,
             peer_id=self._settings.peer_id(slot.index),
             partition_key=self._settings.partition_key,

@@ -175,7 +175,7 @@ class Peer:
         from peerd.registry import PeerRecord
 
         return PeerRecord(
-            url=self._settings.url,
+            url=self._settings.advertised_host,
             port=self.port,
             peer_id=self.peer_id,
             partition_key=self._partition_key,

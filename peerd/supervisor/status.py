@@ -111,7 +111,7 @@ class StatusReport:
         return {
             "slot": slot.index,
             "peer_id": peer.peer_id,
-            "url": self._settings.url,
+            "url": self._settings.advertised_host,
             "port": peer.port,
             "pid": slot.pid or None,
             "generation": slot.generation,

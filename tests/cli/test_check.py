@@ -209,7 +209,7 @@ def test_without_an_etcd_it_says_what_supervise_would_do() -> None:
         ('etcd-ca = "/nope"\n', ["--etcd-ca /nope: No such file", "etcd-ca is from "]),
         ('etcd-password-file = "/nope"\n', ["/nope: No such file", "etcd-password-file is from "]),
         ("drain-timeout = 0\n", ["drain-timeout: 0.0 is not in the range x>0"]),
-        ("max-age = 0.5\n", ["max-age: 0.5 is not in the range x>=1"]),
+        ("max-age = 0.5\n", ["--max-age 0.5: give 1 seconds or more", "max-age is from "]),
         # Everything that is wrong with it, at once.
         ('peer = 1\nttl = "x"\n', ["'peers'?", "ttl is an integer, not a string"]),
     ],

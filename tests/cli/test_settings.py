@@ -71,4 +71,4 @@ def test_a_prefix_that_cannot_work_is_refused(prefix: str) -> None:
     ],
 )
 def test_what_others_are_told(host: str, advertise: str | None, url: str) -> None:
-    assert SupervisorSettings(host=host, advertise=advertise).url == url
+    assert SupervisorSettings(host=host, advertise=advertise).advertised_host == url

@@ -13,7 +13,8 @@ import orjson
 
 from peerd import control
 from peerd.cli import status_view
-from peerd.cli.options import SECONDS, control_option, integer, json_option, slot_argument
+from peerd.cli.option_types import SECONDS, integer
+from peerd.cli.options import control_option, json_option, slot_argument
 from peerd.cli.table import print_table
 from peerd.cli.wording import counted
 from peerd.errors import ControlError, NotRunningError, PeerdError

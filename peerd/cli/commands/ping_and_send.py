@@ -12,7 +12,8 @@ import orjson
 
 from peerd._core import Message
 from peerd.address import address_of
-from peerd.cli.options import SECONDS, access_options, etcd_option, json_option, prefix_option
+from peerd.cli.option_types import SECONDS
+from peerd.cli.options import access_options, etcd_option, json_option, prefix_option
 from peerd.clients.blocking import PeerClient
 from peerd.clients.client_base import DEFAULT_VERSION, failures_named
 from peerd.clients.endpoints import resolve

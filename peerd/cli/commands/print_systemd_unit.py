@@ -110,7 +110,7 @@ def _service(ctx: click.Context, options: tuple[str, ...]) -> _Service:
     """Raises what 'peerd supervise' would for these options: click's errors, SettingsError."""
     # Here, since it brings the supervisor with it, and --help should be quick.
     from peerd.cli.commands.supervise import supervise
-    from peerd.cli.setting_options import SupervisorCommand, settings_of
+    from peerd.cli.setting_options import SupervisorCommand, is_given, settings_of
 
     parsed = supervise.make_context("supervise", list(options), parent=ctx.find_root())
     assert isinstance(supervise, SupervisorCommand)
@@ -118,7 +118,7 @@ def _service(ctx: click.Context, options: tuple[str, ...]) -> _Service:
         click.echo(f"peerd: {line}", err=True)
     with supervise.errors_traced(parsed):
         # Logins and certificates are the service's to read, which may be another user.
-        settings = settings_of(parsed.params, ANONYMOUS)
+        settings = settings_of(parsed, ANONYMOUS)
     value = parsed.params
     files = ("config", "etcd_password_file", "etcd_ca", "etcd_cert", "etcd_key")
     return _Service(
@@ -126,8 +126,8 @@ def _service(ctx: click.Context, options: tuple[str, ...]) -> _Service:
         environment=_variables(parsed),
         settings=settings,
         files=[Path(value[name]).absolute() for name in files if value[name] is not None],
-        control_path=value["control_path"],
-        has_own_etcd=value["etcd"] is None,
+        control_path=value["control"],
+        has_own_etcd=not is_given(parsed, "etcd"),
         has_etcd_password=value["etcd_user"] is not None and not value["etcd_password_file"],
     )
 

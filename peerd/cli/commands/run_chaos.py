@@ -14,7 +14,8 @@ import click
 import orjson
 
 from peerd.chaos.schedule import Kind
-from peerd.cli.options import SECONDS, json_option
+from peerd.cli.option_types import SECONDS
+from peerd.cli.options import json_option
 from peerd.cli.table import print_table
 from peerd.settings import MAX_PEERS
 

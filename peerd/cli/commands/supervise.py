@@ -158,7 +158,11 @@ def _print_first_screen(
 
 
 def _worker_entry(settings: SupervisorSettings) -> Any:
-    cpus = pinning.plan(pinning.usable_cpus(), cpu_quota(), MAX_PEERS) if settings.pin else ()
+    cpus = (
+        pinning.plan(pinning.usable_cpus(), cpu_quota(), MAX_PEERS)
+        if settings.pin == "auto"
+        else ()
+    )
 
     def run_worker(index: int, sock: socket.socket, slot: Slot, report: BootReport) -> int:
         logging_setup.become_worker(slot.add_log_dropped)
