@@ -1,10 +1,11 @@
-"""All peers, as of now, without asking etcd.
+"""All peers as of now, without a call to etcd.
 
-One thread takes what a Watch tells and keeps the records sorted. Readers get a tuple that it has
-replaced as a whole, so they need no lock, see one state, and can read while etcd is away: then the
-cache is what was last known, and says how old that is.
+One thread reads a Watch and keeps the records sorted. Readers get a tuple that the thread replaces as a
+whole: they need no lock, see one state, and can read while etcd is unreachable. The cache then holds the
+last known state and reports its age.
 
-Each Registry has at most one, shared by all who ask for it; it ends with the last of them.
+Each Registry has at most one Snapshot, shared by all of its caches; it ends with the last of them. If its
+thread ends through an error, the caches are not current any more and raise that error to their readers.
 """
 
 from __future__ import annotations
@@ -23,73 +24,16 @@ from peerd.registry.watch import Event, Left, Watch
 log = logging.getLogger(__name__)
 
 CURRENT_S = 3 * PULSE_S
-"""A cache that etcd has confirmed within this time is current. It does so each PULSE_S."""
+"""A cache that etcd has confirmed within this time is current. A healthy etcd does so every PULSE_S."""
 
-_AUTH_RETRY_S = 1.0
-
-
-class Snapshot:
-    """The records that a Watch has told of, kept by a thread until ``close()``."""
-
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
-        self._peer_ids: list[str] = []
-        self._listed = threading.Event()
-        self._closed = threading.Event()
-        self.records: tuple[PeerRecord, ...] = ()
-        """Sorted by peer id."""
-
-        self.by_peer_id: dict[str, PeerRecord] = {}
-        self._thread = threading.Thread(target=self._keep, name="peerd-registry-cache", daemon=True)
-        self._thread.start()
-
-    @property
-    def known_s(self) -> float:
-        return self._watch.known_s
-
-    def wait_listed(self, timeout_s: float) -> bool:
-        return self._listed.wait(timeout_s)
-
-    def close(self) -> None:
-        self._closed.set()
-        self._watch.close()
-        self._thread.join(1.0)
-
-    def _keep(self) -> None:
-        while not self._closed.is_set():
-            try:
-                events = self._watch.take()
-            except RegistryError as error:  # access is refused: somebody may correct it
-                log.warning("the cache of peers is not current: %s", error)
-                self._closed.wait(_AUTH_RETRY_S)
-                continue
-            if events is None:
-                return
-            if events:
-                self._apply(events)
-            if self._watch.known_s > 0:
-                self._listed.set()
-
-    def _apply(self, events: list[Event]) -> None:
-        by_peer_id = dict(self.by_peer_id)
-        for event in events:
-            peer_id = event.record.peer_id
-            if not isinstance(event, Left):
-                by_peer_id[peer_id] = event.record
-            elif (other := self._watch.last_told(peer_id)) is not None:
-                by_peer_id[peer_id] = other
-            else:
-                by_peer_id.pop(peer_id, None)
-        if by_peer_id.keys() != self.by_peer_id.keys():
-            self._peer_ids = sorted(by_peer_id)  # nearly sorted already, as dict keeps its order
-        self.by_peer_id = by_peer_id
-        self.records = tuple(map(by_peer_id.__getitem__, self._peer_ids))
+_AUTH_RETRY_INTERVAL_S = 1.0
 
 
 class Cache:
     """A live view of the peers below a Registry's prefix. A context manager.
 
-    Reading never blocks and never raises for etcd's sake. In a forked child it raises RuntimeError.
+    Reading never blocks and never raises because of etcd. It raises RuntimeError in a forked child, and
+    the error that ended the cache's thread, should one have done so.
     """
 
     def __init__(
@@ -106,31 +50,41 @@ class Cache:
         protocol: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> list[PeerRecord]:
-        """All peers that were there, sorted by peer id, or those that have what is given."""
-        self._check_process()
+        """The last known peers that match every argument, sorted by peer id; see ``Registry.nodes``."""
+        self._check_usable()
         return select(self._snapshot.records, partition_key, protocol, metadata)
 
     def get(self, peer_id: str) -> PeerRecord | None:
-        self._check_process()
+        """The last known record of one peer; None if there is no such peer."""
+        self._check_usable()
         return self._snapshot.by_peer_id.get(peer_id)
 
     @property
+    def skipped(self) -> int:
+        """The number of values below the prefix that are no record, as in ``Listing``."""
+        self._check_usable()
+        return self._snapshot.skipped
+
+    @property
     def age_s(self) -> float:
-        """Since when nobody knows whether this is still so; ``inf`` before etcd's first answer."""
+        """Seconds since etcd last confirmed this view; ``inf`` before its first answer."""
         self._check_process()
         return max(0.0, time.monotonic() - self._snapshot.known_s)
 
     @property
     def current(self) -> bool:
-        """Whether etcd has confirmed it within CURRENT_S."""
-        return self.age_s < CURRENT_S
+        """Whether etcd has confirmed this view within CURRENT_S and the cache still follows it."""
+        return self.age_s < CURRENT_S and self._snapshot.is_alive
 
     def wait_current(self, timeout_s: float) -> bool:
-        """Waits for the first list, which ``cache()`` does not. Returns whether it came."""
-        self._check_process()
-        return self._snapshot.wait_listed(timeout_s) and self.current
+        """Wait for the first list, which ``Registry.cache`` does not. Returns whether the view is current."""
+        self._check_usable()
+        listed = self._snapshot.wait_listed(timeout_s)
+        self._check_usable()
+        return listed and self.current
 
     def close(self) -> None:
+        """Release the cache: the last one of a Registry ends the thread and the watch. Never raises."""
         release, self._release = self._release, None
         if release is not None:
             release()
@@ -140,3 +94,87 @@ class Cache:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _check_usable(self) -> None:
+        self._check_process()
+        if self._snapshot.failure is not None:
+            raise self._snapshot.failure
+
+
+class Snapshot:
+    """The records that a Watch reports, kept up to date by a thread until ``close()``."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._peer_ids: list[str] = []
+        self._listed = threading.Event()
+        self._closed = threading.Event()
+        self.failure: BaseException | None = None
+        """The error that ended the thread."""
+
+        self.records: tuple[PeerRecord, ...] = ()
+        """Sorted by peer id."""
+
+        self.by_peer_id: dict[str, PeerRecord] = {}
+        self._thread = threading.Thread(target=self._run, name="peerd-registry-cache", daemon=True)
+        self._thread.start()
+
+    @property
+    def known_s(self) -> float:
+        return self._watch.known_s
+
+    @property
+    def skipped(self) -> int:
+        return self._watch.skipped
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def wait_listed(self, timeout_s: float) -> bool:
+        """Returns early, with True, if the thread has failed."""
+        return self._listed.wait(timeout_s)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._watch.close()
+        self._thread.join(1.0)
+
+    def _run(self) -> None:
+        try:
+            self._follow()
+        except BaseException as error:
+            log.exception("the cache of peers has ended")
+            self.failure = error
+            self._listed.set()
+            self._watch.close()
+
+    def _follow(self) -> None:
+        while not self._closed.is_set():
+            try:
+                events = self._watch.take()
+            except RegistryError as error:  # access is refused, which an operator can change
+                log.warning("the cache of peers is not current: %s", error)
+                self._closed.wait(_AUTH_RETRY_INTERVAL_S)
+                continue
+            if events is None:
+                return
+            if events:
+                self._apply(events)
+            if self._watch.known_s > 0:
+                self._listed.set()
+
+    def _apply(self, events: list[Event]) -> None:
+        by_peer_id = dict(self.by_peer_id)
+        for event in events:
+            peer_id = event.record.peer_id
+            if not isinstance(event, Left):
+                by_peer_id[peer_id] = event.record
+            elif (other := self._watch.last_known(peer_id)) is not None:
+                by_peer_id[peer_id] = other
+            else:
+                by_peer_id.pop(peer_id, None)
+        if by_peer_id.keys() != self.by_peer_id.keys():
+            self._peer_ids = sorted(by_peer_id)  # a dict keeps its order, so this is nearly sorted
+        self.by_peer_id = by_peer_id
+        self.records = tuple(map(by_peer_id.__getitem__, self._peer_ids))

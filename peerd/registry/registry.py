@@ -12,9 +12,9 @@ from weakref import WeakSet
 
 from peerd.registry.cache import Cache, Snapshot
 from peerd.registry.etcd import Etcd
-from peerd.registry.records import PeerRecord, select
+from peerd.registry.records import PeerRecord, RecordReader, select
 from peerd.registry.session import Registration, Session, SessionState
-from peerd.registry.watch import Joined, Left, Updated, Watch, record_of
+from peerd.registry.watch import Joined, Left, Updated, Watch
 from peerd.settings import (
     ANONYMOUS,
     DEFAULT_ENDPOINT,
@@ -92,6 +92,7 @@ class Registry:
         """
         RegistrySettings(endpoint=endpoint, access=access, prefix=prefix, lease_ttl_s=lease_ttl_s)
         self._folder = f"{prefix}/".encode()
+        self._reader = RecordReader(self._folder)
         self._etcd = Etcd(endpoint, timeout_s, access)
         self._session = Session(self._etcd, lease_ttl_s, on_state, owner_pid or os.getpid())
         # What the last listing found. Who lists again and again finds most of it unchanged.
@@ -143,7 +144,7 @@ class Registry:
         for key, value in values.items():
             unchanged = self._last_values.get(key) == value
             record = self._last_records.get(key) if unchanged else None
-            record = record or record_of(self._folder, key, value)
+            record = record or self._reader.read(key, value)
             if record is not None:
                 records[key] = record
         self._last_values, self._last_records = values, records
@@ -153,7 +154,7 @@ class Registry:
     def watch(self) -> Watch:
         """What happens to the peers from now on, after those that are there; see :class:`Watch`."""
         self._session.check_usable()
-        watch = Watch(self._etcd, self._folder, self._session.check_process)
+        watch = Watch(self._etcd, self._folder, self._reader, self._session.check_process)
         self._watches.add(watch)
         return watch
 

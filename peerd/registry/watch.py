@@ -37,7 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
-from peerd.errors import InvalidRecordError, RegistryAuthError, RegistryError
+from peerd.errors import RegistryAuthError, RegistryError
 from peerd.registry.etcd import (
     Change,
     CompactedError,
@@ -46,7 +46,7 @@ from peerd.registry.etcd import (
     TooLargeError,
     WatchStream,
 )
-from peerd.registry.records import PeerRecord
+from peerd.registry.records import PeerRecord, RecordReader
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +92,19 @@ class Watch:
     RuntimeError in a forked child or when two threads ask at once. A context manager.
     """
 
-    def __init__(self, etcd: Etcd, folder: bytes, check_process: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        etcd: Etcd,
+        folder: bytes,
+        reader: RecordReader,
+        check_process: Callable[[], None],
+    ) -> None:
         self._etcd = etcd
+        self._reader = reader
         self._folder = folder
         self._check_process = check_process
         self._told: dict[bytes, PeerRecord] = {}
+        self._skipped: set[bytes] = set()
         self._revision = 0  # all up to it is told
         self._newest: KeyValue | None = None  # as it was when it was written
         self._is_listed = False
@@ -166,11 +174,16 @@ class Watch:
         elif (stream := self._stream) is not None:
             stream.cancel()
 
-    def last_told(self, peer_id: str) -> PeerRecord | None:
+    def last_known(self, peer_id: str) -> PeerRecord | None:
         """Of a peer that is there. One that is there twice, such as under FaasNet's key as well, is
         still there when one of its records is gone."""
         told = self._told.values()
         return next((record for record in told if record.peer_id == peer_id), None)
+
+    @property
+    def skipped(self) -> int:
+        """The number of values below the prefix that are no record, as in ``Listing``."""
+        return len(self._skipped)
 
     @property
     def known_s(self) -> float:
@@ -284,9 +297,10 @@ class Watch:
             Left(self._told.pop(key), revision) for key in [*self._told] if key not in found
         ]
         for item in items:
-            record = record_of(self._folder, item.key, item.value)
+            record = self._read(item)
             if record is None or record != self._told.get(item.key):
                 events += self._event(Change(item, deleted=False))
+        self._skipped &= found.keys()
         self._revision = revision
         self._newest = max(items, key=lambda item: item.mod_revision, default=None)
         self._is_listed = True
@@ -295,21 +309,19 @@ class Watch:
     def _event(self, change: Change) -> Iterator[Event]:
         item, deleted = change
         known = self._told.pop(item.key, None)
+        self._skipped.discard(item.key)
         record = None
         if not deleted:
             self._newest = item
-            record = record_of(self._folder, item.key, item.value)
+            record = self._read(item)
         if record is not None:
             self._told[item.key] = record
             yield (Joined if known is None else Updated)(record, item.mod_revision)
         elif known is not None:
             yield Left(known, item.mod_revision)
 
-
-def record_of(folder: bytes, key: bytes, value: bytes) -> PeerRecord | None:
-    """The record under a key; None, and a debug message, for a value that is none."""
-    try:
-        return PeerRecord.from_json(value, key[len(folder) :])
-    except InvalidRecordError as error:
-        log.debug("key=%r skipped: %s", key, error)
-        return None
+    def _read(self, item: KeyValue) -> PeerRecord | None:
+        record = self._reader.read(item.key, item.value)
+        if record is None:
+            self._skipped.add(item.key)
+        return record

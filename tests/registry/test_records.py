@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peerd.errors import InvalidRecordError
+from peerd.registry.owner import Owner
 from peerd.registry.records import (
     MAX_METADATA_BYTES,
     MAX_PARTITION_KEY_BYTES,
@@ -24,6 +26,24 @@ from peerd.registry.records import (
     MAX_VALUE_BYTES,
     PeerRecord,
 )
+
+
+def nested(levels: int) -> bytes:
+    return b"[" * levels + b"]" * levels
+
+
+DEEP: list[Callable[[int], bytes]] = [
+    lambda levels: b'{"Url":"h","Port":1,"Metadata":{"n":%b}}' % nested(levels),
+    lambda levels: (
+        b'{"Url":"h","Port":1,"PartitionKey":null,"Protocol":"udp","PeerId":"h:1",'
+        b'"Metadata":{"n":%b}}' % nested(levels)
+    ),
+    lambda levels: b'{"Url":"h","Port":1,"Else":{"n":%b}}' % nested(levels),
+    lambda levels: b'{"Url":"h","Port":1,"PeerId":[%b]}' % nested(levels),
+    lambda levels: b'{"Url":[%b],"Port":1}' % nested(levels),
+    lambda levels: b'{"Url":"h","Port":%b}' % nested(levels),
+]
+"""Where a record may hold what is nested deeply."""
 
 FAASNETS = b'{"Url":"localhost","Port":5009,"PartitionKey":null,"Id":"..."}'
 
@@ -88,8 +108,16 @@ def test_what_others_write_is_read(value: bytes, record: PeerRecord) -> None:
         b'{"Url":"h\\u001b[31m","Port":1}',
         b'{"Url":"h\\u202e","Port":1}',
         b'{"Url":"h","Port":1,"X":"' + b"x" * MAX_VALUE_BYTES + b'"}',
+        b'{"Url":"h","Port":1,"Metadata":{"n":NaN}}',
+        b'{"Url":"h","Port":1,"Metadata":{"n":1e999}}',
+        b'{"Url":"h","Port":' + b"9" * 5000 + b"}",
+        b'{"Url":"h\\ud800","Port":1}',
+        b'{"Url":"h\xff","Port":1}',
+        b'{"Url":"h","Port":1,"PeerId":["h"]}',
         b"[" * 60_000,
+        b"[" * 1000 + b"]" * 1000,
     ],
+    ids=lambda value: repr(value[:40]),
 )
 def test_any_other_value_is_no_record(value: bytes) -> None:
     with pytest.raises(InvalidRecordError) as caught:
@@ -122,6 +150,7 @@ def test_any_other_value_is_no_record(value: bytes) -> None:
         ("metadata", {"x": datetime.date(2026, 1, 1)}, "an object"),
         ("metadata", {"x": object()}, "an object"),
         ("metadata", {"x": "x" * MAX_METADATA_BYTES}, "at most 61440 bytes"),
+        pytest.param("port", 10**5000, "an integer", id="huge"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(field: str, value: Any, allowed: str) -> None:
@@ -141,6 +170,30 @@ def test_the_longest_record_fits() -> None:
     )
     assert len(record.peer_id) == MAX_PEER_ID_BYTES
     assert PeerRecord.from_json(record.to_json()) == record
+
+
+@pytest.mark.parametrize("levels", [63, 253, 254, 1000, 20_000])
+def test_what_is_nested_too_deeply_is_refused(levels: int) -> None:
+    for value in DEEP:
+        with pytest.raises(InvalidRecordError) as caught:
+            PeerRecord.from_json(value(levels))
+        assert len(str(caught.value)) < 400
+    metadata: dict[str, Any] = {}
+    for _ in range(levels):
+        metadata = {"n": metadata}
+    with pytest.raises(InvalidRecordError, match=r"^metadata .*at most 62 levels"):
+        PeerRecord("h", 1, metadata=metadata)
+
+
+def test_metadata_may_be_nested_as_deeply_as_faasnet_reads() -> None:
+    record = PeerRecord("h", 1, metadata={"n": orjson.loads(nested(62))})
+    assert PeerRecord.from_json(record.to_json()) == record
+    wide = PeerRecord("h", 1, metadata={"n": [[]] * 100})
+    assert PeerRecord.from_json(wide.to_json()) == wide
+
+
+def test_of_a_name_that_stands_twice_the_last_one_counts() -> None:
+    assert PeerRecord.from_json(b'{"Url":"a","Port":1,"Url":"b"}') == PeerRecord("b", 1)
 
 
 def test_it_is_a_value() -> None:
@@ -175,14 +228,28 @@ SCALARS = (
 STORED = (JSON | st.dictionaries(NAMES, PLAUSIBLE | JSON)).map(lambda value: json.dumps(value))
 
 
-@given(st.binary() | STORED.map(str.encode))
-def test_reading_never_raises_anything_else(value: bytes) -> None:
+# With what etcd may hold beside JSON: any bytes, half a value, a value with bytes changed.
+FULL = PeerRecord("h", 1, partition_key="p", metadata={"n": [{"m": 1}]}).to_json()
+DAMAGED = st.builds(
+    lambda start, middle, length: FULL[:start] + middle + FULL[start + length :],
+    st.integers(0, len(FULL)),
+    st.binary(max_size=3) | st.sampled_from([b"[", b"{", b"9" * 400, b"1e999", b"NaN", b"\\ud800"]),
+    st.integers(0, 20),
+)
+NESTED = st.builds(lambda value, levels: value(levels), st.sampled_from(DEEP), st.integers(0, 2000))
+
+
+@given(st.binary() | STORED.map(str.encode) | DAMAGED | NESTED, st.none() | st.binary(max_size=3))
+def test_reading_never_raises_anything_else(value: bytes, key: bytes | None) -> None:
     """Any bytes give a record, which is stored as it was read, or InvalidRecordError."""
+    Owner.in_value(value)
     try:
-        record = PeerRecord.from_json(value)
+        record = PeerRecord.from_json(value, key)
     except InvalidRecordError:
         return
     assert PeerRecord.from_json(record.to_json()) == record
+    assert orjson.dumps(record.as_dict())
+    assert repr(record)
 
 
 @given(

@@ -81,6 +81,72 @@ def test_a_value_that_is_no_record_is_no_event(
     assert registry.scan().skipped == 2
 
 
+DEEP = b"[" * 1000 + b"]" * 1000
+POISON = {
+    "deep": b'{"Url":"h","Port":1,"Metadata":{"n":%b}}' % DEEP,
+    "h:1": b'{"Url":"h","Port":1,"PartitionKey":null,"Protocol":"udp","PeerId":"h:1",'
+    b'"Metadata":{"n":%b}}' % (DEEP[747:1253]),
+    "surrogate": b'{"Url":"\\ud800","Port":1}',
+    "huge": b'{"Url":"h","Port":%b}' % (b"9" * 5000),
+    "long": bytes(100_000),
+}
+
+
+def test_no_value_in_etcd_ends_a_reader(
+    registry: Registry, store: Etcd, prefix: str, etcd: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Values that once raised RecursionError in each of them, for as long as they were in etcd."""
+    with registry.cache() as cache, registry.watch() as watch:
+        assert cache.wait_current(5.0)
+        assert watch.take() == []
+        for _ in range(2):  # as changes, then within the first list of another watch
+            for name, value in POISON.items():
+                store.put(f"{prefix}/{name}".encode(), value)
+            with registry.register(SEED):
+                assert next(watch).record == SEED
+                eventually(lambda: cache.nodes() == [SEED])
+                listing = registry.scan()
+                assert (listing.records, listing.skipped) == ((SEED,), len(POISON))
+                assert watch.skipped == cache.skipped == len(POISON)
+                for options in ([], ["--json"]):
+                    done = run_peerd("nodes", *options, "--etcd", etcd, "--prefix", prefix)
+                    assert (done.returncode, "seedId" in done.stdout) == (0, True), done.stderr
+                    assert f"no peer records: {len(POISON)}" in done.stderr
+                done = run_peerd("check", "--peers", "1", "--etcd", etcd, "--prefix", prefix)
+                assert "Traceback" not in done.stderr
+                with registry.watch() as other:
+                    assert next(other).record == SEED
+            assert isinstance(next(watch), Left)
+        assert cache.current
+        store.put(f"{prefix}/h:1".encode(), PeerRecord("h", 1).to_json())
+        eventually(lambda: cache.get("h:1"))
+        assert cache.skipped == len(POISON) - 1
+    warnings = [message for message in caplog.messages if "skipped" in message]
+    assert len(warnings) == 1, "at most one per minute"
+    assert f"key=b'{prefix}/" in warnings[0]
+
+
+def test_nodes_watch_survives_a_poisonous_value(store: Etcd, prefix: str, etcd: str) -> None:
+    command = [sys.executable, "-m", "peerd", "nodes", "--watch", "--json"]
+    store.put(f"{prefix}/deep".encode(), POISON["deep"])
+    with subprocess.Popen(
+        [*command, "--etcd", etcd, "--prefix", prefix], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        store.put(f"{prefix}/seedId".encode(), SEED.to_json())
+        assert b"seedId" in process.stdout.readline()
+        store.put(f"{prefix}/h:1".encode(), POISON["h:1"])
+        store.put(f"{prefix}/h:2".encode(), PeerRecord("h", 2).to_json())
+        assert b"h:2" in process.stdout.readline()
+        process.kill()
+
+
+def run_peerd(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "peerd", *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
 @pytest.mark.parametrize("how", ["watch", "registry"])
 def test_closing_from_another_thread_ends_a_wait(etcd: str, prefix: str, how: str) -> None:
     registry = Registry(etcd, prefix)
@@ -235,6 +301,26 @@ def test_all_caches_of_a_registry_share_one_watch(registry: Registry) -> None:
         assert one.get("seedId") == SEED
         assert threads() == 1
     assert threads() == 0
+
+
+def test_a_cache_whose_thread_has_ended_raises_the_cause(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.register(SEED)
+    with registry.cache() as cache:
+        assert cache.wait_current(5.0)
+        monkeypatch.setattr(Watch, "take", lambda watch: [] if 1 / 0 else None)
+        registry.register(PeerRecord("h", 2))  # so that the thread comes back from etcd
+        eventually(lambda: not cache.current)
+        for use in (cache.nodes, lambda: cache.get("seedId"), lambda: cache.wait_current(5.0)):
+            with pytest.raises(ZeroDivisionError):
+                use()
+    monkeypatch.undo()
+    with registry.cache() as cache:
+        assert cache.wait_current(5.0)
+        registry.close()
+        assert not cache.current
+        assert len(cache.nodes()) == 2, "closed on purpose: the last known state can be read"
 
 
 def test_a_cache_can_be_read_while_etcd_is_away(prefix: str) -> None:
