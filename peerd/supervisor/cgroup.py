@@ -1,14 +1,14 @@
-"""What the kernel says of control groups: OOM kills, how much CPU time they may have, who is frozen.
+"""Control groups: kills by the OOM killer, CPU quotas, frozen processes.
 
-Version 2 first (the kernel's admin-guide/cgroup-v2.rst), then version 1, since a machine can have both and
-a controller is in one of them only. /proc/pid/cgroup names a process's group and mountinfo beside it where
-it can be seen: a mount shows the tree from its own root on, which in a container is not "/". A group
-outside of that root is not to be seen.
+A machine can have version 2 (the kernel's admin-guide/cgroup-v2.rst) and version 1 mounted, with each
+controller in one of them; version 2 is read first. /proc/pid/cgroup has the path of a process's group, and
+mountinfo says where the tree is mounted. A mount shows the tree below its own root, which in a container is
+not "/"; a group outside that root is not visible.
 
-Whatever is missing or reads strangely is unknown, never an error: no kill, no quota.
+Missing or malformed files never raise an error: they mean no kills and no quota.
 
-Nothing says which process was killed for want of memory. A group counts its kills before the process gets
-its SIGKILL (mm/oom_kill.c), so a worker's death of it always comes with a count that has grown.
+The kernel does not report which process ran out of memory. But a group counts a kill before the process gets
+its SIGKILL (mm/oom_kill.c), so the count has grown by the time the supervisor sees a worker's death.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import NamedTuple
 OWN_PROC = Path("/proc/self")
 
 CLAIMABLE_S = 5.0
-"""For how long after it was seen a kill can explain a death. A killed process needs time to end: its
+"""How long after it was counted a kill can explain a death. A killed process takes time to end because its
 memory is unmapped first."""
 
 
 class OomKills:
-    """Kills in the group that this process is in now, and in version 2 also below it."""
+    """Kills in the group that this process is in at the start; with version 2 also in groups below it."""
 
     def __init__(self, proc: Path = OWN_PROC) -> None:
         groups = list(_groups(proc, "memory"))
@@ -39,25 +39,25 @@ class OomKills:
         ]
         self._last = self._total()
         self._unclaimed: list[float] = []
-        """When each was seen, on the monotonic clock."""
+        """Monotonic time at which each was counted."""
 
     def new(self) -> int:
-        """How many since the last call; 0 when that cannot be read."""
+        """Number of kills since the last call; 0 when the count cannot be read."""
         last, now = self._last, self._total()
         if now is None:
             return 0
         self._last = now
         return 0 if last is None else max(now - last, 0)
 
-    def look(self) -> None:
-        """To be called about twice a second: what was killed long ago explains no death of today."""
+    def update(self) -> None:
+        """Collect new kills and forget old ones. Call it about twice per second."""
         now_s = time.monotonic()
         self._unclaimed = [at_s for at_s in self._unclaimed if now_s - at_s < CLAIMABLE_S]
         self._unclaimed += [now_s] * self.new()
 
     def claim(self) -> bool:
-        """Whether a process that ended by SIGKILL just now may be one of them. Each explains one death."""
-        self.look()
+        """Whether a process that just ended by SIGKILL may be one of them. Each kill explains one death."""
+        self.update()
         if not self._unclaimed:
             return False
         del self._unclaimed[0]
@@ -67,13 +67,13 @@ class OomKills:
         for file in self._files:
             for line in _read(file).splitlines():
                 name, _, value = line.partition(" ")
-                if name == "oom_kill" and (count := _whole(value)) is not None:
+                if name == "oom_kill" and (count := _parse_uint(value)) is not None:
                     return count
         return None
 
 
 def cpu_quota(proc: Path = OWN_PROC) -> float | None:
-    """How many CPUs' time the group may use: the least of all levels that can be seen. None: no limit."""
+    """CPU time that the group may use, in CPUs: the minimum of all visible levels. None: no limit."""
     quotas = []
     for group in _groups(proc, "cpu"):
         for level in group.levels():
@@ -82,7 +82,7 @@ def cpu_quota(proc: Path = OWN_PROC) -> float | None:
             else:
                 quota = _read(level / "cpu.cfs_quota_us")
                 period = _read(level / "cpu.cfs_period_us")
-            quota_us, period_us = _whole(quota), _whole(period)
+            quota_us, period_us = _parse_uint(quota), _parse_uint(period)
             # "max" in version 2 and -1 in version 1: no limit at this level.
             if quota_us and period_us:
                 quotas.append(quota_us / period_us)
@@ -92,7 +92,8 @@ def cpu_quota(proc: Path = OWN_PROC) -> float | None:
 def is_frozen(pid: int) -> bool:
     """Whether a process's group, or one above it, is frozen, as by ``docker pause``.
 
-    Its state in /proc does not say: version 2 shows it asleep, version 1 waiting for a device.
+    The process state in /proc does not show it: version 2 shows a sleeping process, version 1 one that
+    waits for a device.
     """
     for group in _groups(Path(f"/proc/{pid}"), "freezer"):
         if group.is_v2:
@@ -116,7 +117,7 @@ class _Group(NamedTuple):
 
 
 def _groups(proc: Path, controller: str) -> Iterator[_Group]:
-    """Where this controller's files of the group may be, version 2 first."""
+    """Directories that may hold this controller's files of the group, version 2 first."""
     v1_path = v2_path = None
     for line in _read(proc / "cgroup").splitlines():
         number, _, rest = line.partition(":")
@@ -143,7 +144,8 @@ def _groups(proc: Path, controller: str) -> Iterator[_Group]:
 
 
 def _below(path: str, root: str) -> Path | None:
-    """The group as the mount shows it. None: it does not; "/.." begins a path outside of a namespace."""
+    """The group's path within the mount; None if it is not visible there ("/.." starts a path outside the
+    cgroup namespace)."""
     group = Path(path)
     if ".." in group.parts or not group.is_relative_to(root):
         return None
@@ -156,12 +158,12 @@ def _read(file: Path) -> str:
     return ""
 
 
-def _whole(text: str) -> int | None:
-    """A number that is not negative."""
+def _parse_uint(text: str) -> int | None:
+    """None for anything but a number that is not negative."""
     text = text.strip()
     return int(text) if re.fullmatch("[0-9]{1,20}", text) else None
 
 
 def _unescape(text: str) -> str:
-    r"""proc(5): a blank in a path is written \040."""
+    r"""proc(5): a space in a path is written \040."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)

@@ -1,12 +1,10 @@
-"""Which CPU each worker is given with ``--pin``: every worker one, in turn.
+"""``--pin``: assigns one CPU to each worker, round robin.
 
-A worker that stays on a CPU keeps its caches, and neighbours do not take each other's turns. What may be
-used is the affinity of this process, which honours cpusets, and of that no more CPUs than the group's
-quota has time for: with a quota of 2 on 64 CPUs, peers on all of them would use it up together and then
-all stand still until the next period.
+A worker that stays on one CPU keeps its caches. The usable CPUs are the affinity of this process, which
+honours cpusets, limited to the number that the control group's quota pays for: with a quota of 2 on 64 CPUs,
+peers spread over all of them would exhaust the quota together and all stop until the next period.
 
-More peers than CPUs is no reason for a warning. Eight peers on two cores is what a small machine is for: a
-peer that waits for datagrams takes no time, and those that share a CPU take turns.
+More peers than CPUs is no reason for a warning: a peer that waits for datagrams uses no CPU time.
 """
 
 from __future__ import annotations
@@ -19,17 +17,17 @@ from peerd.supervisor.cgroup import cpu_quota
 
 
 def usable_cpus() -> list[int]:
-    """Their numbers. To be asked in a process that is not pinned itself."""
+    """Numbers of the CPUs. Call it in a process that is not pinned itself."""
     return sorted(os.sched_getaffinity(0))
 
 
 def cpu_count() -> int:
-    """For how many CPUs this process's group has time, at least 1."""
+    """CPUs that this process's control group may use, at least 1."""
     return _within(len(usable_cpus()), cpu_quota())
 
 
 def plan(cpus: Sequence[int], quota: float | None, peers: int) -> tuple[int, ...]:
-    """The CPU of each slot. ``cpus``: at least one. A slot keeps its CPU when there are more peers."""
+    """The CPU of each slot. ``cpus``: at least one. A slot keeps its CPU when ``peers`` grows."""
     used = _within(len(cpus), quota)
     return tuple(cpus[slot % used] for slot in range(peers))
 

@@ -322,7 +322,7 @@ class Supervisor:
             reap_stranger()
         if self._stop is None:
             now_s = time.monotonic()
-            self._oom_kills.look()
+            self._oom_kills.update()
             for peer in self._peers.values():
                 peer.look(now_s)
             self._tell_manager()

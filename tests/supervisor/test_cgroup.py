@@ -1,4 +1,4 @@
-"""Control groups as files: what a machine, a container and a stranger thing look like."""
+"""Control groups as files: of a machine, of a container, and malformed ones."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_container_sees_its_group_at_the_root_of_the_mount(machine: Machine) -
 
 
 @pytest.mark.parametrize("path", ["/../other", "/", "/dock", "/docker/ab", "relative"])
-def test_a_group_that_is_not_to_be_seen_is_unknown(machine: Machine, path: str) -> None:
+def test_a_group_outside_the_mount_is_unknown(machine: Machine, path: str) -> None:
     machine.group(f"0::{path}\n")
     point = machine.mount("unified", "cgroup2", root="/docker/abc")
     for file in (point / "memory.events", point.parent / "other/memory.events"):
@@ -127,7 +127,7 @@ def test_each_kill_explains_one_death(machine: Machine) -> None:
     kills = OomKills(machine.proc)
     assert not kills.claim()
     write(file, events(2))
-    kills.look()
+    kills.update()
     assert [kills.claim() for _ in range(3)] == [True, True, False]
 
 
@@ -148,7 +148,7 @@ def test_the_least_quota_of_all_levels(
 ) -> None:
     machine.group("0::/a/b\n")
     point = machine.mount("unified", "cgroup2")
-    write(machine.mounts / "cpu.max", "1000 100000")  # above the mount, so none of ours
+    write(machine.mounts / "cpu.max", "1000 100000")  # above the mount, so not one of our levels
     for level, text in levels.items():
         if text is not None:
             write(point / level / "cpu.max", text)

@@ -1,4 +1,4 @@
-"""A worker that the kernel's OOM killer ended is told from one that somebody killed."""
+"""A worker that the kernel's OOM killer ended is distinguished from one killed by a user."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.supervisor_requests import death_of
 NO_ETCD = "http://127.0.0.1:1"
 
 LIMIT_BYTES = 256 << 20
-"""The supervisor, its registrar and two workers have a third of that."""
+"""The supervisor, its registrar and two workers use a third of that."""
 
 APP = """
 import subprocess, sys, peerd
@@ -55,7 +55,7 @@ def replaced(running: Running, slot: int, pid: int) -> dict[str, Any]:
     return peer
 
 
-def kill_as_somebody(running: Running, slot: int) -> dict[str, Any]:
+def kill_as_a_user(running: Running, slot: int) -> dict[str, Any]:
     pid = running.peer(slot)["pid"]
     send_signal(pid, signal.SIGKILL)
     peer = replaced(running, slot, pid)
@@ -65,10 +65,10 @@ def kill_as_somebody(running: Running, slot: int) -> dict[str, Any]:
     return event
 
 
-def test_out_of_memory_is_told_from_a_kill(supervised: Supervised) -> None:
+def test_out_of_memory_is_distinguished_from_a_kill(supervised: Supervised) -> None:
     with memory_group(LIMIT_BYTES) as group:
         running = start(supervised, group)
-        kill_as_somebody(running, 0)
+        kill_as_a_user(running, 0)
         assert "out of memory" not in running.err
 
         pid, well = (running.peer(slot)["pid"] for slot in (0, 1))
@@ -89,22 +89,22 @@ def test_out_of_memory_is_told_from_a_kill(supervised: Supervised) -> None:
         assert running.peer(1)["pid"] == well
         assert running.peer(1)["last_exit"] is None
 
-        kill_as_somebody(running, 0)  # the kernel's kill explains one death only
+        kill_as_a_user(running, 0)  # one kill explains one death only
         assert running.err.count("out of memory") == 1
         running.signal(signal.SIGTERM)
         assert running.wait() == 0
 
 
-def test_a_child_of_a_handler_that_ran_out_of_memory_explains_no_later_death(
+def test_an_oom_kill_of_a_handlers_child_explains_no_later_death(
     supervised: Supervised,
 ) -> None:
     with memory_group(LIMIT_BYTES) as group:
         running = start(supervised, group)
         answer = raw_client.request(running.ports[0], b"CHILD", b"", timeout_s=20)
         assert answer[2] == b"%d" % -signal.SIGKILL
-        # The supervisor looks twice a second, and takes a kill of the last seconds for a cause.
+        # The supervisor counts twice per second, and a kill explains a death within the next 5 s.
         answered_s = running.status()["supervisor"]["uptime_s"]
         eventually(lambda: running.status()["supervisor"]["uptime_s"] > answered_s + 6, within_s=10)
-        kill_as_somebody(running, 0)
+        kill_as_a_user(running, 0)
         running.signal(signal.SIGTERM)
         assert running.wait() == 0

@@ -1,4 +1,4 @@
-"""``--pin auto``: each worker has one CPU of those that the supervisor may use."""
+"""``--pin auto``: each worker gets one of the CPUs that the supervisor may use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from harness.supervised import Supervised
 
 
-def test_each_worker_has_one_cpu_in_turn(supervised: Supervised) -> None:
+def test_workers_get_cpus_round_robin(supervised: Supervised) -> None:
     running = supervised.start("--pin=auto", peers=3)
     running.wait_ready()
     cpus = sorted(os.sched_getaffinity(0))
@@ -16,7 +16,7 @@ def test_each_worker_has_one_cpu_in_turn(supervised: Supervised) -> None:
     assert os.sched_getaffinity(running.pid) == set(cpus)
 
 
-def test_only_what_the_supervisor_may_use(supervised: Supervised) -> None:
+def test_only_cpus_that_the_supervisor_may_use(supervised: Supervised) -> None:
     everything = os.sched_getaffinity(0)
     allowed = {max(everything)}
     os.sched_setaffinity(0, allowed)

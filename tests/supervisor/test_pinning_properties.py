@@ -1,4 +1,4 @@
-"""Which CPU each slot is given, for any machine, quota and number of peers."""
+"""The CPU of each slot, for any machine, quota and number of peers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PEERS = st.integers(0, 600)
 
 
 @given(CPUS, QUOTAS, PEERS)
-def test_every_slot_has_one_of_the_first_cpus_that_the_quota_has_time_for(
+def test_slots_use_only_as_many_cpus_as_the_quota_pays_for(
     cpus: list[int], quota: float | None, peers: int
 ) -> None:
     used = plan(cpus, quota, peers)
@@ -26,7 +26,7 @@ def test_every_slot_has_one_of_the_first_cpus_that_the_quota_has_time_for(
 
 
 @given(CPUS, QUOTAS, PEERS)
-def test_they_are_spread_evenly(cpus: list[int], quota: float | None, peers: int) -> None:
+def test_slots_are_spread_evenly(cpus: list[int], quota: float | None, peers: int) -> None:
     shares = Counter(plan(cpus, quota, peers)).values()
     assert not shares or max(shares) - min(shares) <= 1
     count = len(cpus) if quota is None else min(len(cpus), math.ceil(quota))
@@ -34,7 +34,7 @@ def test_they_are_spread_evenly(cpus: list[int], quota: float | None, peers: int
 
 
 @given(CPUS, QUOTAS, PEERS, PEERS)
-def test_a_slot_keeps_its_cpu_when_there_are_more(
+def test_a_slot_keeps_its_cpu_when_peers_are_added(
     cpus: list[int], quota: float | None, peers: int, more: int
 ) -> None:
     assert plan(cpus, quota, peers + more)[:peers] == plan(cpus, quota, peers)
