@@ -1,1 +1,2 @@
-"""Drives a real supervisor with kills, stops, reloads and scaling under load, and checks what it promises."""
+"""A test harness: disturbs a real supervisor under load with kills, stops, reloads and scaling, and checks
+its guarantees."""

@@ -1,6 +1,6 @@
-"""What must hold of a supervisor when nobody disturbs it any more, and when it has stopped.
+"""The guarantees of a supervisor once the disturbances are over, and once it has stopped.
 
-Each check returns one invariant with the numbers that it has looked at, whether it holds or not.
+Each check returns invariants with the numbers behind the verdict.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from typing import Any
 
 import psutil
 
-from peerd.chaos.app import DIE_CODE
+from peerd.chaos.chaos_apps import DIE_CODE
 from peerd.chaos.load import LoadReport
 from peerd.chaos.subject import Subject, is_free, wait_for
 from peerd.errors import RegistryError
 
 Events = Iterable[Mapping[str, Any]]
 
-SETTLED_WITHIN_S = 5.0
+SETTLE_TIMEOUT_S = 5.0
 
 REPORTED = {
     "lost_in_flight": "lost in flight",
     "rx_dropped": "dropped",
     "lost_unread": "unread",
 }
-"""Where the status of a peer says what it has lost, and in words."""
+"""The fields of a peer's status that count losses, and their names in messages."""
 
 DEFECTS = re.compile("Traceback|Fatal Python error|Exception ignored|Logging error")
-"""What Python writes of an error that nobody has expected."""
+"""Lines that Python prints for an unexpected error."""
 
 KILLED_BY_SUPERVISOR = ("stuck", "late")
-"""Of what is done here, nothing takes a worker so long."""
+"""No action here holds a worker up long enough for these verdicts."""
 
-LEAST_PART = 0.5
-"""Of what the load was to send. A run in which little is sent shows little."""
+MIN_SENT_SHARE = 0.5
+"""Of the datagrams that were due. A run that sends few datagrams proves little."""
 
 ERRORS = ("decode_errors", "handler_errors", "tx_dropped")
 
@@ -47,15 +47,15 @@ class Invariant:
     name: str
     holds: bool
     counted: str
-    """The numbers that it is about; of a broken one, those that show it."""
+    """The numbers behind the verdict."""
 
 
 def load(
     report: LoadReport, peers: Sequence[Mapping[str, Any]], *, ordered: bool, due: float
 ) -> list[Invariant]:
-    """What the clients have and what the peers say of it.
+    """Compare what the clients received with what the peers report.
 
-    ``ordered``: whether they promise the order. ``due``: how much was to be sent.
+    ``ordered``: whether the peers guarantee the order. ``due``: datagrams that should have been sent.
     """
     by_peer = {peer["slot"]: (report.of(peer["port"]).missing, _lost(peer)) for peer in peers}
     wrong = [
@@ -68,17 +68,17 @@ def load(
     return [
         Invariant(
             "there was a load",
-            report.sent >= LEAST_PART * due > 0,
+            report.sent >= MIN_SENT_SHARE * due > 0,
             f"{report.sent} sent of {due:.0f}",
         ),
         Invariant(
-            "all is answered or lost",
+            "every datagram is answered or lost",
             report.finished and not report.dropped and not report.foreign,
             f"{report.sent} sent, {report.sent - report.missing} answered, {report.missing} lost; "
-            f"by the clients themselves {report.dropped}, strangers' {report.foreign}",
+            f"{report.dropped} dropped by the clients, {report.foreign} not asked for",
         ),
         Invariant(
-            "the loss is what is reported",
+            "the reported loss is the real loss",
             not wrong and report.missing == lost,
             "; ".join([f"{report.missing} missing; reported: {_reported(peers)}", *wrong]),
         ),
@@ -97,48 +97,48 @@ def deaths(
     peers: Iterable[Mapping[str, Any]],
     *,
     killed: Collection[int],
-    told_to_end: Collection[int | None],
+    may_have_exited: Collection[int | None],
     asked_to_die: int,
 ) -> list[Invariant]:
-    """What the certificates say, ``died``, of what was done.
+    """Compare the death certificates, ``died``, with the actions.
 
-    ``killed``: the pids of the workers that got a SIGKILL. Nobody else is to die, also not who was stopped
-    for a while. ``told_to_end``: those who may have ended in order, before they were killed or instead.
+    ``killed``: pids of the workers that were sent SIGKILL; no other worker may die, not even one that was
+    stopped for a while. ``may_have_exited``: pids that may have exited in order instead.
     """
-    by_themselves, strange, certified, lost = 0, list[str](), set[int](), 0
+    asked, unexplained, certified, lost = 0, list[str](), set[int](), 0
     for event in died:
         certified.add(event["pid"])
         lost += event["lost_in_flight"]
         if event["how"] == f"exit code {DIE_CODE}":
-            by_themselves += 1
-        elif event["pid"] in told_to_end and event["how"] == "exit code 0":
+            asked += 1
+        elif event["pid"] in may_have_exited and event["how"] == "exit code 0":
             pass
         elif event["pid"] not in killed or event["cause"] in KILLED_BY_SUPERVISOR:
-            strange.append(f"pid {event['pid']} ({event['how']}, cause {event['cause']})")
-    unnoticed = sorted({*killed} - certified - {*told_to_end})
+            unexplained.append(f"pid {event['pid']} ({event['how']}, cause {event['cause']})")
+    uncertified = sorted({*killed} - certified - {*may_have_exited})
     lost_of_peers = sum(peer["lost_in_flight"] for peer in peers)
     return [
         Invariant(
-            "only who was killed has died",
-            not strange and by_themselves <= asked_to_die,
-            f"{len(certified)} deaths, {by_themselves} of them by themselves of {asked_to_die} asked "
-            f"to; of no cause: {', '.join(strange) or 'none'}",
+            "only killed workers have died",
+            not unexplained and asked <= asked_to_die,
+            f"{len(certified)} deaths, {asked} of them by request ({asked_to_die} requests); "
+            f"unexplained: {', '.join(unexplained) or 'none'}",
         ),
         Invariant(
             "each kill has a certificate",
-            not unnoticed,
-            f"{len(killed)} kills; without one: {', '.join(map(str, unnoticed)) or 'none'}",
+            not uncertified,
+            f"{len(killed)} kills; without one: {', '.join(map(str, uncertified)) or 'none'}",
         ),
         Invariant(
-            "the certificates have the whole loss",
+            "the certificates account for the whole loss",
             lost == lost_of_peers,
-            f"{lost} lost in flight, of {lost_of_peers}",
+            f"{lost} of {lost_of_peers} lost in flight",
         ),
     ]
 
 
 def records(subject: Subject, within_s: float) -> Invariant:
-    """Within a lease's time, etcd has the ready peers and nobody else."""
+    """Within the lease TTL, etcd has records of the ready peers only."""
     stored, ready = set[str](), set[str]()
     from peerd.registry import Registry
 
@@ -156,16 +156,16 @@ def records(subject: Subject, within_s: float) -> Invariant:
 
     with Registry(subject.etcd, subject.prefix) as registry:
         holds = wait_for(same, within_s)
-    differ = f"; not both: {', '.join(sorted(stored ^ ready))}" if stored != ready else ""
+    differ = f"; only in one: {', '.join(sorted(stored ^ ready))}" if stored != ready else ""
     return Invariant(
-        "records and ready peers are the same",
+        "the records are those of the ready peers",
         holds,
         f"{len(stored)} records, {len(ready)} ready{differ}",
     )
 
 
 def processes(subject: Subject) -> Invariant:
-    """The supervisor, a worker for each peer and the registrar; nothing else descends from it."""
+    """The supervisor's descendants are one worker per peer and the registrar."""
     more, fewer, zombies = set[int | None](), set[int | None](), list[int]()
     workers = 0
 
@@ -183,22 +183,22 @@ def processes(subject: Subject) -> Invariant:
         workers, more, fewer = len(peers), found - expected, expected - found
         return not more and not fewer and not zombies and len(children) == workers + 1
 
-    holds = wait_for(exact, SETTLED_WITHIN_S)
+    holds = wait_for(exact, SETTLE_TIMEOUT_S)
     counted = f"{workers} workers and a registrar"
     if not holds:
-        counted += f"; zombies {zombies}, others {sorted(map(str, more))}, missing {fewer}"
+        counted += f"; zombies {zombies}, unexpected {sorted(map(str, more))}, missing {fewer}"
     return Invariant("no orphan, no zombie", holds, counted)
 
 
 def descriptors(subject: Subject, before: Sequence[str]) -> Invariant:
-    """With as many peers as before."""
+    """With as many peers as ``before`` was taken with."""
     now: list[str] = []
 
     def same() -> bool:
         now[:] = subject.descriptors()
         return now == before
 
-    holds = wait_for(same, SETTLED_WITHIN_S)
+    holds = wait_for(same, SETTLE_TIMEOUT_S)
     more, fewer = Counter(now) - Counter(before), Counter(before) - Counter(now)
     differ = "" if holds else f"; more {dict(more)}, fewer {dict(fewer)}"
     return Invariant(
@@ -209,7 +209,7 @@ def descriptors(subject: Subject, before: Sequence[str]) -> Invariant:
 
 
 def nothing_left(subject: Subject, ports: Iterable[int]) -> Invariant:
-    """After its end."""
+    """Once the supervisor has exited."""
     left: list[str] = []
 
     def gone() -> bool:
@@ -223,7 +223,7 @@ def nothing_left(subject: Subject, ports: Iterable[int]) -> Invariant:
     from peerd.registry import Registry
 
     with Registry(subject.etcd, subject.prefix) as registry:
-        holds = wait_for(gone, SETTLED_WITHIN_S)
+        holds = wait_for(gone, SETTLE_TIMEOUT_S)
     return Invariant("nothing is left", holds, ", ".join(left) or "no process, port, file, record")
 
 

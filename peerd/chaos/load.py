@@ -1,8 +1,8 @@
-"""Sequence-numbered datagrams to many ports, and an exact account of what is missing of them.
+"""Sequence-numbered datagrams to many ports, and an exact account of the missing ones.
 
-What a peer owes a client is that each number comes back once and in order. What it may lose it has to
-report: so the numbers that are missing are compared with what it says that its deaths have cost
-(``lost_in_flight``) and what its socket had no room for (``rx_dropped``).
+A peer guarantees a client that each number comes back once and in order. It has to report its losses, so
+the missing numbers are compared with those that its deaths have cost (``lost_in_flight``) and those that
+its socket had no room for (``rx_dropped``).
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from peerd.chaos.streams import Count
 from peerd.errors import PeerdError
 
 PATIENCE_S = 30.0
-"""For an answer that should come at once."""
+"""For an answer that should take no time."""
 
 
 class LoadError(PeerdError):
-    """The process that sends and receives has ended early (its traceback is on standard error), or hangs."""
+    """The load's process has exited early (its traceback is on standard error), or hangs."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
     counts: tuple[Count, ...]
-    """One for each client and port."""
+    """One per client and port."""
 
     dropped: int
-    """What the clients' own buffers had no room for. Above 0, the loss says nothing of the peers."""
+    """Answers that the clients' own buffers had no room for. Above 0, the loss does not indict the peers."""
 
     foreign: int
-    """Answers to what was never asked."""
+    """Answers to datagrams that were never sent."""
 
     finished: bool
-    """Everything was answered or passed over by later answers; only a finished load's loss is final."""
+    """Every datagram was answered or overtaken by later answers; only then is the loss final."""
 
     def of(self, port: int) -> Count:
-        """All clients of a port together; their number is in ``client``."""
+        """The sum over the clients of a port; ``client`` is their number."""
         counts = [count for count in self.counts if count.port == port]
         return Count(
             client=len(counts),
@@ -75,7 +75,7 @@ class LoadReport:
 
 
 class Load:
-    """Sends from its beginning to ``finish()``, for a ``with`` block. Any thread may ask it anything."""
+    """A context manager that sends until ``finish()``. Its methods may be called from any thread."""
 
     def __init__(
         self,
@@ -85,17 +85,25 @@ class Load:
         clients: int = 4,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """``rate``: datagrams a second, of all clients to all ports together; 0 for none yet."""
+        """``rate``: datagrams per second of all clients to all ports; 0 for none yet."""
         self._ports = list(ports)
         self._rate = rate
         self._clients = clients
         self._patience_s = patience_s
         self._asking = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._paced_s = time.monotonic()
+        self._due_before = 0.0
+        """Datagrams that were due when the rate was last set."""
+
+    @property
+    def due(self) -> float:
+        """Datagrams that should have been sent at the rates so far."""
+        return self._due_before + self._rate * (time.monotonic() - self._paced_s)
 
     def __enter__(self) -> Load:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "peerd.chaos.client", str(self._clients), str(self._rate)],
+            [sys.executable, "-m", "peerd.chaos.load_process", str(self._clients), str(self._rate)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -112,31 +120,32 @@ class Load:
         self._process.communicate()
 
     def add(self, ports: Iterable[int]) -> None:
-        """Send to these as well, on with their numbers if they were sent to before."""
+        """Send to these ports as well. A port that was sent to before continues its numbers."""
         self._ask("add", ports=list(ports))
 
     def remove(self, ports: Iterable[int]) -> None:
-        """When this returns, nothing is sent to them any more; answers are still taken."""
+        """Stop sending to these ports before this returns. Their answers are still counted."""
         self._ask("remove", ports=list(ports))
 
     def pace(self, rate: float) -> None:
+        """Set the rate, in datagrams per second to all ports."""
+        self._due_before, self._rate, self._paced_s = self.due, rate, time.monotonic()
         self._ask("pace", rate=rate)
 
     def send(self, port: int, magic: str) -> bool:
-        """One number with another magic code, which counts like all others. False when the port is not
-        sent to."""
+        """Send one number with another magic code. False for a port that is not sent to."""
         return bool(self._ask("send", port=port, magic=magic)["sent"])
 
     def report(self) -> LoadReport:
-        """So far: what is under way is missing."""
+        """The account so far. Datagrams under way count as missing."""
         return _report(self._ask("report"))
 
     def finish(self, timeout_s: float = 30.0) -> LoadReport:
-        """Send no more, and wait until everything is answered or cannot come any more."""
+        """Stop sending, and wait until every answer has arrived or can no longer arrive."""
         return _report(self._ask("finish", timeout_s=timeout_s, patience_s=timeout_s))
 
     def _ask(self, command: str, *, patience_s: float = 0.0, **arguments: object) -> Any:
-        """``patience_s``: what the answer may take by itself."""
+        """``patience_s``: how long the command itself may take."""
         assert self._process is not None
         assert self._process.stdin is not None
         with self._asking:
@@ -147,16 +156,16 @@ class Load:
             except BrokenPipeError:
                 answer = b""
             except TimeoutError as error:
-                # An answer that comes late would be taken for that to the next question.
+                # A late answer would be taken for the answer to the next command.
                 self._process.kill()
                 raise LoadError(f"the load's process {error}") from None
         if not answer:
-            raise LoadError("the load's process has ended early: its traceback is above")
+            raise LoadError("the load's process has exited early: its traceback is above")
         return orjson.loads(answer)
 
 
 def _read_line(process: subprocess.Popen[bytes], within_s: float) -> bytes:
-    """Empty at the process's end."""
+    """Empty once the process has exited."""
     assert process.stdout is not None
     until_s = time.monotonic() + within_s
     poll = select.poll()

@@ -1,10 +1,10 @@
-"""What is done to a supervisor and when: a function of the seed and nothing else.
+"""The actions of a run and their times: a function of the seed and nothing else.
 
-So a seed that found something finds it again, as far as a machine repeats itself: the schedule says
-which slot is killed when, not what its worker is doing then.
+So a seed that found a defect finds it again, as far as a machine repeats itself: the schedule says which
+slot is killed when, but not what its worker is doing then.
 
-The schedule keeps count of how many peers there are to be, so that its slots exist. One that does not at
-that moment (a command before it takes its time) is left alone.
+The schedule tracks the intended number of peers, so its slots exist. An action on a slot that does not
+exist at that moment, because an earlier command is slow, has no effect.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 MEAN_GAP_S = 0.4
-LAST_PART = 0.95
-"""Of the time: what is done at its very end would only be repaired after it."""
+ACTIVE_SHARE = 0.95
+"""Of the run; the supervisor could not recover from an action at its very end."""
 
 SPARE_PEERS = 3
-"""So many more than at the beginning there may be."""
+"""How many peers a run may add to those of the beginning."""
 
 
 class Kind(enum.StrEnum):
@@ -56,23 +56,23 @@ WEIGHTS = {
     Kind.ETCD_KILL: 1,
 }
 
-ABOUT_A_SLOT = {Kind.KILL, Kind.SUCCESSOR, Kind.STOP, Kind.SPIN, Kind.DIE, Kind.RESTART}
-LONGEST_S = {Kind.STOP: 3.0, Kind.ETCD_STOP: 4.0, Kind.ETCD_KILL: 3.0}
+SLOT_KINDS = {Kind.KILL, Kind.SUCCESSOR, Kind.STOP, Kind.SPIN, Kind.DIE, Kind.RESTART}
+MAX_DURATION_S = {Kind.STOP: 3.0, Kind.ETCD_STOP: 4.0, Kind.ETCD_KILL: 3.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Action:
     at_s: float
-    """After the beginning of the load."""
+    """Seconds after the beginning of the load."""
 
     kind: Kind
     slot: int | None = None
 
     peers: int | None = None
-    """What to scale to."""
+    """The number of peers to scale to."""
 
     for_s: float | None = None
-    """Until it is undone."""
+    """Seconds until it is undone."""
 
     def __str__(self) -> str:
         text = str(self.kind)
@@ -88,13 +88,13 @@ class Action:
 def schedule(
     seed: int, seconds: float, peers: int, kinds: Collection[Kind] = tuple(Kind)
 ) -> list[Action]:
-    """In the order of time. ``peers``: how many there are at the beginning."""
+    """The actions in order of time. ``peers``: the number of peers at the beginning."""
     chance = random.Random(seed)
     chosen = [kind for kind in Kind if kind in kinds]
     weights = [WEIGHTS[kind] for kind in chosen]
     most, count, at_s = peers + SPARE_PEERS, peers, 0.0
     actions = []
-    while (at_s := at_s + chance.expovariate(1 / MEAN_GAP_S)) < seconds * LAST_PART:
+    while (at_s := at_s + chance.expovariate(1 / MEAN_GAP_S)) < seconds * ACTIVE_SHARE:
         (kind,) = chance.choices(chosen, weights)
         slot = chance.randrange(count)
         part, size = chance.random(), chance.randint(1, most)
@@ -104,9 +104,9 @@ def schedule(
             Action(
                 at_s=at_s,
                 kind=kind,
-                slot=slot if kind in ABOUT_A_SLOT else None,
+                slot=slot if kind in SLOT_KINDS else None,
                 peers=count if kind is Kind.SCALE else None,
-                for_s=LONGEST_S[kind] * part if kind in LONGEST_S else None,
+                for_s=MAX_DURATION_S[kind] * part if kind in MAX_DURATION_S else None,
             )
         )
     return actions

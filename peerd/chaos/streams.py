@@ -1,9 +1,9 @@
-"""What one client misses of one peer.
+"""The account of one client with one peer.
 
-The numbers 0, 1, 2, ... go out in this order and should come back so. Nothing is kept of those that do:
-only the next number that is expected, and the set of those that were passed over. A number from that
-set which comes after all is out of order; one below the expected that is not in the set was there
-before, and is doubled. So what is kept is as large as the loss, not as the run.
+The numbers 0, 1, 2, ... are sent in this order and should come back in it. A stream stores the next
+expected number and the set of skipped ones. A number from that set that arrives later is out of order; a
+lower one that is not in the set has arrived before and is doubled. So the memory grows with the loss, not
+with the run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Count:
-    """Datagrams. ``sent`` = ``received`` + ``missing``, always; ``doubled`` come on top."""
+    """Numbers of datagrams. ``sent`` is always ``received`` + ``missing``; ``doubled`` come on top."""
 
     client: int
     port: int
@@ -30,36 +30,36 @@ class Stream:
         self.port = port
         self.sent = 0
         self._expected = 0
-        self._passed_over: set[int] = set()
+        self._skipped: set[int] = set()
         self._doubled = 0
         self._out_of_order = 0
 
     @property
     def is_complete(self) -> bool:
-        return self._expected == self.sent and not self._passed_over
+        return self._expected == self.sent and not self._skipped
 
     def next_number(self) -> int:
         self.sent += 1
         return self.sent - 1
 
     def take(self, number: int) -> bool:
-        """A number has come back. False for one that was never sent."""
+        """Count a number that has come back. False for one that was never sent."""
         if not 0 <= number < self.sent:
             return False
         if number == self._expected:
             self._expected += 1
         elif number > self._expected:
-            self._passed_over.update(range(self._expected, number))
+            self._skipped.update(range(self._expected, number))
             self._expected = number + 1
-        elif number in self._passed_over:
-            self._passed_over.remove(number)
+        elif number in self._skipped:
+            self._skipped.remove(number)
             self._out_of_order += 1
         else:
             self._doubled += 1
         return True
 
     def count(self) -> Count:
-        missing = len(self._passed_over) + self.sent - self._expected
+        missing = len(self._skipped) + self.sent - self._expected
         return Count(
             client=self.client,
             port=self.port,

@@ -1,4 +1,4 @@
-"""The supervisor that chaos is done to: ``peerd supervise`` as a user starts it, seen from outside."""
+"""The supervisor under test: ``peerd supervise`` as a user starts it, seen from outside."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ from typing import Any
 import psutil
 
 from peerd import control
-from peerd.errors import NotRunningError
+from peerd.errors import NotRunningError, PeerdError
 
 COMMAND_TIMEOUT_S = 90.0
-"""Commands queue, and each of a full queue takes its time."""
+"""Commands queue, so the last of a full queue waits for all others."""
+
+START_TIMEOUT_S = 20.0
+EXIT_TIMEOUT_S = 5.0
 
 POLL_S = 0.05
 
 MARK = "PEERD_CHAOS_RUN"
 PORTS = range(10_000, 30_000)
-"""Below the kernel's ephemeral ones."""
+"""Below the kernel's ephemeral ports."""
 
 
 class Subject:
-    """A running supervisor with a folder, ports, a prefix and a control socket of its own."""
+    """A running supervisor with its own folder, ports, prefix and control socket."""
 
     def __init__(
         self,
@@ -40,14 +43,14 @@ class Subject:
         *,
         app: str,
         peers: int,
-        most_peers: int,
+        max_peers: int,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Starts it. ``folder`` exists, and gets its output and whatever it writes."""
+        """Start it. ``folder`` receives its output and all files that it writes."""
         self.folder = folder
         self.etcd = etcd
-        self.base_port = _free_ports(most_peers)
+        self.base_port = _free_ports(max_peers)
         self.prefix = f"chaos-{uuid.uuid4().hex[:12]}"
         self.control = folder / "control.sock"
         self.temporary = folder / "tmp"
@@ -62,12 +65,12 @@ class Subject:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                process_group=0,  # a Ctrl-C in the terminal is not for it
+                process_group=0,  # out of reach of Ctrl-C in the terminal
                 env={
                     **os.environ,
                     **(environment or {}),
                     "TMPDIR": str(self.temporary),
-                    # Titles would otherwise be written over the environment, and the mark with it.
+                    # Process titles would otherwise overwrite the environment, and with it the mark.
                     "SPT_NOENV": "1",
                     MARK: self._mark.partition("=")[2],
                 },
@@ -93,15 +96,18 @@ class Subject:
         assert isinstance(found, list)
         return found
 
+    def ports(self) -> list[int]:
+        return [peer["port"] for peer in self.peers()]
+
     def port(self, slot: int) -> int:
         return self.base_port + slot
 
     def worker(self, slot: int) -> int | None:
-        """Its pid; None while there is none."""
+        """The pid of the slot's worker; None while there is none."""
         return next((peer["pid"] for peer in self.peers() if peer["slot"] == slot), None)
 
     def registrar(self) -> int | None:
-        """Its pid: the one child that says so in its title."""
+        """The registrar's pid, found by its process title."""
         for child in self.children():
             with contextlib.suppress(psutil.Error):
                 if "registrar" in " ".join(child.cmdline()):
@@ -109,7 +115,7 @@ class Subject:
         return None
 
     def successor(self, slot: int, known: Collection[int]) -> int | None:
-        """The pid of a worker of this slot that is none of ``known``; None while there is none."""
+        """The pid of a worker of this slot that is not in ``known``; None while there is none."""
         title = f"peerd: peer localhost:{self.port(slot)}"
         for child in self.children():
             with contextlib.suppress(psutil.Error):
@@ -128,13 +134,13 @@ class Subject:
         self.process.send_signal(number)
 
     def send_child(self, pid: int, number: signal.Signals) -> bool:
-        """False when it is no child of the supervisor any more."""
+        """Signal a child of the supervisor. False if the pid is no longer its child."""
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             return False
         try:
-            # From here on the pid may be another's, but not the pidfd.
+            # The pid may be reused from here on, but the pidfd stays this process's.
             if psutil.Process(pid).ppid() != self.pid:
                 return False
             signal.pidfd_send_signal(pidfd, number)
@@ -145,7 +151,7 @@ class Subject:
         return True
 
     def descriptors(self) -> list[str]:
-        """What the supervisor has open, by what it is: ``socket``, ``pipe``, ``/dev/null``.
+        """The kinds of the supervisor's open descriptors: ``socket``, ``pipe``, ``/dev/null``.
 
         Raises NotRunningError.
         """
@@ -160,8 +166,19 @@ class Subject:
                 found.append(os.readlink(f"{folder}/{name}").partition(":[")[0])
         return sorted(found)
 
+    def settled_descriptors(self) -> list[str]:
+        """``descriptors()`` once the connections of earlier requests are closed."""
+        found: list[list[str]] = []
+
+        def is_settled() -> bool:
+            found.append(self.descriptors())
+            return len(found) > 3 and found[-1] == found[-2] == found[-3]
+
+        wait_for(is_settled, EXIT_TIMEOUT_S)
+        return found[-1]
+
     def processes(self) -> list[int]:
-        """Every process that descends from this supervisor, wherever it hangs by now."""
+        """All descendants of this supervisor, whatever their parents are by now."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(OSError, psutil.Error):
@@ -170,21 +187,44 @@ class Subject:
                     found.append(process.pid)
         return found
 
+    def wait_started(self) -> None:
+        """Until every peer is ready and registered. Raises PeerdError if that does not happen."""
+
+        def is_registered() -> bool:
+            with contextlib.suppress(PeerdError):
+                return all(peer["registered"] for peer in self.peers())
+            return self.process.poll() is not None
+
+        wait_for(is_registered, START_TIMEOUT_S)
+        if self.process.poll() is not None or any(p["state"] != "ready" for p in self.peers()):
+            raise PeerdError(f"the supervisor has not started: {self.last_words()}")
+
+    def exit_code(self) -> int | None:
+        """None for a supervisor that lives on. Waits a moment for one that is just exiting: a killed
+        process closes its sockets before it can be waited for."""
+        wait_for(lambda: self.process.poll() is not None, EXIT_TIMEOUT_S)
+        return self.process.poll()
+
+    def terminate(self, timeout_s: float) -> int:
+        """Send SIGTERM and return the exit code. Raises subprocess.TimeoutExpired."""
+        self.send(signal.SIGTERM)
+        return self.process.wait(timeout_s)
+
     def last_words(self) -> str:
-        """The last line of what it has written, and where the rest is."""
+        """The last line on its standard error, and the path of the rest."""
         path = self.folder / "err"
         lines = path.read_text(errors="replace").strip().splitlines()
-        return f"{lines[-1] if lines else 'it has said nothing'} ({path})"
+        return f"{lines[-1] if lines else 'it has written nothing'} ({path})"
 
     def kill(self) -> None:
-        """And wait for its end; what descends from it ends with it, or is a finding."""
+        """SIGKILL it and wait until it has exited. Its descendants have to exit by themselves."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
 
 
 def wait_for(fact: Callable[[], bool], within_s: float) -> bool:
-    """Whether it came true in time."""
+    """Poll until the fact is true. False if it was not in time."""
     until_s = time.monotonic() + within_s
     while not fact():
         if time.monotonic() >= until_s:
@@ -203,7 +243,7 @@ def is_free(port: int) -> bool:
 
 
 def _free_ports(count: int) -> int:
-    """The first of ``count`` neighbouring free UDP ports."""
+    """The first of ``count`` consecutive free UDP ports."""
     while True:
         base = random.choice(PORTS)
         if all(is_free(port) for port in range(base, base + count)):

@@ -1,4 +1,4 @@
-"""``peerd chaos``: it passes, its schedule repeats itself, and it finds what it has not done itself."""
+"""``peerd chaos`` passes, repeats its schedule, and finds disturbances that are not its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peerd.chaos.schedule import Kind, schedule
 from peerd.cli.commands.run_chaos import DEFAULT_PEERS
 
 SEED = 2184
-"""One that does each kind of harm more than once within 20 s, and kills 18 times."""
+"""It does each kind of action more than once within 20 s, and kills 18 times."""
 
 
 def chaos(*args: str) -> AbstractContextManager[subprocess.Popen[str]]:
@@ -31,7 +31,7 @@ def chaos(*args: str) -> AbstractContextManager[subprocess.Popen[str]]:
 
 @pytest.mark.parametrize(
     ("seconds", "options", "kinds"),
-    # The shorter one has no time for each kind of harm.
+    # The shorter run has no time for every kind of action.
     [(20, [], set(Kind)), (8, ["--coroutines"], {Kind.KILL, Kind.STOP, Kind.RESTART})],
     ids=["plain", "coroutines"],
 )
@@ -49,9 +49,9 @@ def test_a_seed(tmp_path: Path, seconds: int, options: list[str], kinds: set[Kin
     assert (tmp_path / f"seed-{SEED}" / "err").exists()
 
 
-def test_who_dies_of_somebody_elses_hand_is_found(tmp_path: Path) -> None:
+def test_a_worker_killed_from_outside_is_found(tmp_path: Path) -> None:
     seed, slot, seconds = 70, 2, 4
-    # It does not touch this slot, so nobody else ends this worker.
+    # The schedule leaves this slot alone, so nothing else ends its worker.
     assert slot not in {a.slot for a in schedule(seed, seconds, DEFAULT_PEERS, [Kind.RESTART])}
     with chaos(
         f"--seed={seed}", f"--seconds={seconds}", "--actions=restart", f"--log-dir={tmp_path}"
@@ -65,9 +65,9 @@ def test_who_dies_of_somebody_elses_hand_is_found(tmp_path: Path) -> None:
     assert run.returncode == 1, said + err
     broken = [line for line in out.splitlines() if re.search(r"  NO  ", line)]
     assert len(broken) == 1, out
-    assert broken[0].startswith("only who was killed has died")
+    assert broken[0].startswith("only killed workers have died")
     assert f"pid {worker} (killed by SIGKILL, cause signal)" in broken[0]
-    assert f"peerd chaos: seed {seed}: only who was killed has died" in err
+    assert f"peerd chaos: seed {seed}: only killed workers have died" in err
     assert f"the supervisor's log is {tmp_path / f'seed-{seed}' / 'err'}" in err
 
 
@@ -90,7 +90,7 @@ def test_actions_are_checked() -> None:
     assert "etcd-kill" in done.stderr
 
 
-def test_a_supervisor_that_cannot_start_says_why(tmp_path: Path) -> None:
+def test_a_supervisor_that_cannot_start_is_explained(tmp_path: Path) -> None:
     limit = ["sh", "-c", 'ulimit -n 1000; exec "$@"', "sh"]
     with started(
         [*limit, *command("chaos", "--peers=4096", f"--log-dir={tmp_path}")],

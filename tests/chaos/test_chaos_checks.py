@@ -1,4 +1,4 @@
-"""The checks of a chaos run find each way in which a supervisor may break its promises, and a run repeats."""
+"""The checks of a chaos run find each way to break a guarantee, and the printed command repeats a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from peerd.chaos import checks
-from peerd.chaos.app import DIE_CODE
+from peerd.chaos.chaos_apps import DIE_CODE
 from peerd.chaos.drive import ChaosSettings
 from peerd.chaos.load import LoadReport
 from peerd.chaos.schedule import Kind
@@ -49,13 +49,13 @@ def broken(invariants: Sequence[checks.Invariant]) -> list[str]:
     ("count", "report", "peer", "names"),
     [
         ({}, {}, {}, []),
-        ({"missing": 7}, {}, {}, ["the loss is what is reported"]),
-        ({}, {}, {"lost_in_flight": 4}, ["the loss is what is reported"]),
+        ({"missing": 7}, {}, {}, ["the reported loss is the real loss"]),
+        ({}, {}, {"lost_in_flight": 4}, ["the reported loss is the real loss"]),
         ({"doubled": 1}, {}, {}, ["nothing is doubled"]),
         ({"out_of_order": 1}, {}, {}, ["nothing is out of order"]),
-        ({}, {"dropped": 1}, {}, ["all is answered or lost"]),
-        ({}, {"foreign": 1}, {}, ["all is answered or lost"]),
-        ({}, {"finished": False}, {}, ["all is answered or lost"]),
+        ({}, {"dropped": 1}, {}, ["every datagram is answered or lost"]),
+        ({}, {"foreign": 1}, {}, ["every datagram is answered or lost"]),
+        ({}, {"finished": False}, {}, ["every datagram is answered or lost"]),
         ({}, {}, {"decode_errors": 1}, ["no datagram is an error"]),
         ({}, {}, {"handler_errors": 1}, ["no datagram is an error"]),
         ({}, {}, {"tx_dropped": 1}, ["no datagram is an error"]),
@@ -70,17 +70,17 @@ def test_each_defect_of_a_load_is_found(
     assert broken(checks.load(doctored, [PEER | peer], ordered=True, due=100)) == names
 
 
-def test_a_load_of_nothing_shows_nothing() -> None:
+def test_an_empty_load_is_no_load() -> None:
     nothing = LoadReport((), dropped=0, foreign=0, finished=True)
     assert broken(checks.load(nothing, [], ordered=True, due=0)) == ["there was a load"]
 
 
-def test_losses_of_two_peers_do_not_make_up_for_each_other() -> None:
-    """What one loses too much, the other reports too much."""
+def test_reports_of_two_peers_do_not_offset_each_other() -> None:
+    """One peer reports too much, the other as much too little."""
     peers = [PEER | {"lost_in_flight": 4}, PEER | {"slot": 1, "port": 5002, "lost_in_flight": 2}]
     report = dataclasses.replace(REPORT, counts=(COUNT, dataclasses.replace(COUNT, port=5002)))
     assert broken(checks.load(report, peers, ordered=True, due=100)) == [
-        "the loss is what is reported"
+        "the reported loss is the real loss"
     ]
 
 
@@ -96,26 +96,26 @@ def test_coroutines_may_answer_in_another_order() -> None:
         ([OF_A_KILL, OF_DIE, died(REPLACED, "exit code 0", "exit")], []),
         (
             [OF_A_KILL, OF_DIE, died(STOPPED, "exit code 0", "exit")],
-            ["only who was killed has died"],
+            ["only killed workers have died"],
         ),
         (
             [OF_A_KILL, OF_DIE, died(STOPPED, "killed by SIGKILL", "stuck")],
-            ["only who was killed has died"],
+            ["only killed workers have died"],
         ),
         (
             [OF_A_KILL, OF_DIE, died(STOPPED, "killed by SIGKILL", "signal")],
-            ["only who was killed has died"],
+            ["only killed workers have died"],
         ),
-        ([OF_A_KILL | {"cause": "stuck"}, OF_DIE], ["only who was killed has died"]),
-        ([OF_A_KILL, OF_DIE, OF_DIE | {"lost_in_flight": 0}], ["only who was killed has died"]),
-        ([OF_A_KILL, OF_DIE, died(99, "exit code 1", "exit")], ["only who was killed has died"]),
+        ([OF_A_KILL | {"cause": "stuck"}, OF_DIE], ["only killed workers have died"]),
+        ([OF_A_KILL, OF_DIE, OF_DIE | {"lost_in_flight": 0}], ["only killed workers have died"]),
+        ([OF_A_KILL, OF_DIE, died(99, "exit code 1", "exit")], ["only killed workers have died"]),
         (
             [OF_DIE],
-            ["each kill has a certificate", "the certificates have the whole loss"],
+            ["each kill has a certificate", "the certificates account for the whole loss"],
         ),
         (
             [OF_A_KILL | {"lost_in_flight": 1}, OF_DIE],
-            ["the certificates have the whole loss"],
+            ["the certificates account for the whole loss"],
         ),
     ],
 )
@@ -123,7 +123,7 @@ def test_each_defect_of_the_certificates_is_found(
     events: list[dict[str, Any]], names: list[str]
 ) -> None:
     found = checks.deaths(
-        events, [PEER], killed={KILLED, REPLACED}, told_to_end={REPLACED}, asked_to_die=1
+        events, [PEER], killed={KILLED, REPLACED}, may_have_exited={REPLACED}, asked_to_die=1
     )
     assert broken(found) == names
 
@@ -137,7 +137,7 @@ def test_each_defect_of_the_certificates_is_found(
         ChaosSettings(seed=7, rate=1e6 / 3, kinds=frozenset({Kind.TTIN}), coroutines=True),
     ],
 )
-def test_what_is_printed_to_run_again_is_the_same_run(settings: ChaosSettings) -> None:
+def test_the_printed_command_repeats_the_run(settings: ChaosSettings) -> None:
     command, name, *args = shlex.split(_command_line(settings))
     assert (command, name) == ("peerd", "chaos")
     read = chaos.make_context("chaos", args).params

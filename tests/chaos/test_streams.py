@@ -1,4 +1,4 @@
-"""The account of numbers that come back, and the schedule of a seed."""
+"""The account of returned numbers, and the schedule of a seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerd.chaos.schedule import ABOUT_A_SLOT, SPARE_PEERS, Kind, schedule
+from peerd.chaos.schedule import SLOT_KINDS, SPARE_PEERS, Kind, schedule
 from peerd.chaos.streams import Count, Stream
 
 SENT = 8
@@ -36,7 +36,7 @@ def after(numbers: Iterable[int]) -> Count:
         ([7, 0, 7], 6, 1, 1),
     ],
 )
-def test_each_kind_of_harm_is_counted(
+def test_each_kind_of_fault_is_counted(
     numbers: list[int], missing: int, doubled: int, out_of_order: int
 ) -> None:
     count = after(numbers)
@@ -44,7 +44,7 @@ def test_each_kind_of_harm_is_counted(
 
 
 @given(st.lists(st.integers(0, SENT - 1), max_size=3 * SENT))
-def test_the_counts_are_those_of_a_list(numbers: list[int]) -> None:
+def test_the_counts_agree_with_a_list(numbers: list[int]) -> None:
     count = after(numbers)
     first = [number for at, number in enumerate(numbers) if number not in numbers[:at]]
     assert count.sent == SENT
@@ -55,7 +55,7 @@ def test_the_counts_are_those_of_a_list(numbers: list[int]) -> None:
     assert count.out_of_order == len(late)
 
 
-def test_what_was_never_sent_is_refused() -> None:
+def test_a_number_that_was_never_sent_is_refused() -> None:
     stream = Stream(0, 5001)
     assert not stream.take(0)
     stream.next_number()
@@ -76,7 +76,7 @@ def test_a_seed_is_a_schedule(seed: int, seconds: float, peers: int, kinds: set[
     assert [action.at_s for action in actions] == sorted(action.at_s for action in actions)
     for action in actions:
         assert 0 < action.at_s < seconds
-        assert (action.slot is not None) == (action.kind in ABOUT_A_SLOT)
+        assert (action.slot is not None) == (action.kind in SLOT_KINDS)
         assert action.slot is None or 0 <= action.slot < peers + SPARE_PEERS
         assert (action.peers is not None) == (action.kind is Kind.SCALE)
         assert action.peers is None or 1 <= action.peers <= peers + SPARE_PEERS

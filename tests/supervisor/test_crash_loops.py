@@ -83,7 +83,7 @@ def test_a_worker_that_always_dies_is_started_at_most_ten_times_in_30_s(
 
 def test_one_poisoned_peer_of_eight_costs_the_others_nothing(supervised: Supervised) -> None:
     """It is started by hand once it is parked, to die again at once."""
-    running = supervised.start("--app=peerd.chaos.app:app", peers=PEERS)
+    running = supervised.start("--app=peerd.chaos.chaos_apps:app", peers=PEERS)
     running.wait_registered()
     before = [peer["pid"] for peer in running.status()["peers"]]
     poisoned = running.ports[POISONED]

@@ -188,7 +188,7 @@ def test_no_counter_goes_back_over_20_kills(supervised: Supervised) -> None:
 def test_scrapes_are_quick_while_workers_are_killed_all_the_time(supervised: Supervised) -> None:
     """200 with PEERD_LONG_TESTS=1. Who is parked is started by hand, to die again."""
     port = free_tcp_port()
-    running = start(supervised, port, "--app=peerd.chaos.app:app", peers=KILLED_PEERS)
+    running = start(supervised, port, "--app=peerd.chaos.chaos_apps:app", peers=KILLED_PEERS)
     eventually(lambda: is_ready(port))
     chance = random.Random(10)
     with Load(running.ports, rate=2_000.0), watched(port) as seen:

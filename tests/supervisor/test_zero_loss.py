@@ -22,7 +22,7 @@ from harness.eventually import eventually
 from harness.supervised import Running, Supervised, free_ports, free_tcp_port, send_signal
 from harness.supervisor_requests import ask, serving
 from peerd import control
-from peerd.chaos.app import HANDLER_VARIABLE
+from peerd.chaos.chaos_apps import HANDLER_VARIABLE
 from peerd.chaos.load import Load, LoadReport
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
@@ -56,7 +56,7 @@ def slow_handler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(supervised: Supervised, *args: str) -> Running:
-    running = supervised.start("--app=peerd.chaos.app:app", RECV_BUFFER, *args, peers=PEERS)
+    running = supervised.start("--app=peerd.chaos.chaos_apps:app", RECV_BUFFER, *args, peers=PEERS)
     running.wait_registered()
     return running
 

@@ -46,22 +46,28 @@ class _Kinds(click.ParamType):  # type: ignore[type-arg]
 
 @click.command()
 @click.option(
-    "--seconds", type=SECONDS, default=DEFAULT_SECONDS, show_default=True, help="How long."
+    "--seconds",
+    type=SECONDS,
+    default=DEFAULT_SECONDS,
+    show_default=True,
+    help="Duration of the faults.",
 )
-@click.option("--seed", type=click.IntRange(min=0), help="What to repeat.  [default: a random one]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), help="Repeat the run of this seed.  [default: random]"
+)
 @click.option(
     "--peers",
     type=click.IntRange(1, MAX_PEERS),
     default=DEFAULT_PEERS,
     show_default=True,
-    help="How many peers at the beginning.",
+    help="Peers at the beginning.",
 )
 @click.option(
     "--rate",
     type=click.FloatRange(min=1),
     default=DEFAULT_RATE,
     show_default=True,
-    help="Datagrams a second, to all peers together.",
+    help="Datagrams per second to all peers.",
 )
 @click.option(
     "--actions",
@@ -69,14 +75,14 @@ class _Kinds(click.ParamType):  # type: ignore[type-arg]
     type=_Kinds(),
     default=frozenset(Kind),
     metavar="KIND[,KIND...]",
-    help=f"Do these only, of {KINDS}.",
+    help=f"Only these faults, of {KINDS}.",
 )
-@click.option("--coroutines", is_flag=True, help="Peers whose handlers are coroutines.")
-@click.option("--keep", is_flag=True, help="Keep the supervisor's log when all is well, too.")
+@click.option("--coroutines", is_flag=True, help="Use coroutines as handlers.")
+@click.option("--keep", is_flag=True, help="Keep the supervisor's log in any case.")
 @click.option(
     "--log-dir",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Keep it here.  [default: a new directory, if it is kept]",
+    help="Keep the log in this directory.  [default: a new one, if the log is kept]",
 )
 @json_option
 def chaos(
@@ -90,13 +96,14 @@ def chaos(
     log_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Do harm to a supervisor of its own under load, and check what it promises.
+    """Inject faults into a supervisor under load and verify its guarantees.
 
-    Workers and the registrar are killed, stopped and replaced, peers come and go, etcd stops and dies,
-    all at random times that the seed decides. Then every peer must be ready again, every loss be
-    reported, and nothing be left over. The exit code is 1 if not, and the supervisor's log is kept.
+    The command starts a supervisor and an etcd. Workers and the registrar are killed, stopped and
+    replaced, peers are added and removed, etcd stops and dies, at random times that the seed decides.
+    Afterwards every peer must be ready again, every loss be reported, and nothing be left over.
+    Otherwise the exit code is 1, and the supervisor's log is kept.
     """
-    # Not at the top: --help does not wait for it.
+    # Not imported at the top, so that --help is fast.
     from peerd.chaos.drive import ChaosSettings, run
 
     settings = ChaosSettings(
@@ -120,7 +127,7 @@ def chaos(
             ) from None
     broken = True
     try:
-        report = run(settings, folder, _tell)
+        report = run(settings, folder, _print_progress)
         broken = bool(report.broken)
     finally:
         if broken or keep or log_dir is not None:
@@ -134,7 +141,7 @@ def chaos(
         sys.exit(1)
 
 
-def _tell(at_s: float, text: str) -> None:
+def _print_progress(at_s: float, text: str) -> None:
     click.echo(f"{at_s:7.2f}  {text}", err=True)
 
 
@@ -150,7 +157,7 @@ def _show(report: ChaosReport, as_json: bool) -> None:
 
 
 def _command_line(settings: ChaosSettings) -> str:
-    """What does the same again."""
+    """The command that repeats this run."""
     words = [f"peerd chaos --seed {settings.seed} --seconds {_exact(settings.seconds)}"]
     words.append(f"--peers {settings.peers} --rate {_exact(settings.rate)}")
     if settings.coroutines:
@@ -161,5 +168,5 @@ def _command_line(settings: ChaosSettings) -> str:
 
 
 def _exact(number: float) -> str:
-    """So that reading it gives the same number again."""
+    """A text that reads as the same number."""
     return str(int(number)) if number.is_integer() else repr(number)

@@ -1,4 +1,4 @@
-"""The load counts exactly what a server has done to it: real servers that drop, double and swap."""
+"""The load counts exactly what real servers drop, double and swap."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import psutil
 import pytest
 
 from harness.eventually import eventually
-from peerd.chaos.client import make_room
 from peerd.chaos.load import Load, LoadError
+from peerd.chaos.load_process import set_receive_buffer
 
 RATE = 2000.0
 
 Answers = Callable[[int, bytes, list[bytes]], list[bytes]]
-"""What goes back for the number of a datagram, the datagram, and what was kept back before."""
+"""Maps the number of a datagram, the datagram and those held back so far to the replies."""
 
 
 def all_of_it(_number: int, data: bytes, _kept: list[bytes]) -> list[bytes]:
@@ -36,7 +36,7 @@ def double_each_tenth(number: int, data: bytes, _kept: list[bytes]) -> list[byte
 
 
 def swap_each_tenth(number: int, data: bytes, kept: list[bytes]) -> list[bytes]:
-    """With the next one."""
+    """With the next datagram."""
     if number % 10 == 5:
         kept.append(data)
         return []
@@ -46,22 +46,22 @@ def swap_each_tenth(number: int, data: bytes, kept: list[bytes]) -> list[bytes]:
 
 
 def forge_each_tenth(number: int, data: bytes, _kept: list[bytes]) -> list[bytes]:
-    return [data, b"nobody asked"] if number % 10 == 5 else [data]
+    return [data, b"unsolicited"] if number % 10 == 5 else [data]
 
 
 class Server:
-    """Echoes as told, one thread."""
+    """Replies as ``answers`` says, in one thread."""
 
     def __init__(self, answers: Answers) -> None:
         self.taken = 0
         self._answers = answers
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        make_room(self._socket, 64 << 20)
+        set_receive_buffer(self._socket, 64 << 20)
         self._socket.bind(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
 
     @contextmanager
-    def going(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         thread = threading.Thread(target=self._serve)
         thread.start()
         try:
@@ -93,30 +93,30 @@ class Server:
         (forge_each_tenth, 0, 0, 0, 1),
     ],
 )
-def test_what_a_server_does_is_counted(
+def test_each_kind_of_reply_is_counted(
     answers: Answers, missing: int, doubled: int, out_of_order: int, foreign: int
 ) -> None:
     server = Server(answers)
-    # One client: what is swapped with its neighbour is then of the same stream.
-    with server.going(), Load([server.port], rate=RATE, clients=1) as load:
+    # With one client, neighbours that are swapped belong to the same stream.
+    with server.running(), Load([server.port], rate=RATE, clients=1) as load:
         eventually(lambda: server.taken >= 1000, within_s=30)
         report = load.finish()
     assert report.finished
     (count,) = report.counts
     assert count.sent >= 1000
-    # The very last one that is kept back comes behind nothing but a mark.
+    # The last number, if it is held back, comes back behind nothing but a mark.
     harmed = sum(number % 10 == 5 for number in range(count.sent - out_of_order))
     assert count.missing == missing * harmed
     assert count.doubled == doubled * harmed
     assert count.out_of_order == out_of_order * harmed
-    # A mark, which is sent behind the numbers, may be answered with a stranger as well.
+    # The mark behind the numbers may be answered with an unsolicited reply as well.
     assert report.foreign in (foreign * harmed, foreign * (harmed + 1))
     assert report.dropped == 0
 
 
 def test_ports_come_and_go() -> None:
     first, second = Server(all_of_it), Server(all_of_it)
-    with first.going(), second.going(), Load([first.port], rate=RATE) as load:
+    with first.running(), second.running(), Load([first.port], rate=RATE) as load:
         eventually(lambda: first.taken >= 100)
         assert second.taken == 0
         load.add([second.port])
@@ -134,7 +134,7 @@ def test_ports_come_and_go() -> None:
     assert {count.client for count in report.counts} == {0, 1, 2, 3}
 
 
-def test_a_port_where_nobody_is_loses_everything() -> None:
+def test_a_port_that_is_not_served_loses_everything() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         with Load([sock.getsockname()[1]], rate=RATE) as load:
@@ -146,7 +146,7 @@ def test_a_port_where_nobody_is_loses_everything() -> None:
 
 def test_the_rate_is_kept() -> None:
     server = Server(all_of_it)
-    with server.going(), Load([server.port], rate=0.0) as load:
+    with server.running(), Load([server.port], rate=0.0) as load:
         begun_s = time.monotonic()
         load.pace(RATE)
         eventually(lambda: server.taken >= 2 * RATE, within_s=30)
@@ -157,27 +157,27 @@ def test_the_rate_is_kept() -> None:
         assert load.finish().sent == sent
 
 
-def test_two_threads_may_ask_at_once() -> None:
+def test_two_threads_may_use_it_at_once() -> None:
     server = Server(all_of_it)
-    with server.going(), Load([server.port], rate=RATE) as load, ThreadPoolExecutor(2) as pool:
+    with server.running(), Load([server.port], rate=RATE) as load, ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(ask_again_and_again, load, server.port) for _ in range(2)]
         assert [each.result(30) for each in asked] == [200, 200]
         assert load.finish().missing == 0
 
 
 def ask_again_and_again(load: Load, port: int) -> int:
-    """How many were answered with what was asked."""
+    """How many commands got their own answer."""
     return sum(load.send(port, "SEQ") and load.report().of(port).sent > 0 for _ in range(200))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_client_that_dies_or_hangs_is_an_error(number: signal.Signals) -> None:
-    """And stays one: an answer that comes too late is not taken for another."""
+    """And stays one, so that a late answer is not taken for another."""
     server, others = Server(all_of_it), set(psutil.Process().children())
-    with server.going(), Load([server.port], rate=RATE, patience_s=1.0) as load:
+    with server.running(), Load([server.port], rate=RATE, patience_s=1.0) as load:
         (client,) = set(psutil.Process().children()) - others
         client.send_signal(number)
-        with pytest.raises(LoadError, match=r"ended early|does not answer within 1 s"):
+        with pytest.raises(LoadError, match=r"exited early|does not answer within 1 s"):
             load.report()
-        with pytest.raises(LoadError, match="ended early"):
+        with pytest.raises(LoadError, match="exited early"):
             load.report()

@@ -1,20 +1,20 @@
-"""The process that sends numbers to ports and takes the answers: ``python -m peerd.chaos.client``.
+"""The process that sends numbers to ports and counts the answers: ``python -m peerd.chaos.load_process``.
 
-A process of its own, since 20,000 datagrams a second and their answers take a good part of a core, and
-whoever drives it has other things to do at exact times. One thread, which wakes once a millisecond,
-sends what is due, and takes what has come.
+It is a separate process because 20,000 datagrams per second and their answers take a good part of a
+core, and the driver has other work at exact times. Its one thread wakes every millisecond, sends the
+datagrams that are due, and receives the answers.
 
-Each client is one unconnected socket that sends to every port: what it gets back says in its body which
-number it is, of which client, to which port. The sockets' buffers hold seconds of answers; if they are
-too small all the same, the kernel counts what it drops, and the report has it.
+Each client is one unconnected socket that sends to every port. The body of an answer holds its number,
+its client and its port. The sockets' buffers have room for seconds of answers; if they overflow all the
+same, the kernel counts the drops, and they are in the report.
 
-Everything has been answered when each stream's mark has come back. A mark is sent behind the last
-number, again and again until one is answered; a queue is first in, first out, so what was sent before
-the mark is answered or lost. Only a server that answers late ones out of order can prove that wrong:
-therefore the end is only reached when nothing has come for QUIET_S as well.
+A stream is finished when its mark has come back. A mark follows the last number and is repeated until
+one is answered; queues are first in, first out, so by then every earlier number is answered or lost. A
+server that answers out of order could break this rule, so the load also waits until no answer has come
+for QUIET_S.
 
-Commands are lines of JSON on standard input, each answered by one on standard output; its end is the
-end of the process. load.py has the other side.
+Commands are lines of JSON on standard input, each answered by a line on standard output. The process
+exits at the end of its input. load.py is the other side.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ HOST = "127.0.0.1"
 RECV_BUFFER_BYTES = 256 * 1024 * 1024
 
 TICK_S = 0.001
-BEHIND_S = 0.05
-"""Who was held up for longer sends so much at once, and does not make up for the rest."""
+MAX_BEHIND_S = 0.05
+"""After a longer delay, only this much of it is made up for."""
 
 QUIET_S = 0.5
-MARK_EVERY_S = 0.25
+MARK_INTERVAL_S = 0.25
 MARK = (1 << 64) - 1
 
 # Number, client, port.
@@ -52,7 +52,7 @@ BODY = struct.Struct(">QHH")
 
 
 def main(clients: int, rate: float) -> None:
-    """Serve commands until they end."""
+    """Serve commands until the end of standard input."""
     with contextlib.ExitStack() as opened:
         sockets = [opened.enter_context(_socket()) for _ in range(clients)]
         _Sender(sockets, rate).run()
@@ -64,11 +64,11 @@ class _Sender:
         self._rate = rate
         self._streams: dict[tuple[int, int], Stream] = {}
         self._targets: list[Stream] = []
-        """Those that are sent to, in turn."""
+        """The streams that are sent to, in turn."""
         self._next_target = 0
         self._paced_s = time.monotonic()
         self._foreign = 0
-        self._last_taken_s = 0.0
+        self._last_answer_s = 0.0
         self._finish_until_s: float | None = None
         self._unmarked: set[Stream] = set()
         self._mark_s = 0.0
@@ -94,10 +94,10 @@ class _Sender:
                     self._commands[command["do"]](command)
             now_s = time.monotonic()
             if self._finish_until_s is None:
-                self._send_what_is_due(now_s)
-            self._take_answers(now_s)
+                self._send_due(now_s)
+            self._receive_answers(now_s)
             if self._finish_until_s is not None:
-                self._get_finished(now_s, self._finish_until_s)
+                self._check_finished(now_s, self._finish_until_s)
 
     # Commands
 
@@ -119,7 +119,7 @@ class _Sender:
         _answer({})
 
     def _send_one(self, command: Mapping[str, Any]) -> None:
-        """One number with a magic code of its own. Without effect for a port that is not sent to."""
+        """Send one number with the given magic code, if its port is sent to."""
         stream = next((s for s in self._targets if s.port == command["port"]), None)
         if stream is not None:
             self._send(stream, encode(command["magic"], "1"))
@@ -141,11 +141,11 @@ class _Sender:
 
     # Datagrams
 
-    def _send_what_is_due(self, now_s: float) -> None:
+    def _send_due(self, now_s: float) -> None:
         if not self._targets or not self._rate:
             self._paced_s = now_s
             return
-        self._paced_s = max(self._paced_s, now_s - BEHIND_S)
+        self._paced_s = max(self._paced_s, now_s - MAX_BEHIND_S)
         due = int((now_s - self._paced_s) * self._rate)
         header = encode("SEQ", "1")
         for _ in range(due):
@@ -154,8 +154,8 @@ class _Sender:
         self._paced_s += due / self._rate
 
     def _send(self, stream: Stream, header: bytes) -> None:
-        # A number counts as sent once the kernel has it. On loopback that means: it is in the
-        # peer's queue, or was dropped there, and counted.
+        # A number counts as sent once the kernel has accepted it. On loopback it is then in the
+        # peer's queue, or was dropped there and counted.
         self._transmit(stream, header, stream.sent)
         stream.next_number()
 
@@ -163,13 +163,13 @@ class _Sender:
         body = BODY.pack(number, stream.client, stream.port)
         self._sockets[stream.client].sendto(header + body, (HOST, stream.port))
 
-    def _take_answers(self, now_s: float) -> None:
+    def _receive_answers(self, now_s: float) -> None:
         streams = self._streams
         for client, sock in enumerate(self._sockets):
             with contextlib.suppress(BlockingIOError):
                 while True:
                     data = sock.recv(2048)
-                    self._last_taken_s = now_s
+                    self._last_answer_s = now_s
                     try:
                         number, sent_by, port = BODY.unpack(data[-BODY.size :])
                         stream = streams[sent_by, port]
@@ -181,15 +181,15 @@ class _Sender:
                     elif sent_by != client or not stream.take(number):
                         self._foreign += 1
 
-    def _get_finished(self, now_s: float, until_s: float) -> None:
+    def _check_finished(self, now_s: float, until_s: float) -> None:
         complete = all(stream.is_complete for stream in self._streams.values())
-        quiet = not self._unmarked and now_s - self._last_taken_s >= QUIET_S
+        quiet = not self._unmarked and now_s - self._last_answer_s >= QUIET_S
         if complete or quiet or now_s >= until_s:
             self._finish_until_s = None
             self._rate = 0.0
             self._report(complete or quiet)
         elif now_s >= self._mark_s:
-            self._mark_s = now_s + MARK_EVERY_S
+            self._mark_s = now_s + MARK_INTERVAL_S
             for stream in self._unmarked:
                 self._transmit(stream, encode("SEQ", "1"), MARK)
 
@@ -197,12 +197,12 @@ class _Sender:
 def _socket() -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.setblocking(False)
-    make_room(sock, RECV_BUFFER_BYTES)
+    set_receive_buffer(sock, RECV_BUFFER_BYTES)
     return sock
 
 
-def make_room(sock: socket.socket, size_bytes: int) -> None:
-    """For so much, or for as much as it may have."""
+def set_receive_buffer(sock: socket.socket, size_bytes: int) -> None:
+    """Set the receive buffer to this size, or to the largest that is permitted."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size_bytes)
     except PermissionError:  # above net.core.rmem_max only with CAP_NET_ADMIN

@@ -1,4 +1,4 @@
-"""The apps that chaos runs: they echo, slowly enough for a backlog, and do what harms a worker."""
+"""The apps of a chaos run: they echo, slowly enough for a backlog, and hang or die on request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peerd import App, Message
 
 HANDLER_VARIABLE = "PEERD_CHAOS_HANDLER_S"
 COROUTINE_S = 0.02
-"""Longer than the other: twenty and more are then under way at once."""
+"""Long enough that twenty and more coroutines are under way at once."""
 
 SPIN_S = 0.5
 DIE_CODE = 9
@@ -28,8 +28,8 @@ def echo(message: Message) -> bytes:
 
 @coroutines.handler("SEQ")
 async def echo_later(message: Message) -> bytes:
-    """Many at a time, so what comes first is not always answered first."""
-    import asyncio  # which workers of the other app do without
+    """Many at a time, so the order of the answers may differ."""
+    import asyncio  # workers of the other app never import it
 
     await asyncio.sleep(COROUTINE_S)
     return message.body
@@ -38,7 +38,7 @@ async def echo_later(message: Message) -> bytes:
 @app.handler("SPIN")
 @coroutines.handler("SPIN")
 def spin(message: Message) -> bytes:
-    """Hangs, but not for so long that it would have to be killed."""
+    """Block the loop, but not until the supervisor kills the worker."""
     until_s = time.monotonic() + SPIN_S
     while time.monotonic() < until_s:
         pass

@@ -1,0 +1,308 @@
+"""Carries the actions of a schedule out, each at its time.
+
+The main thread sends signals and harmful datagrams itself. Actions that take longer run in other
+threads: each command in its own; changes of the number of peers one after the other, because the load
+has to stop sending to a port before that port is closed; etcd's stops and starts in the thread that
+started etcd, which etcd's death signal follows.
+
+A slot that dies too often is parked by design (restart.py). It is restarted here, as an operator would.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from peerd.chaos.load import Load
+from peerd.chaos.record import Record
+from peerd.chaos.schedule import Action, Kind
+from peerd.chaos.subject import COMMAND_TIMEOUT_S, Subject, wait_for
+from peerd.errors import ControlError, NotRunningError
+from peerd.registry.embedded_etcd import EmbeddedEtcd
+
+UPDATE_INTERVAL_S = 0.25
+MAX_COMMANDS_AT_ONCE = 32
+SUCCESSOR_TIMEOUT_S = 2.0
+FORBIDDEN_ERRORS = ("internal error", "busy")
+
+OnProgress = Callable[[float, str], None]
+"""Called with the seconds since the load has begun, and what happens."""
+
+
+class Disturber:
+    """For a ``with`` block, which ends when every action has."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        load: Load,
+        record: Record,
+        etcd: EmbeddedEtcd,
+        etcd_thread: ThreadPoolExecutor,
+        *,
+        max_peers: int,
+        rate_per_peer: float,
+        on_progress: OnProgress,
+    ) -> None:
+        self._subject = subject
+        self._load = load
+        self._record = record
+        self._etcd = etcd
+        self._etcd_thread = etcd_thread
+        self._max_peers = max_peers
+        self._rate_per_peer = rate_per_peer
+        self._on_progress = on_progress
+        self._commands = ThreadPoolExecutor(MAX_COMMANDS_AT_ONCE)
+        self._resizing = ThreadPoolExecutor(1)
+        self._futures: list[Future[None]] = []
+        self._stopped: set[int] = set()
+        """Workers that were sent SIGSTOP and not yet SIGCONT."""
+
+        self._leaving: Collection[int] = ()
+        """Slots that the change of the number of peers under way adds or removes."""
+
+        self._begun_s = time.monotonic()
+        self._order = itertools.count()
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+
+    def __enter__(self) -> Disturber:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resizing.shutdown()
+        self._commands.shutdown()
+
+    def run(self, actions: Iterable[Action], seconds: float) -> None:
+        self._begun_s = time.monotonic()
+        for action in actions:
+            self._plan(action.at_s, functools.partial(self._do, action))
+        while self._due:
+            at_s, _, do = heapq.heappop(self._due)
+            self._wait_until(at_s)
+            do()
+        self._wait_until(seconds)
+
+    def settle(self, within_s: float) -> None:
+        """Continue the stopped workers and wait for the commands under way."""
+        self.report("settling")
+        for pid in self._stopped:
+            self._subject.send_child(pid, signal.SIGCONT)
+        until_s = time.monotonic() + within_s
+        for future in self._futures:
+            while not future.done() and time.monotonic() < until_s:
+                self.update()
+                wait([future], UPDATE_INTERVAL_S)
+            if future.done():
+                future.result()
+        unfinished = sum(not future.done() for future in self._futures)
+        if unfinished:
+            self._record.failed_commands.append(f"{unfinished} still running")
+
+    def update(self) -> None:
+        """Take in the news from the supervisor and restart the slots that it has parked."""
+        for slot in self._record.update(self._subject):
+            self.report(f"slot {slot} is parked")
+            restart = functools.partial(self._restart, slot)
+            self._submit(self._commands, f"restart of the parked slot {slot}", restart)
+
+    def pace_for(self, peers: int) -> None:
+        self._load.pace(self._rate_per_peer * peers)
+
+    def resize_to(self, peers: int) -> None:
+        self._resize(Action(at_s=self._now_s(), kind=Kind.SCALE, peers=peers))
+
+    def report(self, text: str) -> None:
+        self._on_progress(self._now_s(), text)
+
+    # Time
+
+    def _now_s(self) -> float:
+        return time.monotonic() - self._begun_s
+
+    def _plan(self, at_s: float, do: Callable[[], None]) -> None:
+        heapq.heappush(self._due, (at_s, next(self._order), do))
+
+    def _wait_until(self, at_s: float) -> None:
+        while (left_s := at_s - self._now_s()) > 0:
+            if left_s > UPDATE_INTERVAL_S:
+                self.update()
+            time.sleep(max(0.0, min(UPDATE_INTERVAL_S, at_s - self._now_s())))
+
+    def _submit(
+        self,
+        pool: ThreadPoolExecutor,
+        what: str,
+        do: Callable[[], None],
+        kind: Kind | None = None,
+    ) -> None:
+        """``kind`` is recorded on success. A command may fail, because its slot may be gone or its
+        successor killed, but never with one of FORBIDDEN_ERRORS."""
+
+        def run() -> None:
+            begun_s = time.monotonic()
+            try:
+                do()
+            except (ControlError, NotRunningError) as error:
+                why = str(error).partition("\n")[0]
+                self.report(f"{what} failed: {why}")
+                took_s = time.monotonic() - begun_s
+                if took_s >= COMMAND_TIMEOUT_S or any(each in why for each in FORBIDDEN_ERRORS):
+                    self._record.failed_commands.append(f"{what} ({why})")
+            else:
+                if kind is not None:
+                    self._record.done.append(kind)
+
+        self._futures.append(pool.submit(run))
+
+    # Actions
+
+    def _do(self, action: Action) -> None:
+        slot, what = action.slot or 0, _with_due_time(action)
+        match action.kind:
+            case Kind.KILL:
+                self._signal_worker(action, signal.SIGKILL)
+            case Kind.STOP:
+                self._stop(action)
+            case Kind.SUCCESSOR:
+                self.report(what)
+                known = [child.pid for child in self._subject.children()]
+                self._submit(self._commands, what, lambda: self._kill_successor(action, known))
+                self._submit(self._commands, what, lambda: self._restart(slot))
+            case Kind.SPIN | Kind.DIE:
+                self.report(what)
+                if self._load.send(self._subject.port(slot), action.kind.upper()):
+                    self._record.done.append(action.kind)
+            case Kind.RESTART:
+                self.report(what)
+                self._submit(self._commands, what, lambda: self._restart(slot), action.kind)
+            case Kind.HUP:
+                self.report(what)
+                self._subject.send(signal.SIGHUP)
+                self._record.done.append(action.kind)
+            case Kind.SCALE | Kind.TTIN | Kind.TTOU:
+                self._submit(self._resizing, what, lambda: self._resize(action))
+            case Kind.REGISTRAR:
+                self._kill_registrar(action)
+            case Kind.ETCD_STOP | Kind.ETCD_KILL:
+                disturb = functools.partial(self._disturb_etcd, action)
+                self._submit(self._etcd_thread, what, disturb, action.kind)
+
+    def _restart(self, slot: int) -> None:
+        self._subject.command("restart", slot=slot)
+
+    def _signal_worker(self, action: Action, number: signal.Signals) -> int | None:
+        assert action.slot is not None
+        pid = self._subject.worker(action.slot)
+        if pid is None or not self._subject.send_child(pid, number):
+            self.report(f"{_with_due_time(action)}: there is no worker")
+            return None
+        if number is signal.SIGKILL:
+            self._record.killed.add(pid)
+        if action.slot in self._leaving:
+            self._record.may_have_exited.add(pid)
+        self._record.done.append(action.kind)
+        self.report(f"{_with_due_time(action)}: pid {pid}: {number.name}")
+        return pid
+
+    def _stop(self, action: Action) -> None:
+        pid = self._signal_worker(action, signal.SIGSTOP)
+        if pid is not None:
+            assert action.for_s is not None
+            self._stopped.add(pid)
+            self._plan(self._now_s() + action.for_s, functools.partial(self._continue, pid))
+
+    def _continue(self, pid: int) -> None:
+        self._stopped.discard(pid)
+        gone = "" if self._subject.send_child(pid, signal.SIGCONT) else ", which is gone"
+        self.report(f"stop is over: pid {pid}: SIGCONT{gone}")
+
+    def _kill_successor(self, action: Action, known: Collection[int]) -> None:
+        """A successor that has not taken over yet needs no death certificate. Its predecessor may have
+        been asked to hand its socket over just before."""
+        assert action.slot is not None
+        until_s = time.monotonic() + SUCCESSOR_TIMEOUT_S
+        while (pid := self._subject.successor(action.slot, known)) is None:
+            if time.monotonic() >= until_s:
+                self.report(f"{action}: there is none")
+                return
+        worker = self._subject.worker(action.slot)
+        if self._subject.send_child(pid, signal.SIGKILL):
+            self._record.killed.add(pid)
+            self._record.may_have_exited.update((pid, worker))
+            self._record.done.append(action.kind)
+            self.report(f"{action}: pid {pid}: SIGKILL")
+
+    def _kill_registrar(self, action: Action) -> None:
+        pid = self._subject.registrar()
+        if pid is not None and self._subject.send_child(pid, signal.SIGKILL):
+            self._record.done.append(action.kind)
+            self.report(f"{_with_due_time(action)}: pid {pid}: SIGKILL")
+        else:
+            self.report(f"{_with_due_time(action)}: there is none")
+
+    def _disturb_etcd(self, action: Action) -> None:
+        assert action.for_s is not None
+        self.report(_with_due_time(action))
+        if action.kind is Kind.ETCD_STOP:
+            os.kill(self._etcd.pid, signal.SIGSTOP)
+            time.sleep(action.for_s)
+            os.kill(self._etcd.pid, signal.SIGCONT)
+        else:
+            self._etcd.kill()
+            time.sleep(action.for_s)
+            self._etcd.start()
+        self.report(f"{action.kind} is over")
+
+    # The number of peers
+
+    def _resize(self, action: Action) -> None:
+        """The load leaves a port before it is closed, and uses a new one when it is open."""
+        before = len(self._subject.peers())
+        wanted = action.peers or before + (1 if action.kind is Kind.TTIN else -1)
+        wanted = max(wanted, 1)
+        if wanted > self._max_peers:
+            self.report(f"{action}: there are no more ports")
+            return
+        self.report(f"{_with_due_time(action)} ({before} now)")
+        self._load.remove(self._subject.port(slot) for slot in range(wanted, before))
+        self._leaving = range(min(wanted, before), max(wanted, before))
+        peers = self._subject.peers()
+        self._record.may_have_exited.update(p["pid"] for p in peers if p["slot"] in self._leaving)
+        try:
+            if action.kind is Kind.SCALE:
+                self._subject.command("scale", peers=wanted)
+            else:
+                number = signal.SIGTTIN if action.kind is Kind.TTIN else signal.SIGTTOU
+                self._resize_by_signal(number, wanted)
+            self._record.done.append(action.kind)
+        finally:
+            self._leaving = ()
+            ports = self._subject.ports()
+            self._load.add(ports)
+            self.pace_for(len(ports))
+
+    def _resize_by_signal(self, number: signal.Signals, wanted: int) -> None:
+        last = max((event["number"] for event in self._subject.events(0)), default=0)
+        refused: list[str] = []
+
+        def is_over() -> bool:
+            news = self._subject.events(last)
+            refused.extend(event["why"] for event in news if event["event"] == "not scaled")
+            return bool(refused) or len(self._subject.ports()) == wanted
+
+        self._subject.send(number)
+        if not wait_for(is_over, COMMAND_TIMEOUT_S):
+            raise ControlError(f"not {wanted} peers after {COMMAND_TIMEOUT_S:g} s")
+        if refused:
+            raise ControlError(f"not scaled: {refused[0]}")
+
+
+def _with_due_time(action: Action) -> str:
+    """The line that shows it begins with the time at which it was done."""
+    return f"{action}, due at {action.at_s:.2f}"
