@@ -11,11 +11,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from peerd._scoreboard import COUNTER_NAMES, PeerState, RegistryState, Scoreboard, Slot
 from peerd.supervisor.exposition import Family, Samples, histogram_samples, label_pairs, with_label
-from peerd.supervisor.history import History
+from peerd.supervisor.journal import CannotStart, Journal, WorkerDied, WorkerReplaced
 from peerd.supervisor.sockets import QueueState
 from peerd.supervisor.status import StatusReport
 from peerd.supervisor.supervised_peer import Peer
@@ -68,7 +68,7 @@ class Metrics:
         peers: Mapping[int, Peer],
         board: Scoreboard,
         status: StatusReport,
-        history: History,
+        journal: Journal,
         surroundings: Surroundings,
     ) -> None:
         """``peers`` may grow and shrink."""
@@ -77,7 +77,7 @@ class Metrics:
         self._surroundings = surroundings
         self._started_ns = time.monotonic_ns()
         self._peers = peers
-        self._totals = _RestartTotals(history, peers)
+        self._totals = _RestartTotals(journal, peers)
 
     def families(self) -> Iterator[Family]:
         """Raises OSError when the kernel refuses to report on a socket."""
@@ -114,7 +114,6 @@ class Metrics:
                 metric.help,
                 [(each.labels, metric.value(each)) for each in readings],
             )
-        self._totals.update()
         yield Family(
             "counter",
             "peerd_restarts_total",
@@ -123,7 +122,7 @@ class Metrics:
             [
                 (with_label(each.labels, "reason", reason), count)
                 for each in readings
-                for reason, count in self._totals.restarts_of(each.peer_id).items()
+                for reason, count in self._totals.restarts_of(each.slot).items()
             ],
         )
         yield Family(
@@ -228,52 +227,36 @@ PEER_METRICS = (
 
 
 class _RestartTotals:
-    """Running totals from the bounded event history, updated at every scrape.
+    """Restarts by reason, and gaps of reloads, since the supervisor started."""
 
-    If more events occur between two scrapes than the history holds, all restarts are still counted, some of
-    them with the reason "other".
-    """
-
-    def __init__(self, history: History, peers: Mapping[int, Peer]) -> None:
-        self._history = history
+    def __init__(self, journal: Journal, peers: Mapping[int, Peer]) -> None:
         self._peers = peers
-        self._last = 0
-        self._restarts: dict[str, dict[str, int]] = {}
+        self._restarts: dict[int, dict[str, int]] = {}
         self.gap_counts = [0] * (len(RELOAD_GAP_BOUNDS_S) + 1)
         self.gaps_s = 0.0
+        journal.subscribe(WorkerReplaced, self._on_replaced)
+        journal.subscribe(WorkerDied, lambda event: self._count(event.slot, event.death.cause))
+        journal.subscribe(CannotStart, lambda event: self._count(event.slot, "boot"))
 
-    def restarts_of(self, peer_id: str) -> dict[str, int]:
-        """By reason; together as many as the scoreboard has."""
-        return self._restarts.setdefault(peer_id, dict.fromkeys(RESTART_REASONS, 0))
+    def restarts_of(self, slot: Slot) -> dict[str, int]:
+        """By reason; together as many as the scoreboard has. Restarts without a death are "other"."""
+        counts = self._counts(slot.index)
+        counts["other"] += max(0, slot.restarts - sum(counts.values()))
+        return counts
 
-    def update(self) -> None:
-        slots = {peer.peer_id: peer.slot for peer in self._peers.values()}
-        events: list[dict[str, Any]] = self._history.since({"after": self._last})
-        for event in events:
-            self._last = event["number"]
-            peer_id: str = event.get("peer_id", "")
-            if event["event"] == "replaced":
-                gap_s = event["gap_ms"] / 1e3
-                self.gap_counts[bisect_left(RELOAD_GAP_BOUNDS_S, gap_s)] += 1
-                self.gaps_s += gap_s
-            elif peer_id not in slots:  # about the registrar, or a peer that was scaled away
-                continue
-            elif event["event"] == "died":
-                cause = event["cause"]
-                self._count(slots[peer_id], peer_id, cause if cause in RESTART_REASONS else "other")
-            elif event["event"] == "cannot start":
-                self._count(slots[peer_id], peer_id, "boot")
-        for peer_id, slot in slots.items():
-            while self._count(slot, peer_id, "other"):
-                pass
+    def _counts(self, slot: int) -> dict[str, int]:
+        return self._restarts.setdefault(slot, dict.fromkeys(RESTART_REASONS, 0))
 
-    def _count(self, slot: Slot, peer_id: str, reason: str) -> bool:
-        """Whether there was a restart left to count: a death may come without one, as in a stop."""
-        counts = self.restarts_of(peer_id)
-        if sum(counts.values()) >= slot.restarts:
-            return False
-        counts[reason] += 1
-        return True
+    def _on_replaced(self, event: WorkerReplaced) -> None:
+        gap_s = event.gap_ms / 1e3
+        self.gap_counts[bisect_left(RELOAD_GAP_BOUNDS_S, gap_s)] += 1
+        self.gaps_s += gap_s
+
+    def _count(self, slot: int, reason: str) -> None:
+        """Not every death is followed by a restart: the supervisor may stop, or a successor may be there."""
+        counts, peer = self._counts(slot), self._peers.get(slot)
+        if peer is not None and sum(counts.values()) < peer.slot.restarts:
+            counts[reason if reason in RESTART_REASONS else "other"] += 1
 
 
 def _worker_counters(readings: Sequence[_Reading]) -> Iterator[Family]:

@@ -446,7 +446,7 @@ class Supervisor:
     def _open_metrics(self) -> None:
         if self._surroundings.metrics_socket is None:
             return
-        metrics = Metrics(self._peers, self._board, self._status, self.history, self._surroundings)
+        metrics = Metrics(self._peers, self._board, self._status, self.journal, self._surroundings)
         self._metrics = MetricsServer(
             self._surroundings.metrics_socket, metrics, self._status, self.loop
         )
