@@ -34,7 +34,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy tests benchmarks examples tools
 
 stubs: $(VENV)/.test
-	$(BIN)/python -m mypy.stubtest peerd._core peerd._scoreboard --mypy-config-file pyproject.toml --allowlist tests/stubtest-allowlist.txt
+	$(BIN)/python -m mypy.stubtest peerd._envelope peerd._loop peerd._scoreboard --mypy-config-file pyproject.toml --allowlist tests/stubtest-allowlist.txt
 
 pytest: $(VENV)/.test
 	$(BIN)/python -m pytest

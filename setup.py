@@ -1,10 +1,11 @@
-"""Builds ext/peerd/*.pyx into peerd._core and peerd._scoreboard; everything else is in pyproject.toml.
+"""Builds each ext/peerd/*.pyx into an extension module; everything else is in pyproject.toml.
 
 PEERD_DEBUG=1     no optimisation, with debug symbols
 PEERD_SANITIZE=1  AddressSanitizer and UBSan (run Python with LD_PRELOAD="$(gcc -print-file-name=libasan.so)")
 """
 
 import os
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -39,7 +40,7 @@ def extension(name: str) -> Extension:
 
 setup(
     ext_modules=cythonize(
-        [extension("_core"), extension("_scoreboard")],
+        [extension(path.stem) for path in sorted(Path("ext/peerd").glob("*.pyx"))],
         include_path=["ext"],
         compiler_directives={"language_level": 3, "freethreading_compatible": False},
     )

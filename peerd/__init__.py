@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from peerd._core import Message, decode, encode
+from peerd._envelope import Message, decode, encode
 from peerd.errors import (
     AppLoadError,
     BindError,

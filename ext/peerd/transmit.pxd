@@ -39,9 +39,10 @@ from peerd._scoreboard cimport (
 from peerd.flight cimport TX_WINDOW, UNTOUCHED, Flight, store_barrier
 from peerd.icmp cimport may_be_icmp
 from peerd.pages cimport free_pages, untouched_pages
-from peerd.wire cimport MAX_DATAGRAM_BYTES
 
 cdef enum:
+    # 65,535 less the IPv4 (20) and UDP (8) headers: RFC 768, RFC 791.
+    MAX_DATAGRAM_BYTES = 65507
     TX_RUNS = 1024
     TX_ARENA_BYTES = 1 << 18
     # UDP_MAX_SEGMENTS of kernels before 6.9; newer ones allow 128.

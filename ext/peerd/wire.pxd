@@ -18,11 +18,7 @@ parse_envelope never reads a byte at or past data + size, whatever the bytes are
 from libc.stdint cimport int32_t, uint8_t, uint32_t
 from libc.string cimport memcpy
 
-cdef enum:
-    # 65,535 less the IPv4 (20) and UDP (8) headers: RFC 768, RFC 791.
-    MAX_DATAGRAM_BYTES = 65507
-
-# In the order of the scoreboard's decode_* counters; _core turns a reason into its counter by adding.
+# In the order of the decode_* counters: Codec.count_unread adds the reason to the first one.
 cdef enum DecodeReason:
     DECODE_OK
     DECODE_EMPTY

@@ -8,7 +8,7 @@ import socket
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from peerd._core import Message
+from peerd._envelope import Message
 from peerd.address import Address
 from peerd.clients.client_base import (
     DEFAULT_VERSION,

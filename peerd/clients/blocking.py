@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from peerd._core import Message
+from peerd._envelope import Message
 from peerd.clients.client_base import (
     DEFAULT_VERSION,
     RECEIVE_BYTES,

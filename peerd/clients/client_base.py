@@ -7,7 +7,7 @@ import errno
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from peerd._core import encode
+from peerd._envelope import encode
 from peerd.address import Address, address_of
 from peerd.clients.client_sockets import AttemptSockets, SendSockets
 from peerd.errors import NoAnswerError, SettingsError

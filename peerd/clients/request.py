@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import TypeAlias
 
-from peerd._core import Message, decode
+from peerd._envelope import Message, decode
 from peerd.clients.endpoints import Endpoint
 from peerd.errors import DecodeError, NoAnswerError, SettingsError
 

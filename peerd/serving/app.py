@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
-from peerd._core import Message, Reply
+from peerd._envelope import Message, Reply
 from peerd.errors import AppLoadError
 
 Handler = Callable[[Message], Reply]

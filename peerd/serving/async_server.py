@@ -26,11 +26,12 @@ from asyncio.tasks import _enter_task, _leave_task
 from collections.abc import Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any
 
-from peerd._core import DatagramLoop, Message, Reply
+from peerd._envelope import Message, Reply
+from peerd._loop import DatagramLoop
 from peerd.signals import HAND_OVER
 
 if TYPE_CHECKING:
-    from peerd._core import _Spare
+    from peerd._loop import _Spare
 
 MAX_SUSPENDED = 10_000
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from peerd._core import DatagramLoop
+from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard
 from peerd.errors import SettingsError
 from peerd.serving.app import App, builtin_app

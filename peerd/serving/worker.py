@@ -18,7 +18,7 @@ from typing import Protocol
 
 from setproctitle import setproctitle
 
-from peerd._core import DatagramLoop
+from peerd._loop import DatagramLoop
 from peerd._scoreboard import Slot
 from peerd.address import Address
 from peerd.errors import AppLoadError

@@ -23,7 +23,7 @@ import pytest
 from harness import reference_wire
 from harness.eventually import eventually
 from peerd import App, Message, decode, encode
-from peerd._core import DatagramLoop
+from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
 from peerd.supervisor.sockets import queue_state
 

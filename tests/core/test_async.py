@@ -18,7 +18,7 @@ from harness import raw_client
 from harness.eventually import eventually
 from harness.supervised import Supervised, send_signal
 from peerd import App, Message, decode, encode
-from peerd._core import DatagramLoop
+from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
 from peerd.serving import async_server
 from peerd.serving.async_server import AsyncServer

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import pytest
 
 from peerd import App, Message, decode, encode
-from peerd._core import DatagramLoop
+from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
 
 # linux/udp.h; the socket module has neither.

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from peerd import App, decode, encode
-from peerd._core import DatagramLoop
+from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard
 
 EVER = 1 << 30

@@ -21,7 +21,7 @@ from harness import forged_icmp
 from harness.eventually import eventually
 from harness.forged_icmp import FRAGMENTATION_NEEDED, LOOPBACK, PACKET_TOO_BIG, raw_socket
 from peerd import App, Message, decode, encode
-from peerd._core import DatagramLoop
+from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
 
 # asm-generic/socket.h and linux/in.h; the socket module has neither.

@@ -17,7 +17,7 @@ import time
 import pytest
 
 from peerd import encode
-from peerd._core import DatagramLoop
+from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
 
 # linux/udp.h and asm-generic/socket.h; the socket module has none of these.

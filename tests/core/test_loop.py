@@ -17,7 +17,7 @@ import pytest
 
 from harness.eventually import eventually
 from peerd import App, Message, decode, encode
-from peerd._core import DatagramLoop
+from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
 from peerd.serving.app import builtin_app
 
@@ -377,7 +377,7 @@ def test_a_turn_inside_a_handler_is_refused() -> None:
     with peer:
         peer.client.send(encode("M", "1", b""))
         peer.turns(1)
-        assert "runs already" in str(peer.errors[0][2])
+        assert "is running already" in str(peer.errors[0][2])
 
 
 def test_headers_that_change_with_every_message() -> None:
@@ -411,7 +411,7 @@ def test_a_loop_runs_once_at_a_time() -> None:
     with Harness(builtin_app()) as peer, peer.running():
         peer.client.send(encode("PING", "1", b""))
         peer.receive()
-        with pytest.raises(RuntimeError, match="runs already"):
+        with pytest.raises(RuntimeError, match="is running already"):
             peer.loop.run()
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from harness import reference_wire
 from peerd import App, Message, encode
-from peerd._core import DatagramLoop
+from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
 
 SOL_UDP, UDP_SEGMENT = 17, 103  # linux/udp.h
@@ -137,7 +137,7 @@ def real(gro: bool, gso: bool) -> Iterator[Real]:
 
 
 magics = st.sampled_from([*["ECHO"] * 4, *sorted(HANDLED), "", "NOPE"])
-# More than HEADER_CACHE_BYTES of ext/peerd/_core.pyx makes a header that is not remembered.
+# More than HEADER_CACHE_BYTES of ext/peerd/_envelope.pxd makes a header that is not remembered.
 versions = st.sampled_from(["1", "1", "1.0", "", "v" * 80]) | st.text(
     st.characters(max_codepoint=127), max_size=5
 )

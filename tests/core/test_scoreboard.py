@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from peerd import Message, encode
-from peerd._core import DatagramLoop
+from peerd._loop import DatagramLoop
 from peerd._scoreboard import COUNTER_NAMES, PeerState, RegistryState, Scoreboard, Slot
 
 DIED = 7

@@ -2,7 +2,7 @@
 
 libFuzzer copies each input into a heap block of just its size, so ASan sees the first byte read too
 many. What was parsed is written again with the writer, and must give the same bytes. And since the
-loop takes a datagram that begins like the last one as parsed (_core.pyx, _read_header), the header
+loop takes a datagram that begins like the last one as parsed (Codec.read), the header
 alone must parse to the same header.
 """
 

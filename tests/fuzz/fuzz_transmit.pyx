@@ -27,6 +27,7 @@ from peerd._scoreboard cimport (
 )
 from peerd.flight cimport Flight
 from peerd.transmit cimport (
+    MAX_DATAGRAM_BYTES,
     TX_ADDRESS_BYTES,
     TX_RETRIES,
     TX_SEGMENTS,
@@ -36,7 +37,6 @@ from peerd.transmit cimport (
     transmit_room,
     transmitter_open,
 )
-from peerd.wire cimport MAX_DATAGRAM_BYTES
 
 # In C, since Cython fills its arrays when a module is imported, and no target ever is.
 cdef extern from *:

@@ -26,9 +26,9 @@ def test_the_sdist_builds_a_wheel(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"ext/peerd/_core.pyx", "ext/peerd/wire.pxd", "tests/conftest.py", "Makefile"} <= names
-    assert not [name for name in names if name.endswith(".so") or name == "ext/peerd/_core.c"]
+    assert {"ext/peerd/_loop.pyx", "ext/peerd/wire.pxd", "tests/conftest.py", "Makefile"} <= names
+    assert not [name for name in names if name.endswith(".so") or name == "ext/peerd/_loop.c"]
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"peerd/py.typed", "peerd/_core.pyi", "peerd/cli/__init__.py"} <= names
+    assert {"peerd/py.typed", "peerd/_loop.pyi", "peerd/cli/__init__.py"} <= names
     assert len([name for name in names if name.endswith(".so")]) == 2
     assert not [name for name in names if name.endswith((".c", ".pyx", ".pxd"))]

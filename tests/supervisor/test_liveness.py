@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from harness.eventually import eventually
-from peerd._core import DatagramLoop
+from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
 from peerd.supervisor.cgroup import is_frozen
 from peerd.supervisor.liveness import Liveness, Verdict

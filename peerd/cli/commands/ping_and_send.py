@@ -10,7 +10,7 @@ from collections.abc import Callable
 import click
 import orjson
 
-from peerd._core import Message
+from peerd._envelope import Message
 from peerd.address import address_of
 from peerd.cli.option_types import SECONDS
 from peerd.cli.options import access_options, etcd_option, json_option, prefix_option

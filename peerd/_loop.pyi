@@ -1,69 +1,11 @@
-"""The compiled datagram path: the envelope, the message and the receive loop.
-
-The wire format (``ext/peerd/wire.pxd`` has the byte table) is an int32 length and an ASCII magic
-code, an int32 length and an ASCII version, and a body to the end of the datagram; integers are big
-endian. :func:`encode` and :func:`decode` run the same C functions as :class:`DatagramLoop`.
-"""
+"""The compiled datagram loop; ``ext/peerd/_loop.pyx`` has the theory."""
 
 from collections.abc import Callable, Coroutine, Mapping
 from contextvars import Context
-from typing import Any, Final, Protocol, TypeAlias, final
+from typing import Any, Protocol, final
 
-from typing_extensions import Buffer
-
+from peerd._envelope import Message, Reply
 from peerd._scoreboard import Slot
-
-DECODE_REASONS: Final[tuple[str, ...]]
-"""Why a datagram is no envelope, in the order of the C enum; the first entry is ``ok``."""
-
-@final
-class Message:
-    """One message: what a handler gets, and, when it is returned, a reply with a magic of its own.
-
-    The body is a copy and may be kept. Two messages are equal when their four fields are.
-    """
-
-    def __init__(
-        self, magic: str, version: str, body: bytes, sender: tuple[str, int] | None = None
-    ) -> None:
-        """Raises ValueError when magic or version is not ASCII."""
-
-    @property
-    def magic(self) -> str:
-        """The magic code: which handler a message is for. ASCII."""
-
-    @property
-    def version(self) -> str:
-        """The sender's version of the protocol. ASCII, may be empty."""
-
-    @property
-    def body(self) -> bytes:
-        """Everything behind the version, may be empty."""
-
-    @property
-    def sender(self) -> tuple[str, int] | None:
-        """(address, port) that the datagram came from, built when first asked for.
-
-        An IPv4 address in an IPv6 socket is shown as IPv4. None for a message made by hand.
-        """
-
-    def json(self) -> Any:
-        """The body as JSON (orjson). Raises orjson.JSONDecodeError, a ValueError."""
-
-    def __eq__(self, other: object, /) -> bool: ...
-    def __ne__(self, other: object, /) -> bool: ...
-    def __hash__(self) -> int: ...
-
-def encode(magic: str, version: str, body: bytes = b"") -> bytes:
-    """The datagram of a message. Raises ValueError when magic or version is not ASCII.
-
-    Whether it fits into a UDP datagram (65,507 bytes on IPv4) is the sender's business.
-    """
-
-def decode(datagram: Buffer, sender: tuple[str, int] | None = None) -> Message:
-    """The message in a datagram. Raises :class:`peerd.DecodeError`, and nothing else, on any bytes."""
-
-Reply: TypeAlias = bytes | Message | None
 
 class _Spare(Protocol):
     """What a coroutine handler sees as its task while it has not waited for anything yet."""
@@ -77,9 +19,9 @@ class _Spare(Protocol):
     def enter(self) -> object:
         """Become the event loop's current task."""
     def leave(self) -> object:
-        """Cease to be."""
+        """Stop being the current task."""
     def discard(self) -> object:
-        """A coroutine has left its context changed: it is not to be handed out again."""
+        """Do not hand this spare out again: a coroutine has changed its context."""
 
 @final
 class DatagramLoop:
@@ -88,11 +30,11 @@ class DatagramLoop:
     ``fd``
         A bound UDP socket, IPv4 or IPv6. The loop does not own it and never blocks on it.
     ``handlers``
-        Magic code to ``handler(message)``, called once a message. It returns bytes (a reply with
+        Magic code to ``handler(message)``, called once per message. It returns bytes (a reply with
         the magic and version of the request), a Message (a reply as it is) or None (no reply).
         A handler must not block: while it runs, this peer receives nothing.
     ``batch_handlers``
-        Magic code to ``handler(messages)``, called once a turn with a non-empty list that the
+        Magic code to ``handler(messages)``, called once per turn with a non-empty list that the
         handler may keep. It returns None.
     ``coroutine_handlers``
         As ``handlers``, with coroutine functions. They need :meth:`attach` and an event loop that
@@ -104,17 +46,17 @@ class DatagramLoop:
         CancelledError) or returns something else. The loop has counted it and goes on. What this
         callable raises, and what a handler raises beside that (SystemExit), ends :meth:`run`.
     ``on_icmp_error``
-        Called with (address, errno) when a host or router says that a reply did not arrive; None:
-        these errors are counted only.
+        Called with (address, errno) when a host or router reports that a reply did not arrive.
+        None: these errors are only counted.
     ``gro``, ``gso``
         Ask the kernel to join datagrams of one sender (UDP_GRO), and to take neighbouring replies
         of one size to one address joined (UDP_SEGMENT); both udp(7). The attributes of the same
-        names say whether that is done.
+        names are True where that is done.
     ``linger_s``
-        After a batch that was not full, sleep for so long before the next look at the socket, where
-        that was worth it before (``ext/peerd/linger.pxd``). 0 for never.
+        After a batch that was not full, sleep this long before the next recvmmsg, if that was worth
+        it before (``ext/peerd/linger.pxd``). 0 for never.
 
-    Raises OSError when a system call fails for a reason other than the network's weather.
+    Raises OSError when a system call fails; ICMP errors and a full queue do not count as failures.
     """
 
     def __init__(
@@ -140,7 +82,7 @@ class DatagramLoop:
 
     @property
     def gso(self) -> bool:
-        """Whether runs of replies leave joined; no longer so when too many addresses refused them."""
+        """Whether runs of replies leave joined. Becomes False when too many addresses refused them."""
 
     @property
     def wakeup_fd(self) -> int:
@@ -150,7 +92,7 @@ class DatagramLoop:
         """Serve until :meth:`stop`. Python's signal handlers run between turns (main thread)."""
 
     def turn(self) -> int:
-        """Take, hand out and answer what one recvmmsg gives now, without waiting.
+        """Receive, dispatch and answer what one recvmmsg gives now, without waiting.
 
         Returns the number of datagrams taken (at most 16 buffers full).
         """
@@ -163,10 +105,11 @@ class DatagramLoop:
         new_spare: Callable[[], _Spare],
         continue_: Callable[[_Spare, Coroutine[Any, Any, Reply], Any, Message], object],
     ) -> None:
-        """Let coroutine handlers run: where their spare tasks come from, and who continues them.
+        """Let coroutine handlers run.
 
-        ``continue_`` gets the spare, the coroutine, what it waits for (as a task would), and the
-        message; in the end it calls :meth:`answer`.
+        ``new_spare`` returns the spare task of the next coroutine. ``continue_`` takes over a
+        coroutine that waits: it gets the spare, the coroutine, what it waits for (as a task would) and
+        the message, and calls :meth:`answer` when the coroutine has ended.
         """
 
     def answer(self, message: Message, result: Reply | BaseException) -> None:
@@ -179,20 +122,20 @@ class DatagramLoop:
         """Send what is queued, as far as the kernel takes it."""
 
     def beat(self) -> None:
-        """Write a heartbeat: the event loop turns, and this loop has a reason not to."""
+        """Write a heartbeat: the event loop is not blocked, though it does not call :meth:`turn`."""
 
     @property
     def suspended(self) -> int:
-        """How many continued coroutines have not ended."""
+        """The number of coroutines that wait."""
 
     @property
     def queued_replies(self) -> int:
-        """How many replies the kernel has not taken yet."""
+        """The number of replies that the kernel has not taken yet."""
 
     def stop(self, drain_s: float = 0.0, *, hand_over: bool = False) -> None:
         """End :meth:`run` after the turn it is in; from any thread, or from a signal handler.
 
-        ``drain_s``: for at most so many seconds, first serve what the socket's queue still holds, and
-        send the replies that the kernel has not taken yet. ``hand_over``: only the latter, since a
-        successor reads on from the same socket.
+        ``drain_s``: before that, for at most this many seconds, serve what the socket's queue still
+        holds, and send the replies that the kernel has not taken yet. ``hand_over``: only the latter,
+        because a successor reads from the same socket.
         """

@@ -1,0 +1,130 @@
+"""Routes: which handler a datagram goes to, and what happens to what it returns or raises."""
+
+cimport cython
+from libc.stdint cimport uint8_t, uint64_t
+
+cimport peerd.linux_udp as linux
+from peerd._coroutines cimport SUSPENDED, Coroutines
+from peerd._envelope cimport Codec, Message
+from peerd._scoreboard cimport HANDLER_ERRORS, RX_BYTES, RX_MESSAGES
+from peerd.outbox cimport Outbox, count_handled
+
+
+@cython.final
+cdef class Route:
+    """Where the messages of one magic code go."""
+
+    cdef object handler
+    cdef list pending  # the batch of this turn; None when each message has its own call
+    cdef bint is_coroutine
+
+
+@cython.final
+cdef class Dispatcher:
+    """Handlers by magic code; see DatagramLoop for what they are."""
+
+    def __init__(self, handlers, batch_handlers, coroutine_handlers, on_handler_error):
+        routes = {}
+        self._batched = []
+        for table in (handlers, batch_handlers, coroutine_handlers):
+            for magic, handler in table.items():
+                if magic in routes:
+                    raise ValueError(f"two handlers for {magic!r}")
+                routes[magic] = new_route(handler, table is batch_handlers, table is coroutine_handlers)
+                if table is batch_handlers:
+                    self._batched.append(routes[magic])
+        self._codec = Codec(routes)
+        self._coroutines = Coroutines()
+        self._on_handler_error = on_handler_error
+        self._failures = (Exception,)
+
+    cdef void open(self, Outbox *outbox) noexcept:
+        """``outbox`` must live for as long as this object."""
+        self._outbox = self._coroutines._outbox = outbox
+        self._counters = self._codec._counters = outbox.counters
+
+    cdef int attach(self, object new_spare, object continue_) except -1:
+        """Coroutine handlers may run; see DatagramLoop.attach."""
+        from asyncio import CancelledError  # only a process with an event loop imports asyncio
+
+        self._failures = (Exception, CancelledError)
+        self._coroutines = Coroutines(new_spare, continue_)
+        self._coroutines._outbox = self._outbox
+        return 0
+
+    cdef int dispatch(self, const uint8_t *data, size_t size, linux.msghdr *header) except -1:
+        """Hand one datagram to its handler, and queue the reply."""
+        cdef Route route
+        cdef Message message
+        self._counters[RX_BYTES] += size
+        message = self._codec.read(data, size, header)
+        if message is None:
+            self._codec.count_unread()
+            return 0
+        self._counters[RX_MESSAGES] += 1
+        route = <Route>self._codec.route
+        if route.pending is not None:
+            route.pending.append(message)
+            self._outbox.batched += 1
+            return 0
+        try:
+            if route.is_coroutine:
+                result = self._coroutines.step(route.handler, message)
+                if result is SUSPENDED:
+                    return 0
+            else:
+                result = route.handler(message)
+            if result is not None:
+                self._codec.reply(self._outbox, message, result, data, self._codec.header_bytes)
+        except self._failures as error:
+            self._handler_failed(message, error)
+        return 0
+
+    cdef int end_turn(self) except -1:
+        """Call the batch handlers whose messages have come in this turn."""
+        cdef Route route
+        for route in self._batched:
+            if not route.pending:
+                continue
+            batch = route.pending
+            route.pending = []
+            self._outbox.batched -= len(batch)
+            try:
+                result = route.handler(batch)
+                if result is not None:
+                    raise TypeError(
+                        f"the batch handler of {(<Message>batch[0]).magic!r} returned "
+                        f"{type(result).__name__}; it must return None"
+                    )
+            except Exception as error:
+                self._handler_failed(batch[0], error)
+        return 0
+
+    cdef int leave_coroutines(self) except -1:
+        return self._coroutines.leave()
+
+    cdef int answer(self, Message message, object result) except -1:
+        """Queue what a coroutine that had waited returned or raised."""
+        try:
+            if isinstance(result, BaseException):
+                raise result
+            self._codec.reply_later(self._outbox, message, result)
+        except self._failures as error:
+            self._handler_failed(message, error)
+        finally:  # after the reply is queued, or the message would count as handled in between
+            self._outbox.suspended -= 1
+            count_handled(self._outbox)
+        return 0
+
+    cdef int _handler_failed(self, Message message, object error) except -1:
+        self._counters[HANDLER_ERRORS] += 1
+        self._on_handler_error(message.magic, message.sender, error)
+        return 0
+
+
+cdef Route new_route(object handler, bint is_batched, bint is_coroutine):
+    cdef Route route = Route.__new__(Route)
+    route.handler = handler
+    route.pending = [] if is_batched else None
+    route.is_coroutine = is_coroutine
+    return route

@@ -1,0 +1,80 @@
+"""Replies on their way to the kernel, and the count of datagrams that are finished.
+
+HANDLED grows when a datagram needs nothing more: its reply was given to the kernel or dropped, or its
+handler returned none. A datagram that Python is done with is therefore unfinished while its reply is
+queued, while it waits in a batch, or while its coroutine waits.
+"""
+
+from libc.stdint cimport uint8_t, uint64_t
+
+cimport peerd.linux_udp as linux
+from peerd._scoreboard cimport HANDLED, RX_DATAGRAMS, TX_DROPPED_FULL, TX_DROPPED_TOO_BIG, SlotData
+from peerd.transmit cimport (
+    MAX_DATAGRAM_BYTES,
+    Transmitter,
+    drop_queued,
+    transmit,
+    transmit_room,
+    transmitter_close,
+    transmitter_open,
+)
+
+cdef struct Outbox:
+    Transmitter tx
+    uint64_t *counters
+    uint64_t processed  # datagrams of RX_DATAGRAMS that Python is done with, or that wait as below
+    uint64_t batched  # messages in the batches of this turn
+    uint64_t suspended  # coroutines that wait
+
+
+cdef inline bint outbox_open(Outbox *outbox, int fd, bint gso, SlotData *stats) noexcept nogil:
+    """False without memory."""
+    outbox.counters = stats.counters
+    outbox.processed = outbox.counters[HANDLED] = outbox.counters[RX_DATAGRAMS]
+    return transmitter_open(&outbox.tx, fd, gso, stats.counters, &stats.flight)
+
+
+cdef inline void outbox_close(Outbox *outbox) noexcept nogil:
+    transmitter_close(&outbox.tx)
+
+
+cdef inline void count_handled(Outbox *outbox) noexcept nogil:
+    outbox.counters[HANDLED] = (
+        outbox.processed - outbox.tx.queued - outbox.batched - outbox.suspended
+    )
+
+
+cdef inline void flush(Outbox *outbox) noexcept:
+    """Send what is queued, as far as the kernel takes it."""
+    if outbox.tx.queued:
+        # transmit() adds to this count.
+        count_handled(outbox)
+        with nogil:
+            transmit(&outbox.tx)
+    count_handled(outbox)
+
+
+cdef inline void drop_replies(Outbox *outbox) noexcept nogil:
+    """Count what is queued as dropped."""
+    drop_queued(&outbox.tx)
+    count_handled(outbox)
+
+
+cdef inline uint8_t *room(
+    Outbox *outbox, size_t size, const void *address, linux.socklen_t address_bytes
+) noexcept:
+    """Where to write a reply of ``size`` bytes; NULL when it was counted as dropped instead.
+
+    ``address`` is as for transmit_room.
+    """
+    cdef uint8_t *at
+    if size > MAX_DATAGRAM_BYTES:
+        outbox.counters[TX_DROPPED_TOO_BIG] += 1
+        return NULL
+    at = transmit_room(&outbox.tx, size, address, address_bytes)
+    if at == NULL:
+        flush(outbox)
+        at = transmit_room(&outbox.tx, size, address, address_bytes)
+        if at == NULL:
+            outbox.counters[TX_DROPPED_FULL] += 1
+    return at
