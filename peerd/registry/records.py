@@ -197,6 +197,7 @@ class PeerRecord:
         return None
 
     def to_json(self) -> bytes:
+        """The value to store in etcd, with FaasNet's names of the fields."""
         return orjson.dumps(
             {name: getattr(self, field_name) for name, field_name in _FIELDS.items()}
         )

@@ -112,6 +112,7 @@ class Registry:
 
     @property
     def state(self) -> SessionState:
+        """What is known about the leases of this registry's records."""
         return self._session.state
 
     def nodes(

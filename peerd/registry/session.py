@@ -62,6 +62,8 @@ _MOST_UNANSWERED = 10_000
 
 
 class SessionState(Enum):
+    """What is known about the records of a Registry. Passed to its ``on_state``."""
+
     CONNECTED = "connected"
     SUSPENDED = "suspended"
     LOST = "lost"
@@ -87,6 +89,7 @@ class Registration:
 
     @property
     def record(self) -> PeerRecord:
+        """The record as it was last registered or updated."""
         return self._record
 
     def update(

@@ -41,14 +41,17 @@ class App:
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
+        """The plain handlers by magic code."""
         return MappingProxyType(self._handlers)
 
     @property
     def coroutine_handlers(self) -> Mapping[str, CoroutineHandler]:
+        """The ``async def`` handlers by magic code."""
         return MappingProxyType(self._coroutine_handlers)
 
     @property
     def batch_handlers(self) -> Mapping[str, BatchHandler]:
+        """The batch handlers by magic code."""
         return MappingProxyType(self._batch_handlers)
 
     def handler(self, magic: str) -> Callable[[HandlerT], HandlerT]:
