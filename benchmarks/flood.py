@@ -84,8 +84,7 @@ def text(outcome: Outcome) -> str:
         f"({outcome.reached / outcome.seconds / 1e6:.2f} M/s), "
         f"{outcome.decoded / 1e6:,.1f} M a handler",
         "CPU": f"{outcome.busy:.0%} used, {outcome.kept_waiting:.0%} waited for while others had it",
-        "kernel": f"{outcome.kernel_drops:,} drops, {outcome.counted_drops:,} by the worker's counter; "
-        f"{outcome.unexplained:,} datagrams unexplained",
+        "kernel": f"{outcome.kernel_drops:,} drops; {outcome.unexplained:,} datagrams unexplained",
         "pings": f"{outcome.pings:,} sent, {outcome.pings - outcome.pings_reached:,} dropped by the "
         f"kernel, {outcome.pings_reached:,} arrived, {outcome.answered:,} answered "
         f"(p50 {outcome.p50_ns / 1e6:.2f} ms, p99 {outcome.p99_ns / 1e6:.2f} ms)",

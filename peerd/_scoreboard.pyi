@@ -81,8 +81,6 @@ class Slot:
         """Lines that workers wrote and nobody had room for."""
     def add_log_dropped(self, lines: int) -> None:
         """Atomic: a worker, its successor and the supervisor may do this at once."""
-    def new_socket(self) -> None:
-        """The next worker has another socket, whose drops count from 0. Only while there is no worker."""
     def histograms(self) -> dict[str, list[int]]:
         """``batch_datagrams``: datagrams a turn; ``turn_us``: microseconds a turn.
 

@@ -22,9 +22,9 @@ comes within a system call. The identity
 
     rx_datagrams = rx_messages + rx_truncated + decode_* + unknown_magic
 
-holds after each turn. The kernel's own drops are read with SO_MEMINFO once per second: SO_RXQ_OVFL
-would cost a control message on each datagram after the first drop (85 ns), and shows nothing while
-nothing arrives.
+holds after each turn. The kernel's own drops are counted by the owner of the socket, who reads SO_MEMINFO
+(supervisor/kernel_drops.py): SO_RXQ_OVFL would cost a control message on each datagram after the first drop
+(85 ns), and shows nothing while nothing arrives.
 
 ICMP errors. With IP_RECVERR they wait in a queue of the socket, with the address that each is about,
 and poll() reports POLLERR. Without it, an error would fail the next call, whatever that call is about.
@@ -53,7 +53,6 @@ from peerd._scoreboard cimport (
     ICMP_ERRORS,
     LINGERS,
     RX_DATAGRAMS,
-    RX_KERNEL_DROPS,
     RX_TRUNCATED,
     TURN_BUCKETS,
     TURNS,
@@ -76,10 +75,6 @@ cdef enum:
     NO_MEMORY_TICK_MS = 1
     TURN_BUDGET_NS = 2000000
     CLOCK_CHECK_INTERVAL = 16  # datagrams
-    MEMINFO_INTERVAL_NS = 1000000000
-    # SK_MEMINFO_VARS and SK_MEMINFO_DROPS of linux/sock_diag.h.
-    MEMINFO_VARS = 9
-    MEMINFO_DROPS = 8
     # ICMP errors that are read from the error queue in one go.
     ICMP_BATCH = 64
 
@@ -106,7 +101,6 @@ cdef class DatagramLoop:
     cdef int _rx_buffers  # how many the next turn may fill
     cdef int _until_clock_check  # datagrams
     cdef int64_t _turn_ns  # when the turn, or its part since the budget was last exceeded, began
-    cdef int64_t _meminfo_ns
 
     def __cinit__(self):
         self._wake_read = -1
@@ -295,7 +289,6 @@ cdef class DatagramLoop:
             self._receive_failed(-filled)
             if self._outbox.tx.queued:
                 flush(&self._outbox)
-            self._read_kernel_drops(begun_ns)
             if filled != -EAGAIN:
                 return 0
             # Only to record that a linger found nothing: the result is 0 here.
@@ -317,7 +310,6 @@ cdef class DatagramLoop:
         stats.counters[TURNS] += 1
         now_ns = stats.heartbeat_ns = monotonic_ns()
         self._record_turn(taken, filled, now_ns - begun_ns)
-        self._read_kernel_drops(now_ns)
         # A batch that is not full has emptied the queue.
         full = filled == asked
         linger_ns = linger_after(&self._linger, taken, full, begun_ns, now_ns)
@@ -338,20 +330,6 @@ cdef class DatagramLoop:
             self._rx_buffers = max(1, self._rx_buffers // 2)
         elif filled == self._rx_buffers and took_ns < TURN_BUDGET_NS // 4:
             self._rx_buffers = min(RX_BATCH, 2 * self._rx_buffers)
-
-    cdef void _read_kernel_drops(self, int64_t now_ns) noexcept nogil:
-        """Once per second."""
-        cdef uint32_t memory[MEMINFO_VARS]
-        cdef linux.socklen_t size = sizeof(memory)
-        cdef SlotData *stats = self._stats
-        if now_ns - self._meminfo_ns < MEMINFO_INTERVAL_NS:
-            return
-        self._meminfo_ns = now_ns
-        if linux.getsockopt(self._fd, linux.SOL_SOCKET, linux.SO_MEMINFO, memory, &size) == 0:
-            stats.counters[RX_KERNEL_DROPS] += <uint32_t>(
-                memory[MEMINFO_DROPS] - <uint32_t>stats.kernel_drops_raw
-            )
-            stats.kernel_drops_raw = memory[MEMINFO_DROPS]
 
     cdef int _read_icmp_errors(self) except -1:
         """Count up to ICMP_BATCH errors of the socket's error queue."""

@@ -28,7 +28,6 @@ cdef enum:
     TX_DROPPED_TOO_BIG
     TX_DROPPED_REFUSED
     TX_GSO_REFUSED
-    RX_KERNEL_DROPS
     ICMP_ERRORS
     LINGERS
     TURNS
@@ -57,8 +56,7 @@ cdef struct SlotData:
     int64_t registrar_pad[6]
     # The worker writes.
     int64_t heartbeat_ns
-    uint64_t kernel_drops_raw  # as the socket counts them, modulo 2**32
-    int64_t worker_pad[6]
+    int64_t worker_pad[7]
     uint64_t counters[32]
     uint64_t batch_datagrams[BATCH_BUCKETS]
     uint64_t turn_us[TURN_BUCKETS]

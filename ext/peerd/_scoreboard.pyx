@@ -52,7 +52,6 @@ COUNTER_NAMES = (
     "tx_dropped_too_big",
     "tx_dropped_refused",
     "tx_gso_refused",
-    "rx_kernel_drops",
     "icmp_errors",
     "lingers",
     "turns",
@@ -227,9 +226,6 @@ cdef class Slot:
 
     def add_log_dropped(self, uint64_t lines):
         atomic_add(&self.data.log_dropped, lines, RELAXED)
-
-    def new_socket(self):
-        self.data.kernel_drops_raw = 0
 
     def histograms(self):
         cdef int i

@@ -43,13 +43,11 @@ cdef extern from "<sys/socket.h>" nogil:
     int recvmmsg(int, mmsghdr *, unsigned int, int, void *)
     int sendmmsg(int, mmsghdr *, unsigned int, int)
     int setsockopt(int, int, int, const void *, socklen_t)
-    int getsockopt(int, int, int, void *, socklen_t *)
 
     int AF_INET
     int AF_INET6
     int SOL_SOCKET
     int SOL_UDP
-    int SO_MEMINFO
     int IPPROTO_IP
     int IPPROTO_IPV6
     int MSG_ERRQUEUE

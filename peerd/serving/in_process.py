@@ -14,6 +14,7 @@ from peerd.errors import SettingsError
 from peerd.serving.app import App, builtin_app
 from peerd.serving.worker import make_loop
 from peerd.settings import ANONYMOUS, DEFAULT_PREFIX, EtcdAccess, SupervisorSettings
+from peerd.supervisor.kernel_drops import KernelDrops
 from peerd.supervisor.sockets import bind_all
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Peer:
         self._prefix = prefix
         self._lease_ttl_s = lease_ttl_s
         self._slot = Scoreboard(1).slots[0]
+        self._drops = KernelDrops()
         self._loop: DatagramLoop | None = None
         self._thread: threading.Thread | None = None
         self._open = contextlib.ExitStack()
@@ -125,7 +127,7 @@ class Peer:
 
     def counters(self) -> dict[str, int]:
         """What this peer has received, sent and dropped since it was made, by name."""
-        return self._slot.counters()
+        return {**self._slot.counters(), "rx_kernel_drops": self._drops.read()[1]}
 
     def __enter__(self) -> Self:
         self.start()
@@ -145,6 +147,8 @@ class Peer:
         buffer_bytes = self._settings.recv_buffer_bytes
         (sock,) = bind_all(self._settings.host, self.port, 1, buffer_bytes, flag="port")
         self._open.callback(sock.close)
+        self._drops.follow(sock)
+        self._open.callback(self._drops.leave)
         self._loop = make_loop(
             self._app,
             sock.fileno(),

@@ -1,4 +1,9 @@
-"""How many datagrams the kernel has dropped before a slot, whatever sockets it has had."""
+"""Counts the datagrams that the kernel has dropped in front of a peer because its receive buffer was full.
+
+The kernel keeps a 32-bit count per socket (SO_MEMINFO). It can be read at any time by a process that has the
+socket, also while the worker is blocked or dead, and it ends with the socket. So its owner counts the drops
+here: the supervisor or a Peer in a program, and there is no second count that could differ.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ UINT32_MASK = 0xFFFF_FFFF
 
 
 class KernelDrops:
-    """The kernel's 32-bit count of a socket's drops, continued where it wraps, and at the next socket."""
+    """The count of one peer, continued when the kernel's counter wraps, and with the peer's next socket."""
 
     def __init__(self) -> None:
         self._sock: socket.socket | None = None
@@ -18,13 +23,19 @@ class KernelDrops:
         self._total = 0
 
     def follow(self, sock: socket.socket) -> None:
-        """What it has dropped before, for another supervisor, is not counted."""
+        """Count the drops of this socket from now on, not those that an earlier supervisor has counted."""
         self._sock = sock
         self._seen = queue_state(sock).dropped
 
+    def leave(self) -> None:
+        """Keep the final count. Call it before the socket is closed."""
+        self.read()
+        self._sock = None
+
     def read(self) -> tuple[QueueState, int]:
-        """What the socket holds, and the count. Raises OSError."""
-        assert self._sock is not None
+        """The state of the socket's queue, and the count. Without a socket, an empty queue."""
+        if self._sock is None:
+            return QueueState(queued_bytes=0, dropped=0), self._total
         queue = queue_state(self._sock)
         self._total += (queue.dropped - self._seen) & UINT32_MASK
         self._seen = queue.dropped

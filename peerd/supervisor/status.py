@@ -108,6 +108,7 @@ class StatusReport:
         counters = slot.counters()
         rss_bytes, cpu_percent = self._usage(slot.pid)
         queue, dropped = peer.drops.read()
+        counters["rx_kernel_drops"] = dropped
         return {
             "slot": slot.index,
             "peer_id": peer.peer_id,

@@ -252,7 +252,7 @@ class Peer:
 
     def close(self, *, is_kept: bool = False) -> None:
         """After its end. Counts what is lost with the socket, if nobody keeps it."""
-        self.drops.read()  # the kernel's count ends with the socket
+        self.drops.leave()
         if not is_kept and (unread := count_unread(self.sock)):
             self.slot.lost_unread += unread
             self._host.journal.publish(

@@ -275,7 +275,6 @@ class Supervisor:
         slot = self._board.slots[index]
         drops = self._drops.setdefault(index, KernelDrops())
         drops.follow(sock)
-        slot.new_socket()
         peer = self._peers[index] = Peer(self, slot, sock, drops)
         self._peers_have_changed(peer, stored=True)
         return peer

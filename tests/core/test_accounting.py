@@ -61,7 +61,8 @@ class Peer:
 
     @property
     def counters(self) -> Counter[str]:
-        return Counter(self.slot.counters())
+        kernel_drops = queue_state(self.sock).dropped
+        return Counter({**self.slot.counters(), "rx_kernel_drops": kernel_drops})
 
     @property
     def accounted(self) -> int:

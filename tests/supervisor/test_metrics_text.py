@@ -171,8 +171,7 @@ def test_restarts_have_the_reason_of_the_death_before_them(processes: Processes)
 
 def test_every_counter_of_the_scoreboard_has_a_metric() -> None:
     shown = {*metrics.COUNTERS, *metrics.RX_DROPPED, *metrics.TX_DROPPED}
-    # The kernel's drops come from the kernel, up to date.
-    assert shown == set(COUNTER_NAMES) - {"rx_kernel_drops"}
+    assert shown == set(COUNTER_NAMES)
 
 
 def test_a_peer_that_is_scaled_away_and_back_keeps_its_counters(processes: Processes) -> None:
