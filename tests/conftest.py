@@ -2,57 +2,97 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import os
 import signal
-import threading
-import uuid
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
-import psutil
 import pytest
 
 from harness.etcd_fixture import shared_etcd
-from harness.eventually import eventually
+from harness.leak_guard import LeakGuard
 from harness.supervised import Supervised
 
-# Every process that a test starts inherits this variable, orphans included.
-RUN_MARK = f"PEERD_TEST_RUN={uuid.uuid4()}"
-os.environ["PEERD_TEST_RUN"] = RUN_MARK.partition("=")[2]
-# Else setproctitle writes over what /proc shows of a process's environment.
-os.environ["SPT_NOENV"] = "1"
-
-# What others do on this machine is no finding.
+# The timing of examples depends on what else the machine does.
 hypothesis.settings.register_profile("peerd", deadline=None)
 hypothesis.settings.load_profile("peerd")
 
 etcd = shared_etcd
+_GUARD = pytest.StashKey[LeakGuard]()
+_HAS_FAILED = pytest.StashKey[bool]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addini(
+        "leak_patience_s", "time for what a test leaves to go away by itself", default="20"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        item.stash[_HAS_FAILED] = True
+    return report
+
+
+class WiderFixtures:
+    """A plugin, because pytest asks no conftest.py below its root about fixtures of the session."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+    ) -> Generator[None, object, object]:
+        """What a fixture of a wider scope sets up is no leak of the test that needs it first."""
+        guard = request.config.stash.get(_GUARD, None)
+        if fixturedef.scope == "function" or guard is None:
+            return (yield)
+        with guard.granting():
+            return (yield)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets every process that a test starts begin with default signals, however the tests were started.
+
+    Signals that are ignored, as nohup and background jobs of a script have them, stay so for the tests
+    themselves: a handler that does nothing is not inherited.
+    """
+    config.pluginmanager.register(WiderFixtures())
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def leak_guard(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LeakGuard]:
+    guard = LeakGuard(
+        tmp_path_factory.mktemp("guard"), float(request.config.getini("leak_patience_s"))
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(guard.temporary))
+        patch.setattr(tempfile, "tempdir", str(guard.temporary))
+        patch.setenv("XDG_RUNTIME_DIR", str(guard.runtime))
+        request.config.stash[_GUARD] = guard
+        yield guard
+        del request.config.stash[_GUARD]
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """Fails a test that leaves a process, a thread, a descriptor or a file behind; the process is killed."""
-    temporary = tmp_path_factory.mktemp("tmpdir")
-    runtime = tmp_path_factory.mktemp("runtime")
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
-    threads, fds, processes = threading.active_count(), _descriptors(), _processes()
+def nothing_left_behind(request: pytest.FixtureRequest, leak_guard: LeakGuard) -> Iterator[None]:
+    """Fails a test that leaves a process, a thread, a descriptor or a file behind."""
     yield
-    gc.collect()  # a descriptor that only a dead cycle holds is not a leak
-    try:
-        eventually(lambda: not (_processes() - processes), within_s=5)
-    finally:
-        for pid in _processes() - processes:
-            _kill(pid)
-    eventually(lambda: threading.active_count() <= threads, within_s=5)
-    eventually(lambda: not (_descriptors() - fds), within_s=5)
-    left = [str(path) for path in (*temporary.iterdir(), *runtime.glob("peerd/*"))]
-    assert not left, f"files left behind: {left}"
+    # The traceback of a failed test keeps its objects alive; its failure is report enough.
+    has_failed = request.node.stash.get(_HAS_FAILED, False)
+    left = leak_guard.leftovers(wait=not has_failed)
+    if left and not has_failed:
+        pytest.fail(f"left behind: {'; '.join(left)}", pytrace=False)
 
 
 @pytest.fixture
@@ -61,39 +101,3 @@ def supervised(tmp_path: Path, etcd: str) -> Iterator[Supervised]:
     runner = Supervised(tmp_path, etcd)
     yield runner
     runner.kill_all()
-
-
-def _descriptors() -> set[tuple[int, str]]:
-    """This process's open files, but for etcd connections of gRPC, which it closes in its own time."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found.add((int(name), os.readlink(f"/proc/self/fd/{name}")))
-        except OSError:
-            continue
-    return {entry for entry in found if not entry[1].startswith(("anon_inode", "/proc"))}
-
-
-def _is_ours(pid: int) -> bool:
-    return RUN_MARK.encode() in Path(f"/proc/{pid}/environ").read_bytes()
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-        pidfd = os.pidfd_open(pid)
-        stack.callback(os.close, pidfd)
-        # From here on the pid may be another's, but not the pidfd.
-        if _is_ours(pid):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-
-def _processes() -> set[int]:
-    found = set()
-    for process in psutil.process_iter():
-        try:
-            marked = _is_ours(process.pid)
-            if marked and process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
-                found.add(process.pid)
-        except (OSError, psutil.Error):
-            continue
-    return found

@@ -16,8 +16,9 @@ import psutil
 
 from peerd.chaos.chaos_apps import DIE_CODE
 from peerd.chaos.load import LoadReport
-from peerd.chaos.subject import Subject, is_free, wait_for
+from peerd.chaos.subject import Subject, wait_for
 from peerd.errors import RegistryError
+from peerd.free_ports import is_free
 
 Events = Iterable[Mapping[str, Any]]
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ import psutil
 
 from peerd import control
 from peerd.errors import NotRunningError, PeerdError
+from peerd.free_ports import free_ports
 
 COMMAND_TIMEOUT_S = 90.0
 """Commands queue, so the last of a full queue waits for all others."""
@@ -29,8 +28,6 @@ EXIT_TIMEOUT_S = 5.0
 POLL_S = 0.05
 
 MARK = "PEERD_CHAOS_RUN"
-PORTS = range(10_000, 30_000)
-"""Below the kernel's ephemeral ports."""
 
 
 class Subject:
@@ -50,7 +47,7 @@ class Subject:
         """Start it. ``folder`` receives its output and all files that it writes."""
         self.folder = folder
         self.etcd = etcd
-        self.base_port = _free_ports(max_peers)
+        self.base_port = free_ports.take(max_peers)
         self.prefix = f"chaos-{uuid.uuid4().hex[:12]}"
         self.control = folder / "control.sock"
         self.temporary = folder / "tmp"
@@ -231,20 +228,3 @@ def wait_for(fact: Callable[[], bool], within_s: float) -> bool:
             return False
         time.sleep(POLL_S)
     return True
-
-
-def is_free(port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
-
-
-def _free_ports(count: int) -> int:
-    """The first of ``count`` consecutive free UDP ports."""
-    while True:
-        base = random.choice(PORTS)
-        if all(is_free(port) for port in range(base, base + count)):
-            return base

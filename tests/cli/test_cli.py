@@ -9,7 +9,8 @@ import sys
 import orjson
 import pytest
 
-from harness.supervised import Supervised, free_ports
+from harness.ports import free_ports
+from harness.supervised import Supervised
 from peerd.registry import PeerRecord, Registry
 from peerd.registry.etcd import Etcd
 
@@ -100,7 +101,7 @@ def test_a_peer_id_is_looked_up(supervised: Supervised) -> None:
 
 def test_ping_where_nobody_listens() -> None:
     no_etcd = "--etcd=http://127.0.0.1:9"  # which an address does not need
-    shown = peerd("ping", f"localhost:{free_ports(1)}", "-c", "1", no_etcd)
+    shown = peerd("ping", f"localhost:{free_ports()}", "-c", "1", no_etcd)
     assert shown.returncode == 1
     assert b"Connection refused" in shown.stdout
     assert b"no answer from localhost:" in shown.stdout

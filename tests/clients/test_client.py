@@ -17,7 +17,7 @@ import uvloop
 
 from harness import forged_icmp
 from harness.eventually import eventually
-from harness.supervised import free_ports
+from harness.ports import free_ports
 from peerd import (
     App,
     AsyncPeerClient,
@@ -130,7 +130,7 @@ def echo_app() -> App:
 
 @pytest.fixture
 def echo() -> Iterator[Peer]:
-    with Peer(echo_app(), port=free_ports(1)) as peer:
+    with Peer(echo_app(), port=free_ports()) as peer:
         yield peer
 
 
@@ -179,7 +179,7 @@ def test_every_way_to_write_a_target(client_of: MakeClient, echo: Peer) -> None:
 
 def test_ipv6(client_of: MakeClient) -> None:
     client = client_of()
-    with Peer(echo_app(), host="::1", port=free_ports(1)) as peer:
+    with Peer(echo_app(), host="::1", port=free_ports()) as peer:
         assert client.request(f"[::1]:{peer.port}", "ECHO", b"x", version="2").version == "2"
         client.send(("::1", peer.port), "ECHO", b"y")
         eventually(lambda: peer.counters()["handled"] == 2)
@@ -305,7 +305,7 @@ def test_a_peer_that_floods_does_not_hold_the_request_beyond_its_timeout(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "localhost"])
 def test_a_closed_port_is_reported_without_waiting(client_of: MakeClient, host: str) -> None:
-    target = f"{host}:{free_ports(1)}"
+    target = f"{host}:{free_ports()}"
     started_s = time.monotonic()
     with pytest.raises(NoAnswerError) as refused:
         client_of().request(target, "PING", timeout=LONG_S)
@@ -367,7 +367,7 @@ def test_a_peer_that_registers_between_tries(client_of: MakeClient, echo: Peer) 
 
 
 def test_there_are_as_many_tries_as_allowed(client_of: MakeClient) -> None:
-    peers = Known(PeerRecord(url="localhost", port=free_ports(1), peer_id="gone"))
+    peers = Known(PeerRecord(url="localhost", port=free_ports(), peer_id="gone"))
     client = client_of(peers)
     started_s = time.monotonic()
     with pytest.raises(NoAnswerError, match=r"no answer from gone at localhost:.*refused"):
@@ -459,7 +459,7 @@ def test_sends_come_from_one_sender_in_order(client_of: MakeClient) -> None:
 def test_a_send_to_a_closed_port_is_no_error(client_of: MakeClient) -> None:
     client = client_of()
     for _ in range(3):
-        client.send(("127.0.0.1", free_ports(1)), "NOTE")
+        client.send(("127.0.0.1", free_ports()), "NOTE")
 
 
 def test_broadcast(client_of: MakeClient, caplog: pytest.LogCaptureFixture) -> None:
@@ -488,7 +488,7 @@ def test_broadcast(client_of: MakeClient, caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_with_a_registry_cache(client_of: MakeClient, etcd: str) -> None:
-    port = free_ports(1)
+    port = free_ports()
     with (
         Registry(etcd, "client-cache") as registry,
         registry.cache() as cache,
@@ -505,7 +505,7 @@ def test_with_a_registry_cache(client_of: MakeClient, etcd: str) -> None:
 
 def test_a_closed_client_refuses_every_call(client_of: MakeClient) -> None:
     client = client_of(Known())
-    client.send(("127.0.0.1", free_ports(1)), "NOTE")
+    client.send(("127.0.0.1", free_ports()), "NOTE")
     client.close()
     client.close()
     for call in (

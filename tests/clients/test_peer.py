@@ -13,7 +13,7 @@ import pytest
 
 from harness import raw_client
 from harness.eventually import eventually
-from harness.supervised import free_ports
+from harness.ports import free_ports
 from peerd import App, Message, Peer, PeerConflictError, PortInUseError, RegistryUnavailableError
 from peerd.registry import Registry
 
@@ -27,14 +27,14 @@ def test_it_serves_in_a_thread() -> None:
     def chat(message: Message) -> bytes:
         return b"hello " + message.body
 
-    port = free_ports(1)
+    port = free_ports()
     with Peer(app, port=port) as peer:
         assert raw_client.request(port, b"CHAT", b"you") == (b"CHAT", b"1.0", b"hello you")
         eventually(lambda: peer.counters()["handled"] == 1)
 
 
 def test_it_is_registered_while_it_serves(etcd: str) -> None:
-    port = free_ports(1)
+    port = free_ports()
     with Registry(etcd, "peer-class") as registry:
         with Peer(port=port, peer_id="seedId", etcd=etcd, prefix="peer-class", partition_key="p"):
             (record,) = registry.nodes()
@@ -44,7 +44,7 @@ def test_it_is_registered_while_it_serves(etcd: str) -> None:
 
 
 def test_it_serves_in_the_foreground_until_it_is_stopped() -> None:
-    port = free_ports(1)
+    port = free_ports()
     peer = Peer(port=port)
     thread = threading.Thread(target=peer.serve_forever)
     thread.start()
@@ -68,7 +68,7 @@ def test_a_peer_that_cannot_start_leaves_nothing_open(etcd: str) -> None:
 
 
 def test_ctrl_c_in_the_foreground(etcd: str) -> None:
-    port = free_ports(1)
+    port = free_ports()
     code = f"import peerd; peerd.Peer(port={port}, etcd={etcd!r}, prefix='ctrl-c').serve_forever()"
     with (
         subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process,
@@ -81,7 +81,7 @@ def test_ctrl_c_in_the_foreground(etcd: str) -> None:
 
 
 def test_the_quick_start(etcd: str) -> None:
-    port = free_ports(1)
+    port = free_ports()
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "quickstart.py"), "--port", str(port), "--etcd", etcd],
         capture_output=True,

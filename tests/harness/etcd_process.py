@@ -9,10 +9,8 @@ import contextlib
 import http.client
 import importlib.util
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,11 +20,11 @@ import pytest
 
 from harness.etcd_gateway import Gateway
 from harness.eventually import eventually
+from harness.ports import free_ports
 from peerd.address import Address
 
 _READY_WITHIN_S = 20.0
 _LAST_WORDS_BYTES = 2000
-_TAKEN_PORTS: set[int] = set()
 
 
 class ServerTls(NamedTuple):
@@ -57,9 +55,9 @@ class EtcdProcess:
         """``namespace``: the name of the network namespace to run in, where both hosts are its own."""
         self.name = name
         self.flags = list(flags)
-        self.client = Address(host, free_port())
-        self.peer = Address(peer_host, free_port())
-        self.plain = Address(host, free_port()) if tls else self.client
+        self.client = Address(host, free_ports())
+        self.peer = Address(peer_host, free_ports())
+        self.plain = Address(host, free_ports()) if tls else self.client
         """Where plain HTTP is spoken in any case, so that the gateway needs no certificates."""
         self.gateway = Gateway(self.plain)
         self._binary = binary
@@ -174,7 +172,6 @@ class EtcdProcess:
 
     def close(self) -> None:
         self.kill()
-        _TAKEN_PORTS.difference_update((self.client.port, self.peer.port, self.plain.port))
 
     def __enter__(self) -> EtcdProcess:
         try:
@@ -217,24 +214,6 @@ class EtcdProcess:
             *tls_flags,
             *self.flags,  # the last one counts
         ]
-
-
-def free_port() -> int:
-    """A TCP port that nobody has, below those that the kernel gives to whoever connects.
-
-    One of those is no good for a server that goes away for a while: somebody's connection may take it,
-    even the client's own, which then talks to itself (a TCP simultaneous open).
-    """
-    while True:
-        port = random.randrange(10_000, 30_000)
-        if port in _TAKEN_PORTS:
-            continue
-        try:
-            socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
-            continue
-        _TAKEN_PORTS.add(port)
-        return port
 
 
 def _etcd_34() -> Path | None:

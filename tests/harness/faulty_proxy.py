@@ -21,8 +21,8 @@ from collections.abc import Callable, Coroutine
 from enum import Enum
 from typing import Any
 
-from harness.etcd_process import free_port
 from harness.eventually import eventually
+from harness.ports import free_ports
 from peerd.address import Address
 
 _FAULT_S = (0.01, 0.08)
@@ -44,7 +44,7 @@ class FaultyProxy:
     """Between a client and ``target``, for a ``with`` block; in a thread of this process."""
 
     def __init__(self, target: Address, seed: int) -> None:
-        self.address = Address("127.0.0.1", free_port())
+        self.address = Address("127.0.0.1", free_ports())
         self.bytes_to_client = 0
         """Real ones, in this proxy's life."""
         self.connections = 0

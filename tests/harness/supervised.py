@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from harness.eventually import eventually
+from harness.ports import free_ports
 from peerd import control
 
 
@@ -133,41 +132,6 @@ class Running:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-
-
-_given_ports: set[int] = set()
-"""Who was given them may not have bound them yet."""
-
-
-def free_ports(count: int) -> int:
-    """The first of ``count`` neighbouring free UDP ports, below the kernel's ephemeral range. None of them is
-    given twice."""
-    while True:
-        base = random.randrange(10_000, 30_000)
-        wanted = range(base, base + count)
-        if not _given_ports.isdisjoint(wanted):
-            continue
-        with ExitStack() as stack:
-            try:
-                for port in wanted:
-                    sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-                    sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            _given_ports.update(wanted)
-            return base
-
-
-def free_tcp_port() -> int:
-    """Below the kernel's ephemeral range, from which no connection takes it meanwhile."""
-    while True:
-        port = random.randrange(10_000, 30_000)
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def is_gone(pid: int) -> bool:

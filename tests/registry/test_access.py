@@ -14,8 +14,8 @@ from harness.certificates import CertificateAuthority
 from harness.command import peerd
 from harness.etcd_process import ETCD_VERSIONS, EtcdProcess, ServerTls
 from harness.eventually import eventually
+from harness.ports import free_ports
 from harness.record_writer import RecordWriter
-from harness.supervised import free_ports
 from harness.watch_recorder import WatchRecorder, every_event
 from peerd.errors import RegistryAuthError, RegistryError
 from peerd.registry import EtcdAccess, PeerRecord, Registry
@@ -112,7 +112,7 @@ def test_check_does_not_promise_that_a_refused_login_registers_later(
     guarded: EtcdProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PEERD_ETCD_PASSWORD", "wrong")
-    where = [f"--etcd={guarded.endpoint}", f"--base-port={free_ports(1)}"]
+    where = [f"--etcd={guarded.endpoint}", f"--base-port={free_ports()}"]
     checked = peerd("check", "--etcd-user=peer", *where)
     assert checked.returncode == 0
     assert "refuses user 'peer'" in checked.stderr

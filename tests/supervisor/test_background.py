@@ -10,7 +10,8 @@ import sys
 import psutil
 
 from harness.eventually import eventually
-from harness.supervised import Supervised, free_ports, is_gone, send_signal
+from harness.ports import free_ports
+from harness.supervised import Supervised, is_gone, send_signal
 from harness.terminal import Terminal
 from peerd import control
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from harness import raw_client
 from harness.command import command, peerd
 from harness.eventually import eventually
-from harness.supervised import Supervised, free_ports
+from harness.ports import free_ports
+from harness.supervised import Supervised
 
 
 def test_0_done(supervised: Supervised) -> None:
@@ -23,7 +24,7 @@ def test_0_done(supervised: Supervised) -> None:
 
 
 def test_1_failed() -> None:
-    assert peerd("ping", f"localhost:{free_ports(1)}", "-c", "1", "-t", "0.1").returncode == 1
+    assert peerd("ping", f"localhost:{free_ports()}", "-c", "1", "-t", "0.1").returncode == 1
 
 
 def test_2_usage() -> None:
@@ -78,7 +79,7 @@ def test_78_bad_configuration_or_app(supervised: Supervised, tmp_path: Path) -> 
     (tmp_path / "broken.py").write_text("1 / 0\n")
     assert supervised.start(f"--config={config}", peers=1).wait() == 78
     assert supervised.start("--app=broken:app", peers=1).wait() == 78
-    port = f"--base-port={free_ports(1)}"
+    port = f"--base-port={free_ports()}"
     assert peerd("check", f"--config={config}").returncode == 78
     assert peerd("check", "--app=broken:app", port, cwd=tmp_path).returncode == 78
 

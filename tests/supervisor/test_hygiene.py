@@ -24,7 +24,8 @@ import pytest
 
 from harness import raw_client
 from harness.eventually import eventually
-from harness.supervised import Running, Supervised, free_ports, free_tcp_port, send_signal
+from harness.ports import free_ports
+from harness.supervised import Running, Supervised, send_signal
 from harness.supervisor_requests import Asked, ask, events, pids
 from peerd import control
 from peerd.errors import ControlError
@@ -86,7 +87,7 @@ def udp_inode(port: int) -> str:
 
 
 def test_a_worker_holds_its_own_and_nothing_else(supervised: Supervised) -> None:
-    running = start(supervised, f"--metrics=127.0.0.1:{free_tcp_port()}", peers=3)
+    running = start(supervised, f"--metrics=127.0.0.1:{free_ports()}", peers=3)
     ask(running, "restart", slot=1)
     old = pids(running)[2]
     send_signal(old, signal.SIGKILL)
@@ -472,7 +473,7 @@ def test_as_pid_1_it_reaps_strangers(supervised: Supervised, tmp_path: Path) -> 
         pytest.skip("a PID namespace takes root")
     (tmp_path / "leaves.py").write_text(LEAVES)
     control_path = tmp_path / "control.sock"
-    base_port = free_ports(1)
+    base_port = free_ports()
     command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-m"]
     command += ["peerd", "supervise", "--app=leaves:app", f"--base-port={base_port}"]
     command += [f"--control={control_path}", f"--etcd={supervised.etcd}", "--prefix=pid-1"]

@@ -21,7 +21,8 @@ import pytest
 from harness import raw_client
 from harness.command import command, peerd, started
 from harness.eventually import eventually
-from harness.supervised import Running, Supervised, free_ports, send_signal
+from harness.ports import free_ports
+from harness.supervised import Running, Supervised, send_signal
 from harness.supervisor_requests import ask, events, logged, pids
 from peerd import control
 
@@ -176,7 +177,7 @@ def test_the_default_is_json_where_nobody_looks(supervised: Supervised) -> None:
 
 def test_the_default_is_text_on_a_terminal(tmp_path: Path, etcd: str) -> None:
     (tmp_path / "chatty.py").write_text(APP)
-    port = free_ports(1)
+    port = free_ports()
     with on_a_terminal(tmp_path, port, etcd) as (process, screen):
         eventually(lambda: raw_client.request(port, b"PRINT", b"hello", 0.5), within_s=10)
         eventually(lambda: f" INFO     peer=localhost:{port} port={port} pid=" in screen())
@@ -430,7 +431,7 @@ def has_said_last(running: Running, text: str) -> bool:
 
 def test_nobody_reads_the_supervisors_log(tmp_path: Path, etcd: str) -> None:
     (tmp_path / "chatty.py").write_text(APP)
-    port, path = free_ports(1), tmp_path / "control"
+    port, path = free_ports(), tmp_path / "control"
     supervise = command("supervise", f"--base-port={port}", "--app=chatty:app", f"--etcd={etcd}")
     supervise += ["--prefix=unread", f"--control={path}"]
     with started(

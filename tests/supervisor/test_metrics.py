@@ -21,7 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from harness import raw_client
 from harness.eventually import eventually
-from harness.supervised import Running, Supervised, free_tcp_port, send_signal
+from harness.ports import free_ports
+from harness.supervised import Running, Supervised, send_signal
 from harness.supervisor_requests import serving
 from peerd import control
 from peerd.address import MAX_PORT
@@ -136,7 +137,7 @@ def check_histograms(
 
 
 def test_the_figures_are_those_of_status(supervised: Supervised) -> None:
-    port = free_tcp_port()
+    port = free_ports()
     running = start(supervised, port)
     eventually(lambda: is_ready(port))
     for _ in range(5):
@@ -157,7 +158,7 @@ def test_the_figures_are_those_of_status(supervised: Supervised) -> None:
 
 
 def test_a_registered_peer_is_told(supervised: Supervised) -> None:
-    port = free_tcp_port()
+    port = free_ports()
     running = supervised.start(f"--metrics=127.0.0.1:{port}", peers=1)
     running.wait_registered()
     samples, _ = scrape(port)
@@ -166,7 +167,7 @@ def test_a_registered_peer_is_told(supervised: Supervised) -> None:
 
 
 def test_no_counter_goes_back_over_20_kills(supervised: Supervised) -> None:
-    port, peers, rounds = free_tcp_port(), 5, 4
+    port, peers, rounds = free_ports(), 5, 4
     running = start(supervised, port, peers=peers)
     eventually(lambda: is_ready(port))
     with pings(running.ports), watched(port) as seen:
@@ -187,7 +188,7 @@ def test_no_counter_goes_back_over_20_kills(supervised: Supervised) -> None:
 
 def test_scrapes_are_quick_while_workers_are_killed_all_the_time(supervised: Supervised) -> None:
     """200 with PEERD_LONG_TESTS=1. Who is parked is started by hand, to die again."""
-    port = free_tcp_port()
+    port = free_ports()
     running = start(supervised, port, "--app=peerd.chaos.chaos_apps:app", peers=KILLED_PEERS)
     eventually(lambda: is_ready(port))
     chance = random.Random(10)
@@ -279,7 +280,7 @@ def watched(port: int) -> Iterator[list[float]]:
 
 
 def test_the_gaps_of_a_reload_are_told(supervised: Supervised) -> None:
-    port = free_tcp_port()
+    port = free_ports()
     running = start(supervised, port)
     eventually(lambda: is_ready(port))
     replaced = control.request(running.control, "reload", timeout_s=30)["replaced"]
@@ -314,7 +315,7 @@ def test_why_a_worker_was_restarted(
         "def act(message):\n"
         f"    {act}\n"
     )
-    port = free_tcp_port()
+    port = free_ports()
     running = start(supervised, port, "--app=mortal:app", "--stuck-timeout=1", peers=1)
     eventually(lambda: is_ready(port))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
@@ -326,7 +327,7 @@ def test_why_a_worker_was_restarted(
 
 
 def test_a_stopped_worker_makes_it_unready(supervised: Supervised) -> None:
-    port = free_tcp_port()
+    port = free_ports()
     running = start(supervised, port)
     eventually(lambda: is_ready(port))
     peer = running.peer(1)
@@ -359,7 +360,7 @@ def test_who_is_not_ready_is_named_and_not_all_of_a_crowd(
         "while not os.path.exists('go'):\n"
         "    time.sleep(0.01)\n"
     )
-    port = free_tcp_port()
+    port = free_ports()
     running = start(supervised, port, "--app=slow:app", peers=10)
     line = eventually(partial(all_starting, port))
     named = ", ".join(f"localhost:{number} (starting)" for number in running.ports[:8])
@@ -397,7 +398,7 @@ def all_starting(port: int) -> str | None:
 def test_what_is_no_request(
     supervised: Supervised, request_bytes: bytes, status: int | None
 ) -> None:
-    port = free_tcp_port()
+    port = free_ports()
     start(supervised, port, peers=1)
     eventually(lambda: is_ready(port))
     with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
@@ -417,7 +418,7 @@ def test_what_is_no_request(
 
 
 def test_who_takes_too_long_is_dropped(supervised: Supervised) -> None:
-    port = free_tcp_port()
+    port = free_ports()
     running = start(supervised, port, peers=1)
     eventually(lambda: is_ready(port))
     with socket.create_connection(("127.0.0.1", port)) as slow:
@@ -438,7 +439,7 @@ def is_dropped(client: socket.socket) -> bool:
 
 
 def test_a_crowd_of_idle_clients_is_bounded_and_harms_nobody(supervised: Supervised) -> None:
-    port, crowd = free_tcp_port(), 3 * metrics_server.MAX_CLIENTS
+    port, crowd = free_ports(), 3 * metrics_server.MAX_CLIENTS
     running = start(supervised, port)
     eventually(lambda: is_ready(port))
     before = psutil.Process(running.pid).num_fds()
@@ -465,7 +466,7 @@ def test_a_crowd_of_idle_clients_is_bounded_and_harms_nobody(supervised: Supervi
 
 
 def test_children_do_not_hold_the_port(supervised: Supervised) -> None:
-    port = free_tcp_port()
+    port = free_ports()
     running = start(supervised, port)
     eventually(lambda: is_ready(port))
     with socket.create_connection(("127.0.0.1", port)):
@@ -493,7 +494,7 @@ def test_a_taken_port_stops_it_before_it_begins(supervised: Supervised) -> None:
 
 
 def test_a_supervisor_that_has_the_port_is_named_and_goes_on(supervised: Supervised) -> None:
-    port = free_tcp_port()
+    port = free_ports()
     first = start(supervised, port)
     eventually(lambda: is_ready(port))
     second = start(supervised, port)
@@ -504,7 +505,7 @@ def test_a_supervisor_that_has_the_port_is_named_and_goes_on(supervised: Supervi
 
 def test_the_next_supervisor_gets_the_port_at_once(supervised: Supervised) -> None:
     """The connections of the one before are in TIME_WAIT, and on the server's side."""
-    port = free_tcp_port()
+    port = free_ports()
     for _ in range(2):
         running = start(supervised, port, peers=1)
         eventually(lambda: is_ready(port))
@@ -514,7 +515,7 @@ def test_the_next_supervisor_gets_the_port_at_once(supervised: Supervised) -> No
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 def test_every_address(supervised: Supervised, family: socket.AddressFamily) -> None:
-    port = free_tcp_port()
+    port = free_ports()
     host, reached_at = ("0.0.0.0", "127.0.0.1") if family == socket.AF_INET else ("[::1]", "::1")
     supervised.start(f"--metrics={host}:{port}", peers=1, etcd=NO_ETCD)
 
@@ -551,7 +552,7 @@ def test_what_cannot_work_is_said_in_one_line(
 def test_other_ways_to_set_it(
     supervised: Supervised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
-    port = free_tcp_port()
+    port = free_ports()
     args: list[str] = []
     if source == "environment":
         monkeypatch.setenv("PEERD_SUPERVISE_METRICS", f"127.0.0.1:{port}")

@@ -24,7 +24,8 @@ import pytest
 
 from harness import raw_client
 from harness.eventually import eventually
-from harness.supervised import Supervised, free_ports, is_gone, send_signal
+from harness.ports import free_ports
+from harness.supervised import Supervised, is_gone, send_signal
 from peerd import control
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"

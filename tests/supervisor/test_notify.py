@@ -17,7 +17,7 @@ import pytest
 
 from harness.eventually import eventually
 from harness.fake_systemd import FakeSystemd
-from harness.supervised import free_ports
+from harness.ports import free_ports
 from peerd.errors import BindError, PortInUseError
 from peerd.supervisor.notify import Notifier, socket_name
 from peerd.supervisor.sockets import bind_all, bind_one
@@ -286,7 +286,7 @@ def test_passed_sockets_are_used_and_others_bound(start: Start) -> None:
     sock.setblocking(False)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.sendto(b"waited", sock.getsockname())
-    start.passing("of-another-day", udp(port=(other := free_ports(1))))
+    start.passing("of-another-day", udp(port=(other := free_ports())))
     assert start.adopt("127.0.0.1", base, 3).returncode == 0
     assert start.out == ["127.0.0.1 -", "127.0.0.1 waited", "127.0.0.1 -", f"left {other}"]
     assert not start.err
@@ -296,7 +296,7 @@ def test_what_is_no_udp_socket_is_closed_by_name(start: Start, tmp_path: Path) -
     start.passing("web", socket.create_server(("127.0.0.1", 0)))
     start.passing("local", socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
     start.passing("unbound", socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-    base = free_ports(1)
+    base = free_ports()
     assert start.adopt("127.0.0.1", base, 1).returncode == 0
     warnings = start.err.splitlines()
     assert [line.split()[0] for line in warnings] == 3 * ["WARNING"]
@@ -320,7 +320,7 @@ def test_a_wildcard_serves_and_is_warned_of(start: Start) -> None:
 
 @pytest.mark.parametrize(("only_ipv6", "code"), [(0, 0), (1, 1)])
 def test_a_dual_stack_wildcard_serves_ipv4(start: Start, only_ipv6: int, code: int) -> None:
-    base = free_ports(1)
+    base = free_ports()
     sock = start.passing("dual", socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only_ipv6)
     sock.bind(("::", base))
@@ -340,7 +340,7 @@ def test_another_address_is_an_error_that_names_both(start: Start) -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_of_two_for_one_port_the_fitting_one_is_used(start: Start, order: int) -> None:
-    base = free_ports(1)
+    base = free_ports()
     for address in ("127.0.0.1", "127.0.0.2")[::order]:
         start.passing(f"at-{address}", udp(address, base))
     assert start.adopt("127.0.0.1", base, 1).returncode == 0
@@ -351,7 +351,7 @@ def test_of_two_for_one_port_the_fitting_one_is_used(start: Start, order: int) -
 
 def test_one_socket_by_two_ways_is_one(start: Start) -> None:
     """Its .socket unit passes it, and so does the store."""
-    base = free_ports(1)
+    base = free_ports()
     sock = start.passing("unit", udp("127.0.0.1", base))
     start.passing("store", sock.dup())
     assert start.adopt("127.0.0.1", base, 1).returncode == 0
@@ -366,7 +366,7 @@ def test_what_is_not_for_us(
     count: str,
     warns: bool,
 ) -> None:
-    base = free_ports(1)
+    base = free_ports()
     command = [sys.executable, "-c", ADOPT, "127.0.0.1", str(base), "1"]
     if pid == "own":
         set_pid = "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid());"
@@ -379,7 +379,7 @@ def test_what_is_not_for_us(
 
 
 def test_bind_one() -> None:
-    port = free_ports(1)
+    port = free_ports()
     with bind_one("localhost", port, 65536) as sock:
         assert sock.getsockname() == ("127.0.0.1", port)
         with pytest.raises(PortInUseError, match="another --flag"):
@@ -387,7 +387,7 @@ def test_bind_one() -> None:
 
 
 def test_no_descriptor_is_a_bind_error() -> None:
-    port = free_ports(1)
+    port = free_ports()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # all of those are taken
     try:

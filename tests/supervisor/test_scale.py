@@ -17,10 +17,11 @@ import pytest
 
 from harness import raw_client
 from harness.eventually import eventually
-from harness.supervised import Running, Supervised, alive, free_ports, free_tcp_port, send_signal
+from harness.ports import free_ports
+from harness.supervised import Running, Supervised, alive, send_signal
 from harness.supervisor_requests import Asked, ask, events, logged, pids, scale
-from peerd.chaos.subject import is_free
 from peerd.errors import ControlError
+from peerd.free_ports import is_free
 from peerd.registry import Left, Registry
 from peerd.registry.embedded_etcd import EmbeddedEtcd
 from peerd.supervisor.stopping import LAST_TIMEOUT_S
@@ -471,7 +472,7 @@ def test_a_peer_that_was_added_is_restarted_and_logged_like_any_other(
 
 def test_what_nobody_has_read_when_a_port_is_closed_is_counted(supervised: Supervised) -> None:
     """By the status, the metrics and an event, as the client has sent it."""
-    metrics = f"127.0.0.1:{free_tcp_port()}"
+    metrics = f"127.0.0.1:{free_ports()}"
     running = start(
         supervised,
         "--stop-timeout=1",

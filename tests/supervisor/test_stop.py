@@ -22,7 +22,8 @@ import pytest
 
 from harness import raw_client
 from harness.eventually import eventually
-from harness.supervised import Running, Supervised, alive, free_ports, send_signal
+from harness.ports import free_ports
+from harness.supervised import Running, Supervised, alive, send_signal
 from harness.supervisor_requests import Asked, ask, pids
 from peerd.errors import ControlError
 from peerd.registry import Registry

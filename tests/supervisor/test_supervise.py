@@ -21,7 +21,8 @@ import pytest
 
 from harness import raw_client
 from harness.eventually import eventually
-from harness.supervised import Running, Supervised, alive, free_ports, is_gone, send_signal
+from harness.ports import free_ports
+from harness.supervised import Running, Supervised, alive, is_gone, send_signal
 from peerd.registry import Joined, Left, PeerRecord, Registry
 from peerd.registry.embedded_etcd import EmbeddedEtcd
 
@@ -269,7 +270,7 @@ def test_a_log_that_nobody_reads_stops_nothing(supervised: Supervised, tmp_path:
         "@app.handler('BAD')\ndef bad(message):\n    raise ValueError('x' * 60000)\n"
         "@app.handler('PING')\ndef ping(message):\n    return message.body\n"
     )
-    port = free_ports(1)
+    port = free_ports()
     command = [sys.executable, "-m", "peerd", "supervise", f"--base-port={port}", "--app=angry:app"]
     command += [f"--etcd={supervised.etcd}", "--prefix=unread", f"--control={tmp_path / 'control'}"]
     with subprocess.Popen(
@@ -637,7 +638,7 @@ def test_an_unwritable_default_place_is_information(
     supervised: Supervised, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/no")
-    port = free_ports(1)
+    port = free_ports()
     place = f"/proc/no/peerd/{port}.sock"
     running = supervised.start(f"--control={place}", peers=1, base_port=port)
     eventually(lambda: "the peer is ready" in running.err)

@@ -16,8 +16,9 @@ import pytest
 
 from harness.eventually import eventually
 from harness.fake_systemd import FakeSystemd
+from harness.ports import free_ports
 from harness.raw_client import request
-from harness.supervised import alive, free_ports, send_signal
+from harness.supervised import alive, send_signal
 from peerd import control
 from peerd.chaos.load import Load
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from harness.eventually import eventually
-from harness.supervised import Running, Supervised, free_ports, free_tcp_port, send_signal
+from harness.ports import free_ports
+from harness.supervised import Running, Supervised, send_signal
 from harness.supervisor_requests import ask, serving
 from peerd import control
 from peerd.chaos.chaos_apps import HANDLER_VARIABLE
@@ -105,7 +106,7 @@ def test_reloads_and_changes_of_size_lose_nothing(supervised: Supervised) -> Non
 
 def test_what_kills_cost_is_what_is_missing(supervised: Supervised) -> None:
     chance = random.Random(3)
-    metrics = f"localhost:{free_tcp_port()}"
+    metrics = f"localhost:{free_ports()}"
     running = start(supervised, f"--metrics={metrics}")
     begun_s = time.monotonic()
     with Load(running.ports, rate=RATE) as load:
