@@ -388,6 +388,7 @@ def test_bind_one() -> None:
 
 def test_no_descriptor_is_a_bind_error() -> None:
     port = free_ports()
+    bind_one("127.0.0.1", port, 65536).close()  # the first look-up of a name opens files
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # all of those are taken
     try:
