@@ -5,11 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard ext/peerd/*.pyx ext/peerd/*.pxd)
 
-.PHONY: help run test lint stubs pytest build bench fuzz fuzz-quick sdist-check clean bench-supervisors
+.PHONY: help run test test-all test-timing lint stubs pytest build bench fuzz fuzz-quick sdist-check clean bench-supervisors
 
 help:
 	@echo 'make run         set up, then run 8 peers on UDP 5001 to 5008 (make run ARGS="--peers 2")'
-	@echo 'make test        set up, then lint, type checks, stubs and the whole test suite'
+	@echo 'make test        set up, then lint, type checks, stubs and the tests (make test TESTS="tests/cli -k help")'
+	@echo 'make test-all    the same with the tests that take minutes, and each etcd version'
+	@echo 'make test-timing the tests that depend on timing, ten times in a row'
 	@echo 'make build       rebuild the compiled modules after a change in ext/'
 	@echo 'make lint        ruff and mypy'
 	@echo 'make bench       benchmarks/throughput.py'
@@ -37,8 +39,16 @@ lint: $(VENV)/.test
 stubs: $(VENV)/.test
 	$(BIN)/python -m mypy.stubtest peerd._envelope peerd._loop peerd._scoreboard --mypy-config-file pyproject.toml --allowlist tests/stubtest-allowlist.txt
 
+TESTS ?=
+
 pytest: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python tools/run_tests.py most $(TESTS)
+
+test-all: lint stubs
+	$(BIN)/python tools/run_tests.py all $(TESTS)
+
+test-timing: $(VENV)/.test
+	$(BIN)/python tools/run_tests.py timing $(TESTS)
 
 build: $(VENV)/.test
 	$(BIN)/python setup.py -q build_ext --inplace

@@ -104,13 +104,13 @@ def test_a_tab_in_zsh(peerd_on_path: None, supervised: Supervised, tmp_path: Pat
         terminal.type(
             f"autoload -U compinit; compinit -u -D; source {script}; echo is-$((1+1))\n".encode()
         )
-        eventually(lambda: "is-2" in terminal.text, within_s=15)
+        eventually(lambda: "is-2" in terminal.text)
         terminal.type(b"peerd superv\t")
-        eventually(lambda: "supervise" in terminal.text, within_s=15)
+        eventually(lambda: "supervise" in terminal.text)
         terminal.type(
             f"\x15peerd restart --control {running.control} \t && echo slot-$((2+1))\n".encode()
         )
-        eventually(lambda: "slot-3" in terminal.text, within_s=30)
+        eventually(lambda: "slot-3" in terminal.text)
         assert "1 worker replaced" in terminal.text
         terminal.type(b"exit\n")
         terminal.wait()

@@ -42,8 +42,8 @@ def successor(supervised: Supervised, first: Running) -> Running:
         base_port=first.base_port,
         prefix=first.prefix,
     )
-    eventually(lambda: first.status()["supervisor"]["pid"] == running.pid, within_s=15)
-    eventually(lambda: first.status()["supervisor"]["state"] == "ready", within_s=15)
+    eventually(lambda: first.status()["supervisor"]["pid"] == running.pid)
+    eventually(lambda: first.status()["supervisor"]["state"] == "ready")
     return running
 
 
@@ -130,7 +130,7 @@ def test_a_reader_that_is_gone_ends_it(supervised: Supervised, name: str) -> Non
         if name == "events":
             process.stdout.readline()
         process.stdout.close()
-        assert process.wait(10) == 141
+        assert process.wait(60) == 141
 
 
 def test_a_quiet_slot_has_no_lines_and_that_is_no_error(supervised: Supervised) -> None:

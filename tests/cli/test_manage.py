@@ -74,7 +74,7 @@ def test_a_supervisor_that_dies_meanwhile_is_named(supervised: Supervised) -> No
     ) as reload:
         eventually(lambda: len(running.tree()) > before)
         running.kill()
-        _, err = reload.communicate(timeout=10)
+        _, err = reload.communicate(timeout=60)
     assert reload.returncode == 1
     assert f"the supervisor at {running.control} hung up without an answer: has it ended?" in err
 
@@ -82,7 +82,7 @@ def test_a_supervisor_that_dies_meanwhile_is_named(supervised: Supervised) -> No
 def test_a_worker_for_a_parked_peer_has_no_gap(supervised: Supervised) -> None:
     (supervised.folder / "dies.py").write_text("import os\nos._exit(3)\n")
     running = supervised.start("--app=dies:app", "--stop-timeout=1", peers=1)
-    eventually(lambda: running.peer(0)["state"] == "crashloop", within_s=60)
+    eventually(lambda: running.peer(0)["state"] == "crashloop")
     (supervised.folder / "dies.py").write_text(PLAIN)
     shown = peerd("restart", "0", f"--control={running.control}")
     assert shown.returncode == 0, shown.stderr

@@ -66,9 +66,7 @@ def test_a_degraded_supervisor_is_1(supervised: Supervised) -> None:
     pid = running.peer(1)["pid"]
     send_signal(pid, signal.SIGSTOP)
     try:
-        eventually(
-            lambda: peerd("status", f"--control={running.control}").returncode == 1, within_s=15
-        )
+        eventually(lambda: peerd("status", f"--control={running.control}").returncode == 1)
         shown = peerd("status", f"--control={running.control}", "-o", "slot,state")
         assert shown.returncode == 1
     finally:
@@ -93,7 +91,7 @@ def test_a_handler_that_does_not_return_is_shown_and_named(supervised: Supervise
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.sendto(raw_client.pack(b"SLEEP", b"1", b""), ("127.0.0.1", running.ports[1]))
     where = f"--control={running.control}"
-    eventually(lambda: running.status()["supervisor"]["state"] == "degraded", within_s=20)
+    eventually(lambda: running.status()["supervisor"]["state"] == "degraded")
     fields = peerd("status", where, "-o", "slot,state,health").stdout.splitlines()
     assert fields[1] == "1\tready\tlate"
     shown = peerd("status", where)
@@ -168,7 +166,7 @@ def test_json_and_fields_exclude_each_other() -> None:
 def test_watch_ends_with_0(supervised: Supervised, key: bytes) -> None:
     running = ready(supervised)
     with Terminal(command("status", "--watch", f"--control={running.control}")) as terminal:
-        eventually(lambda: "RX/s" in terminal.text, within_s=15)
+        eventually(lambda: "RX/s" in terminal.text)
         terminal.type(key)
         assert terminal.wait() == 0
         assert "Traceback" not in terminal.text
@@ -182,7 +180,7 @@ def test_watch_on_a_terminal_that_has_no_screen(supervised: Supervised, term: st
     running = ready(supervised)
     options = ["env", f"TERM={term}", *command("status", "--watch", f"--control={running.control}")]
     with Terminal(options) as terminal:
-        eventually(lambda: terminal.text.count("peers 2 of 2 ready") >= 2, within_s=15)
+        eventually(lambda: terminal.text.count("peers 2 of 2 ready") >= 2)
         assert "\x1b[?1049h" not in terminal.raw
         terminal.type(b"\x03")
         assert terminal.wait() == 0
@@ -191,7 +189,7 @@ def test_watch_on_a_terminal_that_has_no_screen(supervised: Supervised, term: st
 def test_watch_is_ended_by_sigterm_and_leaves_the_screen(supervised: Supervised) -> None:
     running = ready(supervised)
     with Terminal(command("status", "--watch", f"--control={running.control}")) as terminal:
-        eventually(lambda: "RX/s" in terminal.text, within_s=15)
+        eventually(lambda: "RX/s" in terminal.text)
         terminal.process.send_signal(signal.SIGTERM)
         assert terminal.wait() == 128 + signal.SIGTERM
         assert "\x1b[?1049l" in terminal.raw
@@ -211,20 +209,20 @@ def test_watch_shows_rates(supervised: Supervised) -> None:
             row = terminal.text.rpartition(f"localhost:{running.ports[0]}")[2].split()
             return len(row) > 4 and row[3].isdecimal() and int(row[3]) > 0
 
-        eventually(shows_a_rate, within_s=20)
+        eventually(shows_a_rate)
 
 
 def test_watch_outlives_the_supervisor_and_says_so(supervised: Supervised) -> None:
     first = ready(supervised)
     with Terminal(command("status", "--watch", f"--control={first.control}"), 120) as terminal:
-        eventually(lambda: f"supervisor pid {first.pid}, ready" in terminal.text, within_s=15)
+        eventually(lambda: f"supervisor pid {first.pid}, ready" in terminal.text)
         first.kill()
-        eventually(lambda: "no answer for" in terminal.text, within_s=15)
+        eventually(lambda: "no answer for" in terminal.text)
         second = supervised.start(
             f"--control={first.control}", peers=2, base_port=first.base_port, prefix=first.prefix
         )
         restarted = f"pid {second.pid} follows {first.pid}"
-        eventually(lambda: restarted in terminal.text, within_s=15)
+        eventually(lambda: restarted in terminal.text)
         terminal.type(b"q")
         assert terminal.wait() == 0
 
@@ -233,7 +231,7 @@ def test_more_peers_than_lines_are_cut_and_that_is_said(supervised: Supervised) 
     running = ready(supervised, peers=30)
     options = ["status", "--watch", f"--control={running.control}"]
     with Terminal(command(*options), columns=100, rows=20) as terminal:
-        eventually(lambda: "of 30 peers, those that are not ready first" in terminal.text, 15)
+        eventually(lambda: "of 30 peers, those that are not ready first" in terminal.text)
         terminal.type(b"q")
         assert terminal.wait() == 0
 
@@ -276,7 +274,7 @@ def test_wait_in_vain(supervised: Supervised, tmp_path: Path) -> None:
     assert absent.returncode == 3
     (tmp_path / "slow.py").write_text("import time, peerd\ntime.sleep(30)\napp = peerd.App()\n")
     running = supervised.start("--app=slow:app", "--stop-timeout=1", peers=1, cwd=tmp_path)
-    eventually(running.control.exists, within_s=15)
+    eventually(running.control.exists)
     late = peerd("wait", f"--control={running.control}", "--timeout=0.5")
     assert late.returncode == 1
     assert f"localhost:{running.ports[0]} (starting)" in late.stderr

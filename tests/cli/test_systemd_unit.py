@@ -20,7 +20,7 @@ def systemd_unit(
         text=True,
         cwd=cwd,
         env={**os.environ, **variables},
-        timeout=30,
+        timeout=60,
     )
 
 

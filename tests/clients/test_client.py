@@ -144,7 +144,7 @@ def scripted(
         ThreadPoolExecutor(1) as pool,
     ):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        sock.settimeout(10)
+        sock.settimeout(30)
         sock.bind((forged_icmp.LOOPBACK[family], 0))
         done = pool.submit(script, sock)
         yield Address(*sock.getsockname()[:2])

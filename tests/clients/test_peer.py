@@ -50,7 +50,7 @@ def test_it_serves_in_the_foreground_until_it_is_stopped() -> None:
     thread.start()
     eventually(lambda: raw_client.request(port, b"PING", b"x", timeout_s=0.2)[0] == b"PONG")
     peer.stop()
-    thread.join(5)
+    thread.join(30)
     assert not thread.is_alive()
 
 
@@ -74,9 +74,9 @@ def test_ctrl_c_in_the_foreground(etcd: str) -> None:
         subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process,
         Registry(etcd, "ctrl-c") as registry,
     ):
-        eventually(registry.nodes, within_s=15)
+        eventually(registry.nodes)
         process.send_signal(signal.SIGINT)
-        assert b"KeyboardInterrupt" in process.communicate(timeout=15)[1]
+        assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1]
         assert registry.nodes() == []
 
 
@@ -86,7 +86,7 @@ def test_the_quick_start(etcd: str) -> None:
         [sys.executable, str(EXAMPLES / "quickstart.py"), "--port", str(port), "--etcd", etcd],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert f"Url = localhost, Port = {port}" in done.stdout

@@ -97,7 +97,7 @@ def peer_and_client(
         sock.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, recv_buffer)
         client = stack.enter_context(socket.socket(family, socket.SOCK_DGRAM))
-        client.settimeout(5)
+        client.settimeout(30)
         client.connect(sock.getsockname())
         yield Peer(sock, gro), client
 

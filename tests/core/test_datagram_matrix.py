@@ -79,7 +79,7 @@ class Exchange:
         """Turn until so many are taken; how many each turn took."""
         turns: list[int] = []
         while sum(turns) < datagrams:
-            assert select.select([self.loop], [], [], 5)[0], (
+            assert select.select([self.loop], [], [], 30)[0], (
                 f"{datagrams - sum(turns)} did not come"
             )
             turns.append(self.loop.turn())
@@ -136,7 +136,7 @@ def exchange(family: Family, gro: bool = True, gso: bool = True) -> Iterator[Exc
         for sock in (peer, client):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         client.setsockopt(SOL_UDP, UDP_GRO, 1)
-        client.settimeout(5)
+        client.settimeout(30)
         client.connect((family.connects_to, peer.getsockname()[1]))
         yield Exchange(peer, client, gro, gso)
 
@@ -244,7 +244,7 @@ def test_senders_in_turn() -> None:
         for number in range(6):
             family = FAMILIES["dual-v6" if number % 2 else "dual-v4"]
             client = stack.enter_context(socket.socket(family.client, socket.SOCK_DGRAM))
-            client.settimeout(5)
+            client.settimeout(30)
             client.connect((family.connects_to, port))
             clients.append(client)
         order = [number * number % 6 for number in range(60)]

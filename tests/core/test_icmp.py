@@ -62,7 +62,7 @@ class Peer:
     def take(self, datagrams: int) -> None:
         """Turn until so many are taken, and no more often."""
         while datagrams > 0:
-            assert select.select([self.loop], [], [], 5)[0], f"{datagrams} did not come"
+            assert select.select([self.loop], [], [], 30)[0], f"{datagrams} did not come"
             datagrams -= self.loop.turn()
 
     def __getitem__(self, counter: str) -> int:
@@ -91,7 +91,7 @@ def bound(family: socket.AddressFamily, address: str = "") -> Iterator[socket.so
 @contextmanager
 def connected(family: socket.AddressFamily, to: socket.socket) -> Iterator[socket.socket]:
     with socket.socket(family, socket.SOCK_DGRAM) as client:
-        client.settimeout(5)
+        client.settimeout(30)
         client.connect((LOOPBACK[family], to.getsockname()[1]))
         yield client
 

@@ -46,7 +46,7 @@ class Harness:
             for sock in (self.sock, self.client):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
             self.client.connect(self.sock.getsockname())
-            self.client.settimeout(5)
+            self.client.settimeout(30)
             self.slot: Slot = Scoreboard(1).slots[0]
             self.loop = DatagramLoop(
                 self.sock.fileno(),

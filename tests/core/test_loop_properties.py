@@ -112,7 +112,7 @@ class Real:
 
     def take(self, datagrams: int) -> None:
         while datagrams > 0:
-            assert select.select([self.loop], [], [], 5)[0], f"{datagrams} did not come"
+            assert select.select([self.loop], [], [], 30)[0], f"{datagrams} did not come"
             datagrams -= self.loop.turn()
         assert datagrams == 0
 
@@ -131,7 +131,7 @@ def real(gro: bool, gso: bool) -> Iterator[Real]:
             stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(2)
         )
         sock.bind(("127.0.0.1", 0))
-        client.settimeout(5)
+        client.settimeout(30)
         client.connect(sock.getsockname())
         yield Real(sock, client, gro, gso)
 

@@ -23,7 +23,7 @@ from harness.eventually import eventually
 from harness.ports import free_ports
 from peerd.address import Address
 
-_READY_WITHIN_S = 20.0
+_READY_WITHIN_S = 60.0
 _LAST_WORDS_BYTES = 2000
 
 

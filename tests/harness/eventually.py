@@ -11,7 +11,7 @@ T = TypeVar("T")
 _POLL_S = 0.01
 
 
-def eventually(check: Callable[[], T], within_s: float = 5.0) -> T:
+def eventually(check: Callable[[], T], within_s: float = 60.0) -> T:
     """What ``check`` returns once that is true. When the time is over, its last failure is raised."""
     give_up_s = time.monotonic() + within_s
     while True:

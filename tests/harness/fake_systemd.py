@@ -91,7 +91,7 @@ class FakeSystemd:
         stored = [(name, sock) for name, kept in self.store.items() for sock in kept]
         return [*self.sockets.items(), *stored]
 
-    def stop(self, timeout_s: float = 15) -> int:
+    def stop(self, timeout_s: float = 60) -> int:
         """SIGTERM to the main process (KillMode=mixed), as 'systemctl restart' does first."""
         self.signal(signal.SIGTERM)
         assert self.process is not None

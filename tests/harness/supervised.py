@@ -104,10 +104,10 @@ class Running:
         assert isinstance(peer, dict)
         return peer
 
-    def wait_ready(self, within_s: float = 15) -> None:
+    def wait_ready(self, within_s: float = 60) -> None:
         eventually(lambda: all(p["state"] == "ready" for p in self.status()["peers"]), within_s)
 
-    def wait_registered(self, within_s: float = 15) -> None:
+    def wait_registered(self, within_s: float = 60) -> None:
         eventually(lambda: all(p["registered"] for p in self.status()["peers"]), within_s)
 
     def tree(self) -> list[psutil.Process]:
@@ -125,7 +125,7 @@ class Running:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def wait(self, timeout_s: float = 15) -> int:
+    def wait(self, timeout_s: float = 60) -> int:
         return self.process.wait(timeout_s)
 
     def kill(self) -> None:

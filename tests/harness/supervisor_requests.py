@@ -50,7 +50,7 @@ def serving(running: Running, slot: int, but_not: Collection[int] = ()) -> int:
             ask(running, "restart", slot=slot)
         return peer["pid"] if peer["state"] == "ready" and peer["pid"] not in but_not else None
 
-    found = eventually(pid, within_s=30)
+    found = eventually(pid)
     assert found is not None
     return found
 

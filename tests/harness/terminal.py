@@ -65,7 +65,7 @@ class Terminal:
     def type(self, keys: bytes) -> None:
         os.write(self._fd, keys)
 
-    def wait(self, within_s: float = 15) -> int:
+    def wait(self, within_s: float = 60) -> int:
         """The exit code. What it writes is read meanwhile."""
         give_up_s = time.monotonic() + within_s
         while self.process.poll() is None:

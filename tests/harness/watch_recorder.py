@@ -11,7 +11,7 @@ from peerd.registry import Joined, Left, PeerRecord, Updated, Watch
 
 Event = Joined | Updated | Left
 
-_END_WITHIN_S = 5.0
+_END_WITHIN_S = 30.0
 
 
 class WatchRecorder:
@@ -28,7 +28,7 @@ class WatchRecorder:
         self.check_alive()
         return replayed(self.events)
 
-    def wait_for(self, records: dict[str, PeerRecord], within_s: float = 10.0) -> None:
+    def wait_for(self, records: dict[str, PeerRecord], within_s: float = 60.0) -> None:
         """Until the events say that exactly these are there."""
 
         def told() -> bool:

@@ -129,8 +129,8 @@ def test_a_cluster_elects_another_leader(binary: Path, tmp_path: Path) -> None:
         leader, other = cluster.members[-1], cluster.members[0]
         other.gateway.put(b"a/1", b"one")
         leader.kill()
-        eventually(lambda: cluster.leader() is not leader, 10)
-        eventually(lambda: other.gateway.put(b"a/1", b"two"), 10)
+        eventually(lambda: cluster.leader() is not leader)
+        eventually(lambda: other.gateway.put(b"a/1", b"two"))
         leader.start()
         assert leader.gateway.items(b"a/")[b"a/1"].value == b"two"
 
@@ -142,12 +142,12 @@ def test_a_member_can_be_cut_off(binary: Path, tmp_path: Path) -> None:
         other.gateway.put(b"a/1", b"one")
         cluster.cut(member)
         assert not member.is_healthy(0.5)
-        eventually(lambda: other.gateway.put(b"a/1", b"two"), 10)
+        eventually(lambda: other.gateway.put(b"a/1", b"two"))
         cluster.mend(member)
         assert eventually(lambda: member.gateway.items(b"a/"))[b"a/1"].value == b"two"
 
         cluster.cut_from_peers(member)
-        eventually(lambda: other.gateway.put(b"a/1", b"three"), 10)
+        eventually(lambda: other.gateway.put(b"a/1", b"three"))
         assert member.gateway.items(b"a/", serializable=True)[b"a/1"].value == b"two"
         cluster.mend(member)
         eventually(lambda: member.gateway.items(b"a/")[b"a/1"].value == b"three")
@@ -210,7 +210,7 @@ def _connect(proxy: FaultyProxy) -> socket.socket:
 def _ended(client: socket.socket) -> bool:
     """Reads to the end, however it comes."""
     with client:
-        client.settimeout(5.0)
+        client.settimeout(30)
         try:
             while client.recv(4096):
                 pass

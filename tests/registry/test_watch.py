@@ -157,7 +157,7 @@ def test_closing_from_another_thread_ends_a_wait(etcd: str, prefix: str, how: st
     reader.start()
     eventually(lambda: events)
     (watch if how == "watch" else registry).close()
-    reader.join(5.0)
+    reader.join(30)
     assert not reader.is_alive()
     watch.close()
     registry.close()
@@ -188,7 +188,7 @@ def test_a_stream_that_is_collected_under_the_lock_of_its_connection(
 
     collector = threading.Thread(target=collect, daemon=True)
     collector.start()
-    collector.join(5.0)
+    collector.join(30)
     assert not collector.is_alive()
     members.close()
 
@@ -203,7 +203,7 @@ def test_two_threads_cannot_ask_one_watch(registry: Registry) -> None:
         with pytest.raises(RuntimeError, match="two threads"):
             next(watch)
         watch.close()
-        reader.join(5.0)
+        reader.join(30)
 
 
 def test_async_for(registry: Registry) -> None:
@@ -253,7 +253,7 @@ def test_a_watch_may_begin_before_etcd_does(prefix: str) -> None:
             registration.close()
             eventually(lambda: len(events) == 2)
             watch.close()
-            reader.join(5.0)
+            reader.join(30)
 
 
 # Caching
@@ -329,7 +329,7 @@ def test_a_cache_can_be_read_while_etcd_is_away(prefix: str) -> None:
         with registry.cache() as cache:
             eventually(lambda: cache.nodes() == [SEED])
             etcd.kill()
-            eventually(lambda: not cache.current, within_s=10.0)
+            eventually(lambda: not cache.current)
             assert cache.nodes() == [SEED]
             assert cache.age_s > 1.0
             etcd.restart()

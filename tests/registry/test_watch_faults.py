@@ -71,7 +71,7 @@ def check_every_event(recorder: WatchRecorder, etcd: EtcdProcess) -> None:
 
 def wait_for_more(recorder: WatchRecorder) -> None:
     enough = len(recorder.events) + 10
-    eventually(lambda: len(recorder.events) > enough, 10)
+    eventually(lambda: len(recorder.events) > enough)
 
 
 # etcd itself
@@ -309,7 +309,7 @@ def test_a_long_fault_of_the_network(
     proxy.begin(fault)
     writer.write(20)
     if fault is not Fault.DELAYED:
-        eventually(lambda: proxy.connections >= connections + 3, 30)
+        eventually(lambda: proxy.connections >= connections + 3)
     recorder_behind_proxy.check_alive()
     proxy.end()
     writer.write(20)

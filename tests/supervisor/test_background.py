@@ -34,7 +34,7 @@ def test_log_lines_from_the_background_stop_nobody(supervised: Supervised) -> No
             assert isinstance(found, list)
             return found
 
-        eventually(lambda: all(peer["registered"] for peer in peers()), within_s=15)
+        eventually(lambda: all(peer["registered"] for peer in peers()))
         supervisor = psutil.Process(status()["supervisor"]["pid"])  # type: ignore[index]
         tree = [supervisor, *supervisor.children(recursive=True)]
         assert "registered" in eventually(lambda: terminal.text)

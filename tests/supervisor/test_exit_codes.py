@@ -59,7 +59,7 @@ def test_70_crash_loop(supervised: Supervised, tmp_path: Path) -> None:
                 client.send(raw_client.pack(b"DIE", b"1", b""))
             return running.process.poll() is not None
 
-        eventually(killed_again, within_s=60)
+        eventually(killed_again)
     assert running.wait() == 70
     assert "exit code 3" in running.err
 
@@ -97,4 +97,4 @@ def test_128_and_the_number_of_a_signal_that_cannot_be_caught() -> None:
         ["sh", "-c", '"$@" & kill -9 $!; wait $!', "sh", *command("wait", "--timeout=60")],
         stderr=subprocess.DEVNULL,
     ) as shell:
-        assert shell.wait(30) == 128 + signal.SIGKILL
+        assert shell.wait(60) == 128 + signal.SIGKILL

@@ -32,7 +32,7 @@ from peerd.errors import ControlError
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 
-pytestmark = pytest.mark.timeout(600 if LONG else 120)
+pytestmark = pytest.mark.timeout(3600 if LONG else 300)
 
 NUMBERS = """
 import time, peerd
@@ -134,7 +134,7 @@ def test_descriptors_and_processes_do_not_add_up(supervised: Supervised) -> None
             old = pids(running)
             for pid in old:
                 send_signal(pid, signal.SIGKILL)
-            eventually(partial(are_all_new, running, old), within_s=10)
+            eventually(partial(are_all_new, running, old))
     assert sum(peer["restarts"] for peer in running.status()["peers"]) >= 12
     eventually(lambda: kinds(descriptors(running.pid)) == before)
     children = supervisor.children(recursive=True)
@@ -204,7 +204,7 @@ def test_without_descriptors_for_clients_it_does_not_spin(supervised: Supervised
             time.sleep(0.05)
         assert cpu_s(running.pid) - begun_cpu_s < 0.3
         raise_limit(running.pid, resource.RLIMIT_NOFILE)
-        client.settimeout(5)
+        client.settimeout(30)
         assert client.recv(1 << 16).startswith(b'{"v":1,"ok":true')
 
 
@@ -246,7 +246,7 @@ def test_without_processes_a_worker_is_started_later(everybodys_folder: Path, et
                 assert isinstance(found, list)
                 return found
 
-            eventually(lambda: all(peer["registered"] for peer in peers()), within_s=15)
+            eventually(lambda: all(peer["registered"] for peer in peers()))
             first, second = (peer["pid"] for peer in peers())
             assert isinstance(first, int)
             # By themselves, since root may lack CAP_SYS_RESOURCE in a container.
@@ -265,12 +265,12 @@ def test_without_processes_a_worker_is_started_later(everybodys_folder: Path, et
             assert raw_client.request(base_port + 1, b"PING", b"x")[2] == b"x"
             most = "unlimited" if hard == resource.RLIM_INFINITY else hard
             subprocess.run([*limit, f"--nproc={most}:"], check=True)
-            eventually(lambda: all(peer["state"] == "ready" for peer in peers()), within_s=15)
+            eventually(lambda: all(peer["state"] == "ready" for peer in peers()))
             assert peers()[1]["pid"] == second
             assert raw_client.request(base_port, b"PING", b"x")[2] == b"x"
         finally:
             process.terminate()
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
 
 
 class Sequence:
@@ -317,7 +317,7 @@ def test_old_workers_are_replaced_and_nothing_is_lost(supervised: Supervised) ->
     before = pids(running)
     numbers = Sequence(running.ports[0])
     with numbers.going():
-        eventually(lambda: len(events(running, "replaced")) >= 4, within_s=15)
+        eventually(lambda: len(events(running, "replaced")) >= 4)
         eventually(lambda: not set(pids(running)) & set(before))
     assert numbers.received == list(range(numbers.sent))
     assert events(running, "died") == []
@@ -331,7 +331,7 @@ def test_recycling_rests_when_the_app_is_broken(supervised: Supervised) -> None:
     running = start(supervised, "--max-age=1")
     before = pids(running)
     (supervised.folder / "numbers.py").write_text("raise ValueError('broken today')\n")
-    eventually(lambda: "not replaced, and tried again in 60 s" in running.err, within_s=10)
+    eventually(lambda: "not replaced, and tried again in 60 s" in running.err)
     assert "ValueError: broken today" in running.err
     assert pids(running) == before
     assert len(events(running, "not replaced")) == 1
@@ -345,7 +345,7 @@ def test_large_workers_are_replaced_and_nothing_is_lost(supervised: Supervised) 
     with numbers.going():
         for _ in range(10):
             raw_client.request(running.ports[0], b"GROW", b"")
-        eventually(lambda: running.peer(0)["pid"] not in (before[0], None), within_s=10)
+        eventually(lambda: running.peer(0)["pid"] not in (before[0], None))
     running.wait_ready()
     assert numbers.received == list(range(numbers.sent))
     assert pids(running)[1] == before[1], "it is not large"
@@ -361,7 +361,7 @@ def test_a_gigabyte_is_not_taken_in(supervised: Supervised) -> None:
     sent = 0
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.connect(str(running.control))
-        client.settimeout(5)
+        client.settimeout(30)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             while sent < 1 << 30:
                 sent += client.send(bytes(1 << 20))
@@ -452,7 +452,7 @@ def test_garbage_gets_an_error_or_nothing(supervised: Supervised) -> None:
     for garbage in GARBAGE:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.connect(str(running.control))
-            client.settimeout(5)
+            client.settimeout(30)
             client.sendall(garbage)
             client.shutdown(socket.SHUT_WR)
             answer = b""
@@ -479,7 +479,7 @@ def test_as_pid_1_it_reaps_strangers(supervised: Supervised, tmp_path: Path) -> 
     command += [f"--control={control_path}", f"--etcd={supervised.etcd}", "--prefix=pid-1"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as outside:
         try:
-            eventually(lambda: control.request(control_path, "status")["peers"][0]["pid"], 15)
+            eventually(lambda: control.request(control_path, "status")["peers"][0]["pid"])
             (supervisor,) = eventually(lambda: psutil.Process(outside.pid).children())
             for _ in range(3):
                 answer = raw_client.request(base_port, b"LEAVE", b"")
@@ -487,12 +487,12 @@ def test_as_pid_1_it_reaps_strangers(supervised: Supervised, tmp_path: Path) -> 
                 assert worker == control.request(control_path, "status")["peers"][0]["pid"]
                 assert left != worker
             control.request(control_path, "restart", {"slot": 0}, timeout_s=30)
-            eventually(lambda: len(supervisor.children()) == 2, within_s=10)
+            eventually(lambda: len(supervisor.children()) == 2)
         finally:
             outside.send_signal(signal.SIGTERM)
             for process in psutil.Process(outside.pid).children():
                 process.terminate()
-            outside.wait(15)
+            outside.wait(60)
 
 
 LEAVES = """

@@ -41,7 +41,7 @@ def answer(message):
     return message.body
 """
 
-pytestmark = pytest.mark.timeout(900 if LONG else 120)
+pytestmark = pytest.mark.timeout(3600 if LONG else 300)
 
 
 def start(supervised: Supervised, *args: str, peers: int) -> Running:
@@ -79,12 +79,12 @@ def test_the_verdicts_on_four_workers_side_by_side(supervised: Supervised) -> No
                 seen[slot].add(verdict)
         return {"stuck"} <= seen[0] & seen[1] and "stopped" in seen[2]
 
-    eventually(all_judged, within_s=20)
-    eventually(lambda: running.status()["peers"][0]["restarts"] == 1, within_s=20)
-    eventually(lambda: running.status()["peers"][1]["restarts"] == 1, within_s=20)
+    eventually(all_judged)
+    eventually(lambda: running.status()["peers"][0]["restarts"] == 1)
+    eventually(lambda: running.status()["peers"][1]["restarts"] == 1)
     running.wait_ready()
     # For longer than the others took.
-    eventually(lambda: running.peer(2)["heartbeat_age_s"] > 3 * STUCK_S, within_s=20)
+    eventually(lambda: running.peer(2)["heartbeat_age_s"] > 3 * STUCK_S)
     assert seen[3] <= {"ok", "idle"}
     assert health(running)[2] == "stopped"
     send_signal(before[2], signal.SIGCONT)
@@ -108,7 +108,7 @@ def test_one_without_a_cpu_is_starved(supervised: Supervised) -> None:
     with burners(16, cpu):
         # Nothing is seen of one that gets on a little, four times a second.
         raw_client.send(running.ports[0], b"SPIN")
-        eventually(lambda: health(running)[0] == "starved", within_s=20)
+        eventually(lambda: health(running)[0] == "starved")
         assert health(running)[1] in ("ok", "idle")
         assert pids(running) == before
         assert not events(running, "stuck")

@@ -179,11 +179,11 @@ def test_the_default_is_text_on_a_terminal(tmp_path: Path, etcd: str) -> None:
     (tmp_path / "chatty.py").write_text(APP)
     port = free_ports()
     with on_a_terminal(tmp_path, port, etcd) as (process, screen):
-        eventually(lambda: raw_client.request(port, b"PRINT", b"hello", 0.5), within_s=10)
+        eventually(lambda: raw_client.request(port, b"PRINT", b"hello", 0.5))
         eventually(lambda: f" INFO     peer=localhost:{port} port={port} pid=" in screen())
         eventually(lambda: "gen=1: hello" in screen())
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
         assert '{"' not in screen()
 
 
@@ -263,7 +263,7 @@ def test_long_lines_of_many_workers_never_mix(supervised: Supervised) -> None:
         for each in (running, text):
             for letter, port in zip(letters, each.ports, strict=True):
                 raw_client.send(port, b"LONG", letter.encode())
-            eventually(partial(all_said, each, number + 1), within_s=10)
+            eventually(partial(all_said, each, number + 1))
     for letter, port in zip(letters, running.ports, strict=True):
         said = [each for each in json_lines(running.err) if each.get("port") == port]
         assert [each["message"] for each in said] == [letter * 10_000] * 20
@@ -411,7 +411,7 @@ def test_peerd_logs_follows(supervised: Supervised) -> None:
             tell(port, b"PRINT", b"line %d" % number)
             assert orjson.loads(follower.stdout.readline())["message"] == f"line {number}"
         follower.send_signal(signal.SIGINT)
-        assert follower.wait(10) == 130
+        assert follower.wait(60) == 130
         assert follower.stderr.read().strip() == b""
 
 
@@ -438,7 +438,7 @@ def test_nobody_reads_the_supervisors_log(tmp_path: Path, etcd: str) -> None:
         supervise, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path
     ) as process:
         assert process.stderr is not None
-        eventually(lambda: raw_client.request(port, b"PING", b"x", 0.5)[2] == b"x", within_s=10)
+        eventually(lambda: raw_client.request(port, b"PING", b"x", 0.5)[2] == b"x")
         for _ in range(10):  # a pipe holds 64 KiB
             tell(port, b"MANY")
         eventually(lambda: dropped(path) > 0)
@@ -454,7 +454,7 @@ def test_nobody_reads_the_supervisors_log(tmp_path: Path, etcd: str) -> None:
         tell(port, b"PRINT", b"now somebody reads")
         eventually(lambda: any(line["message"] == "now somebody reads" for line in lines))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
         reader.join()
     (told,) = [line for line in lines if "were dropped here" in line["message"]]
     assert told["message"] == f"{last} records of this log were dropped here: nobody read them"

@@ -269,7 +269,7 @@ class Start:
     def adopt(self, host: str, base_port: int, count: int) -> subprocess.Popen[bytes]:
         with self._systemd as systemd:
             process = systemd.start(sys.executable, "-c", ADOPT, host, str(base_port), str(count))
-            process.wait(15)
+            process.wait(60)
             self.out = (systemd.folder / "out").read_text().splitlines()
             self.err = systemd.err
         return process
@@ -373,7 +373,7 @@ def test_what_is_not_for_us(
         set_pid += "os.execv(sys.argv[1], sys.argv[1:])"
         command = [sys.executable, "-c", set_pid, *command]
     environment = {**os.environ, "LISTEN_FDS": count, "LISTEN_PID": pid or ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=15)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["127.0.0.1 -", "left"]
     assert ("LISTEN_FDS" in done.stderr) == warns
 

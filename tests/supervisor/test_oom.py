@@ -50,7 +50,7 @@ def replaced(running: Running, slot: int, pid: int) -> dict[str, Any]:
         peer = running.peer(slot)
         return peer if peer["state"] == "ready" and peer["pid"] != pid else None
 
-    peer = eventually(successor, within_s=20)
+    peer = eventually(successor)
     assert peer is not None
     return peer
 
@@ -104,7 +104,7 @@ def test_an_oom_kill_of_a_handlers_child_explains_no_later_death(
         assert answer[2] == b"%d" % -signal.SIGKILL
         # The supervisor counts twice per second, and a kill explains a death within the next 5 s.
         answered_s = running.status()["supervisor"]["uptime_s"]
-        eventually(lambda: running.status()["supervisor"]["uptime_s"] > answered_s + 6, within_s=10)
+        eventually(lambda: running.status()["supervisor"]["uptime_s"] > answered_s + 6)
         kill_as_a_user(running, 0)
         running.signal(signal.SIGTERM)
         assert running.wait() == 0

@@ -44,7 +44,7 @@ COROUTINE = PLAIN.replace("import time", "import asyncio, time").replace(
 
 def version_of(running: Running, slot: int) -> bytes:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.settimeout(5.0)
+        client.settimeout(30)
         client.connect(("127.0.0.1", running.ports[slot]))
         client.send(encode("VERSION", "1"))
         return decode(client.recv(2048)).body
@@ -160,7 +160,7 @@ def test_commands_wait_for_each_other(supervised: Supervised) -> None:
             )
             for words in (["reload"], ["restart", "0"], ["restart", "1"], ["reload"])
         ]
-        assert [each.wait(30) for each in commands] == [0, 0, 0, 0]
+        assert [each.wait(60) for each in commands] == [0, 0, 0, 0]
     running.wait_ready()
 
 
@@ -173,7 +173,7 @@ def test_a_worker_that_dies_while_its_successor_loads(supervised: Supervised) ->
     ) as restart:
         eventually(lambda: len(running.tree()) == 5)  # and the registrar
         send_signal(old, signal.SIGKILL)
-        out, _ = restart.communicate(timeout=20)
+        out, _ = restart.communicate(timeout=60)
     assert restart.returncode == 0
     assert str(pids(running)[0]) in out.decode()
     assert version_of(running, 0) == b"1"
@@ -184,7 +184,7 @@ def test_a_parked_worker_can_be_restarted(supervised: Supervised) -> None:
     running = start(supervised, PLAIN)
     (supervised.folder / "reloaded.py").write_text("raise ValueError('broken')\n")
     send_signal(pids(running)[0], signal.SIGKILL)
-    eventually(lambda: running.peer(0)["state"] == "crashloop", within_s=30)
+    eventually(lambda: running.peer(0)["state"] == "crashloop")
     (supervised.folder / "reloaded.py").write_text(PLAIN)
     assert peerd("restart", "0", f"--control={running.control}").returncode == 0
     assert running.peer(0)["state"] == "ready"
@@ -201,7 +201,7 @@ def test_a_stop_interrupts_a_reload(supervised: Supervised) -> None:
         done = peerd("stop", f"--control={running.control}")
         assert (done.returncode, done.stdout) == (0, f"supervisor pid {running.pid} has stopped\n")
         assert running.wait() == 0
-        _, said = reload.communicate(timeout=20)
+        _, said = reload.communicate(timeout=60)
     assert reload.returncode == 1
     assert "stopping" in said or "ended before it was ready" in said
     eventually(lambda: all(is_gone(pid) for pid in tree))
@@ -234,7 +234,7 @@ def test_a_stuck_worker_is_killed_and_its_stack_is_in_the_log(
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.connect(("127.0.0.1", running.ports[0]))
         client.send(encode(magic, "1"))
-        eventually(lambda: running.peer(0)["pid"] not in (stuck, None), within_s=20)
+        eventually(lambda: running.peer(0)["pid"] not in (stuck, None))
     running.wait_ready()
     assert pids(running)[1] == well
     assert "is stuck" in running.err
@@ -300,7 +300,7 @@ def held_up(running: Running) -> Iterator[tuple[socket.socket, Asked]]:
     """A client, and the replacement of its peer, whose worker was told to leave and waits for a handler."""
     (pid, *_) = pids(running)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.settimeout(20)
+        client.settimeout(30)
         client.connect(("127.0.0.1", running.ports[0]))
         client.send(encode("WAIT", "1"))
         eventually(lambda: running.peer(0)["rx_messages"] == 1)
@@ -340,7 +340,7 @@ def test_a_stopped_worker_is_not_killed(supervised: Supervised) -> None:
     running = start(supervised, STUCK, "--stuck-timeout=1")
     before = pids(running)
     send_signal(before[0], signal.SIGSTOP)
-    eventually(lambda: running.peer(0)["heartbeat_age_s"] > 4.0, within_s=10)
+    eventually(lambda: running.peer(0)["heartbeat_age_s"] > 4.0)
     send_signal(before[0], signal.SIGCONT)
     eventually(lambda: running.peer(0)["heartbeat_age_s"] < 1.0)
     assert pids(running) == before

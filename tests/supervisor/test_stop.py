@@ -112,7 +112,7 @@ def test_a_third_signal_kills_whatever_is_left(supervised: Supervised) -> None:
             eventually(lambda: "second signal: stopping at once" in running.err)
             begun_s = time.monotonic()
             running.signal(signal.SIGTERM)
-            assert running.wait(30) == 0
+            assert running.wait(60) == 0
             assert time.monotonic() - begun_s < quick(0.5)
         assert "signal 3: SIGKILL for all that is left" in running.err
         assert not alive(tree)
@@ -130,7 +130,7 @@ def test_a_second_signal_ends_it_without_etcd(supervised: Supervised) -> None:
             eventually(lambda: "SIGTERM: stopping" in running.err)
             begun_s = time.monotonic()
             running.signal(signal.SIGTERM)
-            assert running.wait(30) == 0
+            assert running.wait(60) == 0
             assert time.monotonic() - begun_s < quick(1.5)
         assert not alive(tree)
 
@@ -143,7 +143,7 @@ def test_two_signals_within_ten_milliseconds(supervised: Supervised) -> None:
     running.signal(signal.SIGTERM)
     time.sleep(0.005)  # two that are pending at once are one (signal(7))
     running.signal(signal.SIGTERM)
-    assert running.wait(30) == 0
+    assert running.wait(60) == 0
     assert time.monotonic() - begun_s < quick(1.5)
     assert not alive(tree)
     assert_records_go(running)
@@ -158,7 +158,7 @@ def test_ten_signals_at_once(supervised: Supervised) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTTIN) * 3:
             running.signal(number)
             time.sleep(0.002)
-    assert running.wait(30) in (0, 130)
+    assert running.wait(60) in (0, 130)
     assert time.monotonic() - begun_s < quick(1.5)
     assert not alive(tree)
     assert "Traceback" not in running.err
@@ -218,7 +218,7 @@ def test_a_signal_while_workers_load(supervised: Supervised) -> None:
     tree = tree_of(running)
     begun_s = time.monotonic()
     running.signal(signal.SIGTERM)
-    assert running.wait(30) == 0
+    assert running.wait(60) == 0
     assert time.monotonic() - begun_s < quick(1)
     assert not alive(tree)
     assert "ERROR" not in running.err
@@ -251,7 +251,7 @@ def test_a_signal_while_a_successor_loads(supervised: Supervised) -> None:
     running.signal(signal.SIGTERM)
     with pytest.raises(ControlError, match="stopping"):
         reload.answer()
-    assert running.wait(30) == 0
+    assert running.wait(60) == 0
     assert time.monotonic() - begun_s < quick(1)
     assert not alive(tree)
 
@@ -262,7 +262,7 @@ def test_a_signal_while_a_socket_is_handed_over(supervised: Supervised, goes_on:
     running = start(supervised, "--stop-timeout=3", peers=1)
     (pid,) = pids(running)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.settimeout(5)
+        client.settimeout(30)
         client.connect(("127.0.0.1", running.ports[0]))
         client.send(raw_client.pack(b"SECOND" if goes_on else b"HANG", b"1.0", b""))
         eventually(lambda: running.peer(0)["rx_messages"] == 1)
@@ -320,10 +320,10 @@ def test_a_parked_peer_does_not_delay_a_stop(supervised: Supervised) -> None:
     running = start(supervised, peers=2)
     write_app(supervised, "import os\nos._exit(3)\n")
     send_signal(pids(running)[0], signal.SIGKILL)
-    eventually(lambda: running.peer(0)["state"] == "crashloop", within_s=15)
+    eventually(lambda: running.peer(0)["state"] == "crashloop")
     begun_s = time.monotonic()
     running.signal(signal.SIGTERM)
-    assert running.wait(30) == 0
+    assert running.wait(60) == 0
     assert time.monotonic() - begun_s < quick(1)
 
 
@@ -397,7 +397,7 @@ class Terminal:
 def terminal(supervised: Supervised) -> Iterator[Terminal]:
     terminal = Terminal(supervised)
     try:
-        eventually(lambda: "all 2 peers are registered" in terminal.screen, within_s=10)
+        eventually(lambda: "all 2 peers are registered" in terminal.screen)
         yield terminal
     finally:
         terminal.close()
@@ -407,7 +407,7 @@ def test_ctrl_c_is_clean(terminal: Terminal) -> None:
     tree = terminal.tree()
     assert len(tree) == 4
     terminal.type("\x03")
-    assert terminal.process.wait(30) == 130
+    assert terminal.process.wait(60) == 130
     assert not alive(tree)
     assert "SIGINT: stopping" in terminal.screen
     assert "Traceback" not in terminal.screen
@@ -424,7 +424,7 @@ def test_ctrl_c_twice_is_quick(terminal: Terminal) -> None:
     eventually(lambda: "SIGINT: stopping" in terminal.screen)
     begun_s = time.monotonic()
     terminal.type("\x03")
-    assert terminal.process.wait(30) == 130
+    assert terminal.process.wait(60) == 130
     assert time.monotonic() - begun_s < quick(1)
     assert not alive(tree)
     assert "Traceback" not in terminal.screen

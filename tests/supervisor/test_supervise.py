@@ -76,7 +76,7 @@ def test_other_hosts(supervised: Supervised, host: str, reached_at: list[str]) -
     for address in reached_at:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with socket.socket(family, socket.SOCK_DGRAM) as client:
-            client.settimeout(5)
+            client.settimeout(30)
             client.sendto(raw_client.pack(b"PING", b"1.0", b"x"), (address, port))
             assert raw_client.unpack(client.recv(1 << 16))[0] == b"PONG"
     (record,) = records(running)
@@ -109,7 +109,7 @@ def test_a_killed_worker_is_replaced_on_the_same_socket(supervised: Supervised) 
     sent = 2000
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.connect(("127.0.0.1", port))
-        client.settimeout(5)
+        client.settimeout(30)
         reader = threading.Thread(target=lambda: collect(client, answered, sent))
         reader.start()
         begun_s = time.monotonic()
@@ -180,7 +180,7 @@ def test_what_is_queued_is_served_before_it_exits(supervised: Supervised) -> Non
     pid = running.peer(0)["pid"]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.connect(("127.0.0.1", running.ports[0]))
-        client.settimeout(5)
+        client.settimeout(30)
         for number in range(100):
             client.send(raw_client.pack(b"PING", b"1.0", b"%d" % number))
         running.signal(signal.SIGTERM)
@@ -221,7 +221,7 @@ def test_a_stop_has_a_hard_end(supervised: Supervised, tmp_path: Path) -> None:
         client.sendto(raw_client.pack(b"HANG", b"1", b""), ("127.0.0.1", running.ports[0]))
     eventually(lambda: running.peer(0)["rx_messages"] == 1)
     running.signal(signal.SIGTERM)
-    assert running.wait(5) == 0
+    assert running.wait(60) == 0
     assert f"waiting for: worker of localhost:{running.ports[0]}" in running.err
     assert f"worker of localhost:{running.ports[0]} has not stopped in time" in running.err
     assert "registrar has not stopped" not in running.err
@@ -250,7 +250,7 @@ def test_a_registrar_that_is_killed_again_and_again_comes_back(supervised: Super
     for _ in range(7):
         old = eventually(running.registrar)
         old.kill()
-        eventually(partial(is_replaced, running, old.pid), within_s=10)
+        eventually(partial(is_replaced, running, old.pid))
         assert len(records(running)) == 2
     running.wait_registered()
 
@@ -276,13 +276,13 @@ def test_a_log_that_nobody_reads_stops_nothing(supervised: Supervised, tmp_path:
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path
     ) as process:
-        eventually(lambda: raw_client.request(port, b"PING", b"x", 0.5)[2] == b"x", within_s=10)
+        eventually(lambda: raw_client.request(port, b"PING", b"x", 0.5)[2] == b"x")
         for _ in range(3):  # a pipe holds 64 KiB
             with pytest.raises(TimeoutError):
                 raw_client.request(port, b"BAD", b"", 1.1)
         assert raw_client.request(port, b"PING", b"x")[2] == b"x"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
         assert process.stderr is not None
         process.stderr.close()
 
@@ -351,7 +351,7 @@ def test_two_supervisors_that_advertise_the_same_address(supervised: Supervised)
             base_port=first.base_port,
             prefix=first.prefix,
         )
-        eventually(lambda: all(peer["conflict"] for peer in second.status()["peers"]), within_s=15)
+        eventually(lambda: all(peer["conflict"] for peer in second.status()["peers"]))
         for slot, peer in enumerate(second.status()["peers"]):
             assert not peer["registered"]
             assert f"'game.example:{first.base_port + slot}' belongs to" in peer["conflict"]
@@ -392,9 +392,9 @@ def test_a_hung_worker_loses_its_record_until_it_gets_on(supervised: Supervised)
     running.wait_registered()
     pid = running.peer(0)["pid"]
     send_signal(pid, signal.SIGSTOP)
-    eventually(lambda: len(records(running)) == 1, within_s=10)
+    eventually(lambda: len(records(running)) == 1)
     send_signal(pid, signal.SIGCONT)
-    eventually(lambda: len(records(running)) == 2, within_s=5)
+    eventually(lambda: len(records(running)) == 2)
 
 
 def test_workers_and_supervisor_hold_no_grpc_and_no_thread(supervised: Supervised) -> None:
@@ -469,7 +469,7 @@ def test_bad_settings_get_one_line(
 def test_an_app_that_fails_shows_one_traceback(supervised: Supervised, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("1 / 0\n")
     running = supervised.start("--app=broken:app")
-    assert running.wait(5) == 78
+    assert running.wait(60) == 78
     assert running.err.count("Traceback") == 1
     assert "broken.py" in running.err
 
@@ -553,7 +553,7 @@ def test_a_worker_that_always_dies_is_parked_and_its_siblings_go_on(
             client.send(raw_client.pack(b"DIE", b"1", b""))
             return bool(running.peer(0)["state"] == "crashloop")
 
-        eventually(killed_again, within_s=20)
+        eventually(killed_again)
     assert running.peer(1)["pid"] == sibling
     assert "exit code 3" in running.err
     assert "parked" in running.err
@@ -572,7 +572,7 @@ def test_the_embedded_etcd_comes_and_goes_with_the_supervisor(tmp_path: Path) ->
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
-            eventually(lambda: nodes_json() == [base_port, base_port + 1], within_s=15)
+            eventually(lambda: nodes_json() == [base_port, base_port + 1])
             tree = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
             assert len(tree) == 4
             process.send_signal(number)

@@ -61,7 +61,7 @@ class Service:
         self.systemd.start(*self._command, f"--app={app}", *args)
 
     def wait_ready(self, times: int = 1) -> None:
-        eventually(lambda: self.systemd.names().count("READY") >= times, within_s=20)
+        eventually(lambda: self.systemd.names().count("READY") >= times)
 
     def status(self) -> dict[str, Any]:
         report = control.request(self.control, "status")
@@ -221,10 +221,10 @@ def test_the_watchdog_is_fed_by_the_peers(service: Service) -> None:
     for pid in pids[:2]:
         send_signal(pid, signal.SIGSTOP)
     # Longer than a heartbeat may be old (5 s), and it is still fed.
-    eventually(lambda: service.status()["peers"][0]["heartbeat_age_s"] > 6, within_s=15)
+    eventually(lambda: service.status()["peers"][0]["heartbeat_age_s"] > 6)
     eventually(lambda: service.ping_age_s() < 0.6)
     send_signal(pids[2], signal.SIGSTOP)
-    eventually(lambda: service.ping_age_s() > 2.0, within_s=15)
+    eventually(lambda: service.ping_age_s() > 2.0)
     send_signal(pids[0], signal.SIGCONT)
     eventually(lambda: service.ping_age_s() < 0.6)
     service.systemd.signal(signal.SIGSTOP)
@@ -245,7 +245,7 @@ def test_a_reload_ends_whatever_it_finds(service: Service) -> None:
             psutil.Process(peer["pid"]).kill()
         return bool(peer["state"] == "crashloop")
 
-    eventually(crashlooped, within_s=60)
+    eventually(crashlooped)
     status = f"{PEERS - 1}/{PEERS} ready, 1 crashloop"
     eventually(lambda: service.systemd.values("STATUS")[-1] == status)
     (service.systemd.folder / "kept.py").write_text("1/0")

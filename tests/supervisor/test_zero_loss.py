@@ -37,7 +37,7 @@ UNREAD_S = 30.0 if LONG else 4.0
 HANDLER_S = 0.75 * PEERS / RATE
 RECV_BUFFER = "--recv-buffer=134217728"  # room for what a busy machine leaves undone
 
-pytestmark = pytest.mark.timeout(600 if LONG else 120)
+pytestmark = pytest.mark.timeout(3600 if LONG else 300)
 
 CHATTERING = """
 import sys, peerd
@@ -144,7 +144,7 @@ def test_nobody_reads_what_it_says(supervised: Supervised, tmp_path: Path) -> No
     command = [sys.executable, "-m", "peerd", "supervise", f"--peers={PEERS}"]
     command += [f"--base-port={base_port}", f"--etcd={supervised.etcd}", "--app=chattering:app"]
     with unread([*command, f"--control={path}", "--prefix=unread"], tmp_path):
-        eventually(lambda: all_ready(path), within_s=15)
+        eventually(lambda: all_ready(path))
         begun_s = time.monotonic()
         with Load(range(base_port, base_port + PEERS), rate=RATE) as load:
             eventually(lambda: load.report().sent >= RATE * UNREAD_S, within_s=3 * UNREAD_S + 10)
@@ -164,7 +164,7 @@ def unread(command: list[str], cwd: Path) -> Iterator[None]:
     try:
         yield
         process.send_signal(signal.SIGTERM)
-        assert process.wait(15) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.communicate()
