@@ -121,6 +121,9 @@ class DatagramLoop:
     def flush(self) -> None:
         """Send what is queued, as far as the kernel takes it."""
 
+    def set_reading(self, is_reading: bool) -> None:
+        """Publish in the slot whether the socket is read, or not because too many coroutines wait."""
+
     def beat(self) -> None:
         """Write a heartbeat: the event loop is not blocked, though it does not call :meth:`turn`."""
 

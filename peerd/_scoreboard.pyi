@@ -1,7 +1,7 @@
-"""What all processes of a supervisor know about its peers, in one shared mapping.
+"""The state of all peers of a supervisor, in one shared mapping.
 
-Made before the first fork and inherited; read without a lock, a pipe or a system call. Each field
-but ``log_dropped`` has one writer: the supervisor, the registrar or the peer's worker.
+It is made before the first fork and inherited, and read without a lock, a pipe or a system call. Each
+field but ``log_dropped`` has one writer: the supervisor, the registrar or the peer's worker.
 """
 
 from enum import IntEnum
@@ -11,7 +11,7 @@ COUNTER_NAMES: Final[tuple[str, ...]]
 """The keys of :meth:`Slot.counters`."""
 
 class PeerState(IntEnum):
-    """Where a peer is in its life; the supervisor says so."""
+    """The state of a peer's life cycle, set by the supervisor."""
 
     STOPPED = 0
     STARTING = 1
@@ -21,17 +21,17 @@ class PeerState(IntEnum):
     CRASHLOOP = 5
 
 class RegistryState(IntEnum):
-    """What the registrar has of etcd."""
+    """The state of the registrar's connection to etcd."""
 
     SUSPENDED = 0
-    """No answer (yet); leases may live."""
+    """No answer (yet); leases may be alive."""
     CONNECTED = 1
     LOST = 2
-    """A lease has run out; its record comes back when etcd does."""
+    """A lease has expired; the record returns when etcd does."""
 
 @final
 class Slot:
-    """One peer. Only a :class:`Scoreboard` makes it."""
+    """One peer. :attr:`Scoreboard.slots` has all of them."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         """Raises TypeError."""
@@ -40,58 +40,68 @@ class Slot:
     def index(self) -> int:
         """The number of the slot, from 0."""
     pid: int
-    """The worker's process, 0 when there is none. Written by the supervisor, as are the next seven."""
+    """The worker's process id, 0 without a worker. The supervisor writes this and the next seven."""
     successor_pid: int
-    """The process that is to take over from it, 0 when there is none."""
+    """The process id of the worker's successor during a replacement, else 0."""
     generation: int
-    """How many workers this slot has had."""
+    """The number of workers this slot has had."""
     state: PeerState
     restarts: int
-    """How many workers were started because another had died."""
+    """The number of workers started because their predecessor died."""
     since_ns: int
     """CLOCK_MONOTONIC of the last change of state."""
     lost_in_flight: int
-    """Datagrams that workers had read and not answered when they died."""
+    """Datagrams that workers had read and not finished when they died."""
     lost_unread: int
-    """Datagrams that were in the queue of a socket when it was closed."""
+    """Datagrams in the queue of a socket when it was closed."""
     lease_id: int
-    """The etcd lease of the peer's record, 0 for none. Written by the registrar, as are the next two."""
+    """The etcd lease of the peer's record, 0 for none. The registrar writes this and the next two."""
     registered_until_ns: int
-    """CLOCK_MONOTONIC when the record's lease runs out, as far as the registrar knows; 0 for no record."""
+    """CLOCK_MONOTONIC when the record's lease expires, as far as the registrar knows; 0 without a record."""
     holder: str
-    """Who holds the peer id instead of this peer; at most 511 bytes of UTF-8."""
+    """The process that holds the peer id instead of this peer; at most 511 bytes of UTF-8."""
     @property
     def registered(self) -> bool:
-        """Whether the record is in etcd now: true of no record that nobody keeps alive."""
+        """Whether the record is in etcd now: False once its lease has expired."""
     @property
     def heartbeat_ns(self) -> int:
-        """CLOCK_MONOTONIC at the worker's last turn; at most 250 ms old in a loop that turns."""
+        """CLOCK_MONOTONIC at the worker's last turn; at most 250 ms old unless the loop is blocked."""
     @property
     def unfinished(self) -> int:
-        """Datagrams that were read and not answered. Exact when the worker is dead, wherever that met it;
-        of a living one it is a glance."""
+        """Datagrams that were read and not finished. Exact once the worker is dead, wherever it died;
+        approximate while it lives."""
+    @property
+    def waiting(self) -> int:
+        """The number of coroutine handlers that wait for something."""
+    @property
+    def waiting_by_magic(self) -> dict[str, int]:
+        """The same per magic code, without zeros. The key ``""`` has the sum of the codes without a row of
+        their own: those longer than 32 characters, and those behind the app's first 16 async handlers."""
+    @property
+    def not_reading_since_ns(self) -> int:
+        """CLOCK_MONOTONIC when the worker stopped reading because too many handlers wait; else 0."""
     def settle(self) -> int:
-        """The last value of ``unfinished`` of a worker that is dead, and from here on it is 0: it is counted
-        once, however many workers come and go before the next one reads. Only the supervisor does this."""
+        """Return ``unfinished`` of a dead worker and reset it, so that each loss is counted once. Reset what
+        the worker has published about waiting handlers. Only the supervisor calls this."""
     @property
     def progress(self) -> tuple[int, int]:
-        """A value that changes as long as the worker gets on: heartbeat and messages handed out."""
+        """A value that changes while the worker makes progress: heartbeat and messages dispatched."""
     @property
     def log_dropped(self) -> int:
-        """Lines that workers wrote and nobody had room for."""
+        """Lines of the workers' output that were dropped because a buffer was full."""
     def add_log_dropped(self, lines: int) -> None:
-        """Atomic: a worker, its successor and the supervisor may do this at once."""
+        """Atomic: a worker, its successor and the supervisor may call this concurrently."""
     def histograms(self) -> dict[str, list[int]]:
-        """``batch_datagrams``: datagrams a turn; ``turn_us``: microseconds a turn.
+        """``batch_datagrams``: datagrams per turn; ``turn_us``: microseconds per turn.
 
-        Bucket i counts the turns with 2**i to 2**(i+1) - 1 of them, bucket 0 those with 0 as well,
-        the last one those above.
+        Bucket i counts the turns with 2**i to 2**(i+1) - 1 of them; bucket 0 counts those with 0 as
+        well, the last bucket all above.
         """
     def counters(self) -> dict[str, int]:
-        """Every counter by name. They never go back while the mapping lives.
+        """Every counter by name. None decreases while the mapping lives.
 
         ``rx_datagrams`` = ``rx_messages`` + ``rx_truncated`` + ``decode_*`` + ``unknown_magic``
-        between two turns; ``rx_datagrams`` - ``handled`` is what the worker has in hand.
+        + ``rx_max_waiting`` between two turns; ``rx_datagrams`` - ``handled`` are unfinished.
         """
 
 @final
@@ -99,16 +109,16 @@ class Scoreboard:
     """The mapping. Raises ValueError for fewer than 1 slots, OSError without memory."""
 
     def __init__(self, slots: int, capacity: int = 0) -> None:
-        """``capacity``: how many slots there may be one day; 0 for no more than now."""
+        """``capacity``: the number of slots it can grow to; 0 for no more than now."""
     @property
     def capacity(self) -> int: ...
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """Those that were ever in use, in every process that has the mapping."""
+        """The slots that are or were in use, in every process that has the mapping."""
     def grow(self, slots: int) -> None:
-        """So many are in use, if there were fewer. Only the supervisor does this. Raises ValueError above
-        the capacity."""
+        """Use at least this many slots. Only the supervisor calls this. Raises ValueError above the
+        capacity."""
     registry_state: RegistryState
-    """Written by the registrar, and by the supervisor while there is none."""
+    """Written by the registrar, and by the supervisor while no registrar runs."""
     registrar_heartbeat_ns: int
     """CLOCK_MONOTONIC of the registrar's last round."""

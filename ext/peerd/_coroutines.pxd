@@ -3,14 +3,12 @@
 cimport cython
 
 from peerd._envelope cimport Message
-from peerd.outbox cimport Outbox
 
 cdef object SUSPENDED
 
 
 @cython.final
 cdef class Coroutines:
-    cdef Outbox *_outbox
     cdef object _new_spare
     cdef object _continue
     cdef object _spare  # entered as the current task and context, or None

@@ -14,7 +14,6 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 
 from peerd._envelope cimport Message
-from peerd.outbox cimport Outbox
 
 cdef extern from "Python.h":
     ctypedef enum PySendResult:
@@ -51,7 +50,6 @@ cdef class Coroutines:
         result = <object>out
         Py_DECREF(result)
         if status == PYGEN_NEXT:
-            self._outbox.suspended += 1
             spare = self._spare
             self.leave()
             self._continue(spare, coroutine, result, message)

@@ -2,11 +2,19 @@
 
 cimport cython
 from libc.stdint cimport uint8_t, uint64_t
+from libc.string cimport memcpy, memset
 
 cimport peerd.linux_udp as linux
 from peerd._coroutines cimport SUSPENDED, Coroutines
 from peerd._envelope cimport Codec, Message
-from peerd._scoreboard cimport HANDLER_ERRORS, RX_BYTES, RX_MESSAGES
+from peerd._scoreboard cimport (
+    HANDLER_ERRORS,
+    MAX_WAITING_NAME_BYTES,
+    MAX_WAITING_ROWS,
+    RX_BYTES,
+    RX_MESSAGES,
+    Waiting,
+)
 from peerd.outbox cimport Outbox, count_handled
 
 
@@ -17,6 +25,7 @@ cdef class Route:
     cdef object handler
     cdef list pending  # the batch of this turn; None when each message has its own call
     cdef bint is_coroutine
+    cdef unsigned int waiting_row  # of the scoreboard
 
 
 @cython.final
@@ -24,7 +33,7 @@ cdef class Dispatcher:
     """Handlers by magic code; see DatagramLoop for what they are."""
 
     def __init__(self, handlers, batch_handlers, coroutine_handlers, on_handler_error):
-        routes = {}
+        self._routes = routes = {}
         self._batched = []
         for table in (handlers, batch_handlers, coroutine_handlers):
             for magic, handler in table.items():
@@ -38,10 +47,21 @@ cdef class Dispatcher:
         self._on_handler_error = on_handler_error
         self._failures = (Exception,)
 
-    cdef void open(self, Outbox *outbox) noexcept:
-        """``outbox`` must live for as long as this object."""
-        self._outbox = self._coroutines._outbox = outbox
+    cdef int open(self, Outbox *outbox, Waiting *waiting) except -1:
+        """What is passed must live for as long as this object."""
+        cdef Route route
+        self._outbox = outbox
+        self._waiting = waiting
         self._counters = self._codec._counters = outbox.counters
+        memset(waiting, 0, sizeof(Waiting))
+        for magic, route in self._routes.items():
+            route.waiting_row = MAX_WAITING_ROWS
+            name = magic.encode("ascii")
+            if route.is_coroutine and len(name) <= MAX_WAITING_NAME_BYTES and waiting.rows_used < MAX_WAITING_ROWS:
+                memcpy(waiting.names[waiting.rows_used], <const char *>name, len(name))
+                route.waiting_row = waiting.rows_used
+                waiting.rows_used += 1
+        return 0
 
     cdef int attach(self, object new_spare, object continue_) except -1:
         """Coroutine handlers may run; see DatagramLoop.attach."""
@@ -49,7 +69,6 @@ cdef class Dispatcher:
 
         self._failures = (Exception, CancelledError)
         self._coroutines = Coroutines(new_spare, continue_)
-        self._coroutines._outbox = self._outbox
         return 0
 
     cdef int dispatch(self, const uint8_t *data, size_t size, linux.msghdr *header) except -1:
@@ -71,6 +90,9 @@ cdef class Dispatcher:
             if route.is_coroutine:
                 result = self._coroutines.step(route.handler, message)
                 if result is SUSPENDED:
+                    self._outbox.suspended += 1
+                    self._waiting.count += 1
+                    self._waiting.counts[route.waiting_row] += 1
                     return 0
             else:
                 result = route.handler(message)
@@ -113,6 +135,8 @@ cdef class Dispatcher:
             self._handler_failed(message, error)
         finally:  # after the reply is queued, or the message would count as handled in between
             self._outbox.suspended -= 1
+            self._waiting.count -= 1
+            self._waiting.counts[(<Route>self._routes[message.magic]).waiting_row] -= 1
             count_handled(self._outbox)
         return 0
 

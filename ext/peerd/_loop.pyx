@@ -20,7 +20,7 @@ Counting. RX_DATAGRAMS grows when recvmmsg returns, HANDLED when a datagram need
 (outbox.pxd): the difference is what a SIGKILL would lose, and flight.pxd makes that exact for one that
 comes within a system call. The identity
 
-    rx_datagrams = rx_messages + rx_truncated + decode_* + unknown_magic
+    rx_datagrams = rx_messages + rx_truncated + decode_* + unknown_magic + rx_max_waiting
 
 holds after each turn. The kernel's own drops are counted by the owner of the socket, who reads SO_MEMINFO
 (supervisor/kernel_drops.py): SO_RXQ_OVFL would cost a control message on each datagram after the first drop
@@ -138,7 +138,7 @@ cdef class DatagramLoop:
             and outbox_open(&self._outbox, fd, gso, self._stats)
         ):
             raise MemoryError
-        self._dispatcher.open(&self._outbox)
+        self._dispatcher.open(&self._outbox, &self._stats.waiting)
         if linux.pipe2(ends, linux.O_CLOEXEC | linux.O_NONBLOCK) < 0:
             raise OSError(errno, f"pipe2: {os.strerror(errno)}")
         self._wake_read = ends[0]
@@ -217,6 +217,9 @@ cdef class DatagramLoop:
 
     def flush(self):
         flush(&self._outbox)
+
+    def set_reading(self, bint is_reading):
+        self._stats.waiting.not_reading_since_ns = 0 if is_reading else monotonic_ns()
 
     def beat(self):
         self._stats.heartbeat_ns = monotonic_ns()

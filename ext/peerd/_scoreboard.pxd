@@ -7,8 +7,11 @@ from peerd.flight cimport Flight
 
 cdef enum:
     HOLDER_BYTES = 512
+    # Magic codes whose waiting coroutines have a row, and the bytes of a row's name.
+    MAX_WAITING_ROWS = 16
+    MAX_WAITING_NAME_BYTES = 32
 
-# One name in _scoreboard.COUNTER_NAMES for each, in this order.
+# In the order of _scoreboard.COUNTER_NAMES.
 cdef enum:
     RX_DATAGRAMS
     RX_MESSAGES
@@ -20,6 +23,7 @@ cdef enum:
     DECODE_LENGTH_PAST_END_COUNT
     DECODE_NOT_ASCII_COUNT
     UNKNOWN_MAGIC
+    RX_MAX_WAITING
     HANDLER_ERRORS
     HANDLED
     TX_MESSAGES
@@ -34,9 +38,17 @@ cdef enum:
     COUNTER_COUNT
 
 cdef enum:
-    # Bucket i counts values from 2**i to 2**(i+1) - 1; bucket 0 has 0 as well, the last what is above.
+    # Bucket i counts values from 2**i to 2**(i+1) - 1; bucket 0 counts 0 as well, the last all that is above.
     BATCH_BUCKETS = 12
     TURN_BUCKETS = 20
+
+# Coroutine handlers that wait: written by the worker.
+cdef struct Waiting:
+    uint64_t count
+    int64_t not_reading_since_ns
+    uint64_t rows_used
+    char names[MAX_WAITING_ROWS][MAX_WAITING_NAME_BYTES]  # zeros behind the name
+    uint64_t counts[MAX_WAITING_ROWS + 1]  # the last is that of all other magic codes
 
 # Each group of fields has one writer and cache lines (64 bytes) of its own.
 cdef struct SlotData:
@@ -57,11 +69,13 @@ cdef struct SlotData:
     # The worker writes.
     int64_t heartbeat_ns
     int64_t worker_pad[7]
+    Waiting waiting
+    int64_t waiting_pad[4]
     uint64_t counters[32]
     uint64_t batch_datagrams[BATCH_BUCKETS]
     uint64_t turn_us[TURN_BUCKETS]
     Flight flight
-    # A worker, its successor and the supervisor add.
+    # A worker, its successor and the supervisor add to this.
     uint64_t log_dropped
     int64_t shared_pad[7]
 

@@ -1,22 +1,23 @@
-"""What all processes of one supervisor know about its peers, in one anonymous shared mapping.
+"""The state of all peers of a supervisor, in one anonymous shared mapping.
 
-The supervisor makes the mapping before its first fork; every child inherits it. There is one slot a
-peer. Every field but one has a single writer (the supervisor, the registrar or the peer's worker), groups of
-one writer have cache lines of their own, and every field is one aligned 64-bit word: a reader sees
-the old or the new value, never half of one, so nobody takes a lock, and a writer that is killed
-leaves nothing held. The mapping outlives the workers, so a counter never goes back when one is
-replaced. It has no name and no file: it is gone with the last process that has it.
+The supervisor makes the mapping before its first fork; every child inherits it. There is one slot per
+peer. Every field but one has a single writer (the supervisor, the registrar or the peer's worker), the
+fields of each writer have their own cache lines, and every field is one aligned 64-bit word: a reader
+sees the old or the new value, never half of one. So there is no lock, and a killed writer holds none. The
+mapping outlives the workers, so a counter never decreases when a worker is replaced. It has no name and
+no file: it ends with the last process that has it.
 
-A mapping cannot grow where others have it already. So it has room for as many slots as there may ever be,
-which costs addresses and no memory (pages come when they are first written), and says in its head how
-many are in use. That number only grows: a slot whose peer was scaled away keeps its counters for the next.
+A mapping cannot grow once other processes have it. So it has room for the largest number of slots, which
+costs addresses and no memory (the kernel adds pages when they are first written), and its head holds the
+number of slots in use. That number only grows: a slot whose peer was scaled away keeps its counters.
 
-Rejected: a pipe a worker (a full pipe stops the writer, a dead reader kills it), files (left behind),
-POSIX shared memory (a name that somebody must unlink), multiprocessing.Value (a lock that a killed
-holder never releases).
+Rejected: a pipe per worker (a full pipe blocks the writer, a dead reader kills it), files (left behind),
+POSIX shared memory (its name must be unlinked), multiprocessing.Value (a killed holder never releases its
+lock).
 
-``holder`` is the one field wider than a word. Its writer clears the first byte, writes the rest and
-sets the first byte last, so a reader gets a whole text or, for a moment, none.
+Two fields are wider than a word. The writer of ``holder`` clears the first byte, writes the rest and
+sets the first byte last, so a reader gets a whole text or none. The names of ``waiting`` are written when
+a loop is made, before the count of rows.
 """
 
 cimport cython
@@ -44,6 +45,7 @@ COUNTER_NAMES = (
     "decode_length_past_end",
     "decode_not_ascii",
     "unknown_magic",
+    "rx_max_waiting",
     "handler_errors",
     "handled",
     "tx_messages",
@@ -79,10 +81,10 @@ cdef extern from *:
     const int RELAXED "__ATOMIC_RELAXED"
 
 
-# Of a worker that died since its memory was corrupted, no number and no address here is to be trusted.
+# A worker may have died because its memory was corrupted: no number and no address here is trusted.
 
 cdef uint64_t taken(SlotData *data):
-    """With what a recvmmsg had done that nobody came to count."""
+    """RX_DATAGRAMS, and what an interrupted recvmmsg received beyond it."""
     cdef linux.mmsghdr header
     cdef uint64_t i
     cdef uint64_t count = data.counters[RX_DATAGRAMS]
@@ -99,7 +101,7 @@ cdef uint64_t taken(SlotData *data):
 
 
 cdef uint64_t handled(SlotData *data):
-    """With what a sendmmsg had done that nobody came to count."""
+    """HANDLED, and what an interrupted sendmmsg sent beyond it."""
     cdef uint64_t i
     cdef uint64_t count = data.counters[HANDLED]
     if data.flight.sending:
@@ -112,33 +114,35 @@ cdef uint64_t handled(SlotData *data):
 
 
 @cython.final
+cdef class Word:
+    """An attribute of a Slot that is one int64 of its SlotData."""
+
+    cdef size_t offset
+
+    def __init__(self, size_t offset):
+        self.offset = offset
+
+    def __get__(self, Slot slot, _owner):
+        return self if slot is None else (<int64_t *>(<char *>slot.data + self.offset))[0]
+
+    def __set__(self, Slot slot not None, int64_t value):
+        (<int64_t *>(<char *>slot.data + self.offset))[0] = value
+
+
+@cython.final
 cdef class Slot:
     def __init__(self):
         raise TypeError("a Slot belongs to a Scoreboard: use Scoreboard(n).slots")
 
-    @property
-    def pid(self):
-        return self.data.pid
-
-    @pid.setter
-    def pid(self, int64_t value):
-        self.data.pid = value
-
-    @property
-    def successor_pid(self):
-        return self.data.successor_pid
-
-    @successor_pid.setter
-    def successor_pid(self, int64_t value):
-        self.data.successor_pid = value
-
-    @property
-    def generation(self):
-        return self.data.generation
-
-    @generation.setter
-    def generation(self, int64_t value):
-        self.data.generation = value
+    pid = Word(<size_t>&(<SlotData *>NULL).pid)
+    successor_pid = Word(<size_t>&(<SlotData *>NULL).successor_pid)
+    generation = Word(<size_t>&(<SlotData *>NULL).generation)
+    restarts = Word(<size_t>&(<SlotData *>NULL).restarts)
+    since_ns = Word(<size_t>&(<SlotData *>NULL).since_ns)
+    lost_in_flight = Word(<size_t>&(<SlotData *>NULL).lost_in_flight)
+    lost_unread = Word(<size_t>&(<SlotData *>NULL).lost_unread)
+    lease_id = Word(<size_t>&(<SlotData *>NULL).lease_id)
+    registered_until_ns = Word(<size_t>&(<SlotData *>NULL).registered_until_ns)
 
     @property
     def state(self):
@@ -147,54 +151,6 @@ cdef class Slot:
     @state.setter
     def state(self, value):
         self.data.state = PeerState(value)
-
-    @property
-    def restarts(self):
-        return self.data.restarts
-
-    @restarts.setter
-    def restarts(self, int64_t value):
-        self.data.restarts = value
-
-    @property
-    def since_ns(self):
-        return self.data.since_ns
-
-    @since_ns.setter
-    def since_ns(self, int64_t value):
-        self.data.since_ns = value
-
-    @property
-    def lost_in_flight(self):
-        return self.data.lost_in_flight
-
-    @lost_in_flight.setter
-    def lost_in_flight(self, int64_t value):
-        self.data.lost_in_flight = value
-
-    @property
-    def lost_unread(self):
-        return self.data.lost_unread
-
-    @lost_unread.setter
-    def lost_unread(self, int64_t value):
-        self.data.lost_unread = value
-
-    @property
-    def lease_id(self):
-        return self.data.lease_id
-
-    @lease_id.setter
-    def lease_id(self, int64_t value):
-        self.data.lease_id = value
-
-    @property
-    def registered_until_ns(self):
-        return self.data.registered_until_ns
-
-    @registered_until_ns.setter
-    def registered_until_ns(self, int64_t value):
-        self.data.registered_until_ns = value
 
     @property
     def registered(self):
@@ -219,6 +175,26 @@ cdef class Slot:
     @property
     def heartbeat_ns(self):
         return self.data.heartbeat_ns
+
+    @property
+    def waiting(self):
+        return self.data.waiting.count
+
+    @property
+    def waiting_by_magic(self):
+        cdef Waiting *waiting = &self.data.waiting
+        cdef int i
+        cdef int rows = min(waiting.rows_used, <uint64_t>MAX_WAITING_ROWS)
+        counts = {
+            waiting.names[i][:MAX_WAITING_NAME_BYTES].rstrip(b"\0").decode("ascii", "replace"): waiting.counts[i]
+            for i in range(rows)
+        }
+        counts[""] = waiting.counts[MAX_WAITING_ROWS]
+        return {magic: count for magic, count in counts.items() if count}
+
+    @property
+    def not_reading_since_ns(self):
+        return self.data.waiting.not_reading_since_ns
 
     @property
     def log_dropped(self):
@@ -247,6 +223,7 @@ cdef class Slot:
         self.data.counters[RX_DATAGRAMS] = taken(self.data)
         self.data.counters[HANDLED] = self.data.counters[RX_DATAGRAMS]
         self.data.flight.receiving = self.data.flight.sending = 0
+        memset(&self.data.waiting, 0, sizeof(Waiting))
         return lost
 
     @property

@@ -170,8 +170,9 @@ class AsyncServer:
         self._flush_later()
 
     def _note_room(self) -> None:
-        if self._core.suspended >= MAX_SUSPENDED:
+        if self._core.suspended >= MAX_SUSPENDED and self._room.is_set():
             self._room.clear()
+            self._core.set_reading(False)
             self._do_not_read()
 
     def _read(self) -> None:
@@ -224,6 +225,7 @@ class AsyncServer:
         self._flush_later()
         if self._core.suspended < MAX_SUSPENDED // 2 and not self._room.is_set():
             self._room.set()
+            self._core.set_reading(True)
             if not self._end.done():
                 self._read()
 

@@ -48,7 +48,7 @@ COUNTERS: Mapping[str, tuple[str, str]] = {
 RX_DROPPED: Mapping[str, str] = {
     name: name.removeprefix("rx_")
     for name in COUNTER_NAMES
-    if name in ("rx_truncated", "unknown_magic") or name.startswith("decode_")
+    if name in ("rx_truncated", "rx_max_waiting", "unknown_magic") or name.startswith("decode_")
 }
 TX_DROPPED: Mapping[str, str] = {
     name: name.removeprefix("tx_dropped_")

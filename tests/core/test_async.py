@@ -8,6 +8,7 @@ import contextvars
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,9 @@ def test_a_bounded_number_of_handlers_waits(monkeypatch: pytest.MonkeyPatch) -> 
         for _ in range(200):
             client.send("WAIT")
             await asyncio.sleep(0)
+        slot = client.slot
+        assert slot.waiting == slot.waiting_by_magic["WAIT"] == waiting[0] >= 10
+        assert 0 < slot.not_reading_since_ns <= time.monotonic_ns()
         begun_ns = client.slot.heartbeat_ns
         while client.slot.heartbeat_ns < begun_ns + 500_000_000:
             await asyncio.sleep(0.01)
@@ -338,6 +342,8 @@ def test_a_bounded_number_of_handlers_waits(monkeypatch: pytest.MonkeyPatch) -> 
     client = serve(app, test)
     assert client.errors == []
     assert client.slot.counters()["handled"] == 200
+    assert (client.slot.waiting, client.slot.waiting_by_magic) == (0, {})
+    assert client.slot.not_reading_since_ns == 0
 
 
 def test_a_stop_waits_for_handlers_under_way() -> None:
