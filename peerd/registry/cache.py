@@ -74,7 +74,7 @@ class Cache:
     @property
     def current(self) -> bool:
         """Whether etcd has confirmed this view within CURRENT_S and the cache still follows it."""
-        return self.age_s < CURRENT_S and self._snapshot.is_alive
+        return self.age_s < CURRENT_S and self._snapshot.is_followed
 
     def wait_current(self, timeout_s: float) -> bool:
         """Wait for the first list, which ``Registry.cache`` does not. Returns whether the view is current."""
@@ -128,8 +128,10 @@ class Snapshot:
         return self._watch.skipped
 
     @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
+    def is_followed(self) -> bool:
+        """Whether a thread keeps the records up to date."""
+        is_ending = self.failure is not None or self._watch.is_closed
+        return self._thread.is_alive() and not is_ending
 
     def wait_listed(self, timeout_s: float) -> bool:
         """Returns early, with True, if the thread has failed."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from operator import attrgetter
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -48,6 +48,9 @@ costs etcd and gRPC a millisecond beside what is in it."""
 _PAGE_GROWTH = 4
 _PAGE_BYTES = 8 * 1024 * 1024
 """Aimed at, by what was seen so far; a quarter of what gRPC takes."""
+
+_MAX_COMPARED_KEYS = 100
+"""Per transaction; etcd's own limit is 128 by default (``--max-txn-ops``)."""
 
 _KEY, _VALUE = attrgetter("key"), attrgetter("value")
 
@@ -211,26 +214,24 @@ class Etcd:
         """Raises LeaseNotFoundError, as ``create`` and ``replace`` do, when there is no such lease."""
         self._members.call(_put, rpc.PutRequest(key=key, value=value, lease=lease_id))
 
-    def create(self, key: bytes, value: bytes, lease_id: int) -> KeyValue | None:
-        """Puts the key if it does not exist. Otherwise returns what is there."""
+    def create(self, key: bytes, value: bytes, lease_id: int) -> tuple[int, KeyValue | None]:
+        """Put the key if it does not exist. Returns its mod revision and None, else 0 and what exists."""
         absent = rpc.Compare(
             key=key, target=rpc.Compare.CREATE, result=rpc.Compare.EQUAL, create_revision=0
         )
         answer = self._put_if(absent, key, value, lease_id)
-        return None if answer.succeeded else _key_value(answer.responses[0].response_range.kvs[0])
+        if answer.succeeded:
+            return int(answer.header.revision), None
+        return 0, _key_value(answer.responses[0].response_range.kvs[0])
 
-    def replace(self, key: bytes, value: bytes, lease_id: int, expected_mod_revision: int) -> bool:
-        """Puts the key if nobody has changed it since that revision. Returns whether it did.
+    def replace(self, key: bytes, value: bytes, lease_id: int, expected_mod_revision: int) -> int:
+        """Put the key if it has that mod revision. Returns the new one; 0 if the key had changed.
 
-        False as well when etcd did it and the answer was lost on the way.
+        0 as well if etcd has put the key and the answer was lost.
         """
-        unchanged = rpc.Compare(
-            key=key,
-            target=rpc.Compare.MOD,
-            result=rpc.Compare.EQUAL,
-            mod_revision=expected_mod_revision,
-        )
-        return bool(self._put_if(unchanged, key, value, lease_id).succeeded)
+        unchanged = _has_mod_revision(key, expected_mod_revision)
+        answer = self._put_if(unchanged, key, value, lease_id)
+        return int(answer.header.revision) if answer.succeeded else 0
 
     def _put_if(self, condition: Any, key: bytes, value: bytes, lease_id: int) -> Any:
         put = rpc.PutRequest(key=key, value=value, lease=lease_id)
@@ -240,6 +241,33 @@ class Etcd:
             failure=[rpc.RequestOp(request_range=rpc.RangeRequest(key=key))],
         )
         return self._members.call(_txn, request)
+
+    def find_changed(self, revisions: Mapping[bytes, int], timeout_s: float) -> set[bytes]:
+        """The keys that do not have the given mod revision, or do not exist.
+
+        etcd compares, so nothing but the keys and revisions travels as long as nothing has changed.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        changed: set[bytes] = set()
+        keys = list(revisions)
+        for start in range(0, len(keys), _MAX_COMPARED_KEYS):
+            batch = keys[start : start + _MAX_COMPARED_KEYS]
+            request = rpc.TxnRequest(
+                compare=[_has_mod_revision(key, revisions[key]) for key in batch],
+                # Without values, which another writer may have made as large as etcd allows.
+                failure=[
+                    rpc.RequestOp(request_range=rpc.RangeRequest(key=key, keys_only=True))
+                    for key in batch
+                ],
+            )
+            answer = self._members.call(_txn, request, deadline_s)
+            if answer.succeeded:
+                continue
+            for key, response in zip(batch, answer.responses, strict=True):
+                found = response.response_range.kvs
+                if not found or found[0].mod_revision != revisions[key]:
+                    changed.add(key)
+        return changed
 
     # Leases
 
@@ -452,6 +480,12 @@ def _one_and_no_end(request: Any, ended: threading.Event) -> Iterator[Any]:
     live for ever."""
     yield request
     ended.wait()
+
+
+def _has_mod_revision(key: bytes, revision: int) -> Any:
+    return rpc.Compare(
+        key=key, target=rpc.Compare.MOD, result=rpc.Compare.EQUAL, mod_revision=revision
+    )
 
 
 def _range(connection: Connection) -> Any:

@@ -13,7 +13,8 @@ from weakref import WeakSet
 from peerd.registry.cache import Cache, Snapshot
 from peerd.registry.etcd import Etcd
 from peerd.registry.records import PeerRecord, RecordReader, select
-from peerd.registry.session import Registration, Session, SessionState
+from peerd.registry.registration import Registration
+from peerd.registry.session import Session, SessionState
 from peerd.registry.watch import Joined, Left, Updated, Watch
 from peerd.settings import (
     ANONYMOUS,
@@ -196,7 +197,8 @@ class Registry:
         it is what a successor adopts. It is called from the session's thread too, and must not block.
         """
         key = self._folder + record.peer_id.encode()
-        return self._session.register(key, record, adopt_lease_id, on_lease)
+        claim = self._session.register(key, record, adopt_lease_id, on_lease)
+        return Registration(self._session, claim)
 
     def revoke(self, lease_id: int) -> None:
         """Ends a lease that nobody keeps any more, and its record. One that is gone is fine."""

@@ -181,6 +181,10 @@ class Watch:
         return next((record for record in told if record.peer_id == peer_id), None)
 
     @property
+    def is_closed(self) -> bool:
+        return self._closed.is_set()
+
+    @property
     def skipped(self) -> int:
         """The number of values below the prefix that are no record, as in ``Listing``."""
         return len(self._skipped)

@@ -171,6 +171,21 @@ class RecordsChanged(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecordInConflict(PeerEvent):
+    """Another process holds the peer's record in etcd."""
+
+    shown_as = "conflict"
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordRecovered(PeerEvent):
+    """No other process holds the peer's record any more."""
+
+    shown_as = "conflict resolved"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReloadChanged(Event):
     """A reload began or ended."""
 

