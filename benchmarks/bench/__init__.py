@@ -1,0 +1,1 @@
+"""The frame of every benchmark: options, trials, tables, claims, child processes."""

@@ -1,0 +1,27 @@
+"""Runs a benchmark as a script: one exit code for each way in which it can end."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+
+
+def run(module: str) -> None:
+    """Call ``main()`` of a module, which returns the exit code, and exit with it."""
+    # SIGTERM ends it like Ctrl-C, so that it ends its children first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    name = sys.argv[0].rpartition("/")[2].removesuffix(".py")
+    try:
+        benchmark = importlib.import_module(module)
+        from bench.children import BenchmarkError
+        from peerd.errors import PeerdError
+    except ImportError as error:
+        sys.exit(f"{name}: {error}. Build and install peerd: pip install -e '.[bench,embedded]'")
+    try:
+        sys.exit(benchmark.main())
+    except (BenchmarkError, PeerdError) as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

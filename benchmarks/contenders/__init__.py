@@ -1,0 +1,1 @@
+"""supervisors.py: the supervisor beside supervisord and circus."""

@@ -1,0 +1,1 @@
+"""registry.py: the registry beside other etcd clients of Python."""

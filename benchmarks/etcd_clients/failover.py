@@ -1,0 +1,122 @@
+"""Trial ``failover``: the member that a client is connected to fails, one of three, and the client reads on.
+
+A killed member's connections end immediately. Those of a stopped one (SIGSTOP) stay open without an
+answer, as when a machine hangs or is cut off. If it was the leader, no client can read until the other
+members have elected a new one, which takes one to two seconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from bench.progress import Progress
+from bench.runner import Trial, titled_table
+from etcd_clients.client_process import Bench, Child, started, title
+from etcd_clients.clients import CLIENTS, TIMEOUT_S
+from etcd_clients.etcd import Cluster, Member, cluster
+
+TITLE = "failover: seconds until a read succeeds after the connected member of three has failed"
+CASES = ("follower killed", "follower stopped", "leader killed", "leader stopped")
+HEADER = ("client", *CASES, "errors until then")
+
+_PREFIX = "failover"
+_TIMEOUT_S = 20.0
+_SAMPLE_READS = 5
+"""Enough to see which member serves a client."""
+
+
+@dataclass(frozen=True)
+class FailoverResult:
+    client: str
+    case: str
+    seconds: float | None
+    errors: dict[str, int] = field(default_factory=dict)
+    """The errors of the reads until one succeeded."""
+
+    error: str = ""
+
+
+def trial(bench: Bench) -> Trial:
+    able = [name for name in bench.clients if CLIENTS[name].several_endpoints]
+
+    def measure(progress: Progress) -> list[FailoverResult]:
+        if not able:
+            return []
+        with cluster() as members:
+            members.members[0].gateway.put(_PREFIX, range(_SAMPLE_READS))
+            results = []
+            for case, name in itertools.product(CASES, able):
+                with (
+                    progress.step("failover", f"{title(name)}, {case}"),
+                    started(bench, name, members.endpoints) as child,
+                ):
+                    results.append(_measure(child, members, case))
+            return results
+
+    def table(results: Sequence[FailoverResult]) -> str:
+        return titled_table(TITLE, [HEADER, *_rows(results, bench.clients)])
+
+    return Trial(len(CASES) * len(able), measure, table)
+
+
+def _measure(child: Child, members: Cluster, case: str) -> FailoverResult:
+    role, fate = case.split()
+    before = child.ask("listing", prefix=_PREFIX)
+    if "error" in before:
+        return FailoverResult(child.name, case, None, error=before["error"])
+    member = _connected(child, members)
+    members.make_leader(member if role == "leader" else members.other_than(member))
+    child.ask("listing", prefix=_PREFIX)  # after the election, so that its connection works
+    try:
+        if fate == "killed":
+            member.kill()
+        else:
+            member.stop()
+        failed_s = time.monotonic()
+        answer = child.ask(
+            "read_until_answered", _TIMEOUT_S + TIMEOUT_S, prefix=_PREFIX, for_s=_TIMEOUT_S
+        )
+    finally:
+        if fate == "killed":
+            members.start(member)
+        else:
+            member.continue_()
+    members.wait_until_healthy()
+    if "error" in answer:
+        return FailoverResult(
+            child.name, case, None, answer.get("errors", {}), error=answer["error"]
+        )
+    return FailoverResult(child.name, case, answer["at_s"] - failed_s, answer["errors"])
+
+
+def _connected(child: Child, members: Cluster) -> Member:
+    """The member that serves the client's reads, by that member's own count."""
+    before = [member.gateway.calls("Range") for member in members.members]
+    for _ in range(_SAMPLE_READS):
+        child.ask("listing", prefix=_PREFIX)
+    served = [
+        member.gateway.calls("Range") - count
+        for member, count in zip(members.members, before, strict=True)
+    ]
+    return members.members[served.index(max(served))]
+
+
+def _rows(results: Sequence[FailoverResult], clients: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    for name in clients:
+        if not CLIENTS[name].several_endpoints:
+            yield (title(name), *["n/a (one endpoint)"] * len(CASES), "-")
+            continue
+        of_client = {result.case: result for result in results if result.client == name}
+        errors = {error for result in of_client.values() for error in result.errors}
+        yield (
+            title(name),
+            *(_cell(of_client[case]) for case in CASES),
+            ", ".join(sorted(errors)) or "none",
+        )
+
+
+def _cell(result: FailoverResult) -> str:
+    return result.error if result.seconds is None else f"{result.seconds:.2f}"

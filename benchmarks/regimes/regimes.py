@@ -1,0 +1,134 @@
+"""The regimes: how datagrams are sent, the receivers that are compared, and the figure to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+from regimes.latency import RATES, RATES_OF_MANY, Latency, measure_latency, measure_latency_of_many
+from regimes.rates import (
+    ECHO_WINDOW,
+    PEERS,
+    THIN_RATE,
+    RunSettings,
+    Subject,
+    Throughput,
+    measure_echo,
+    measure_interleaved,
+    measure_stream,
+    measure_thin,
+)
+from regimes.receivers import (
+    COUNTING,
+    ECHOING,
+    ON_MANY_SOCKETS,
+    Receiver,
+    with_lingers,
+    without_offload,
+)
+from udp.envelope import SEGMENTS
+
+Result: TypeAlias = Throughput | Latency
+Figure = Literal["rate", "cpu", "round trip"]
+
+
+@dataclass(frozen=True)
+class Regime:
+    title: str
+    text: str
+    figure: Figure
+    """The figure to look at."""
+
+    receivers: dict[str, Receiver]
+    measure: Callable[[RunSettings, Subject], Sequence[Result]]
+    rates: Sequence[int] = ()
+    """The loads of a regime of round trips."""
+
+    by_default: bool = True
+
+
+def _one(
+    measure: Callable[[RunSettings, Subject], Throughput],
+) -> Callable[[RunSettings, Subject], Sequence[Result]]:
+    return lambda run, subject: [measure(run, subject)]
+
+
+def _only(receivers: dict[str, Receiver], names: str) -> dict[str, Receiver]:
+    return {name: receivers[name] for name in names.split()}
+
+
+def regimes(lingers_us: Sequence[int] = (0,)) -> dict[str, Regime]:
+    """By name. ``lingers_us``: linger times of peerd to measure in addition to its default."""
+    without_gro = without_offload(_only(COUNTING, "peerd peerd-batch peerd-async c rloop uvloop"))
+    return {
+        "stream": Regime(
+            "Coalesced stream",
+            f"one sender, {SEGMENTS} datagrams per send (UDP_SEGMENT), as fast as it goes",
+            "rate",
+            COUNTING,
+            _one(measure_stream),
+        ),
+        "plain-stream": Regime(
+            "Stream without GRO",
+            "the same, but peerd with --no-offload; the others never ask for UDP_GRO",
+            "rate",
+            without_gro,
+            _one(measure_stream),
+        ),
+        "interleaved": Regime(
+            f"{PEERS} peers on one core, {THIN_RATE:,}/s",
+            f"{PEERS} sockets served on one CPU, plain sends to each in turn, evenly spaced: peerd with "
+            "a process for each, the others with one for all",
+            "cpu",
+            with_lingers(ON_MANY_SOCKETS, lingers_us),
+            _one(measure_thin),
+        ),
+        "interleaved-full": Regime(
+            f"{PEERS} peers on one core, full speed",
+            "the same, as fast as the sender goes, one datagram for each at a time",
+            "cpu",
+            with_lingers(ON_MANY_SOCKETS, lingers_us),
+            _one(measure_interleaved),
+        ),
+        "echo-latency": Regime(
+            "Echo round trips",
+            "one client: one request at a time (closed), then at fixed rates; in microseconds",
+            "round trip",
+            # A peer with a core to itself does not linger, so the cost is measured on request only.
+            with_lingers(
+                _only(ECHOING, "peerd peerd-async c recvfrom rloop uvloop aiofastnet asyncio"),
+                [us for us in lingers_us if us > 0],
+            ),
+            measure_latency,
+            RATES,
+        ),
+        "echo-saturation": Regime(
+            "Echo at saturation",
+            f"one client, {SEGMENTS} requests per send, up to {ECHO_WINDOW:,} under way; replies/s",
+            "rate",
+            ECHOING,
+            _one(measure_echo),
+        ),
+        "interleaved-latency": Regime(
+            f"Echo round trips of {PEERS} peers on one core",
+            f"{PEERS} sockets served on one CPU, one client sends to each in turn; in microseconds",
+            "round trip",
+            with_lingers(
+                {
+                    "peerd": replace(ECHOING["peerd"], title=ON_MANY_SOCKETS["peerd"].title),
+                    **_only(ECHOING, "rloop uvloop"),
+                },
+                lingers_us,
+            ),
+            measure_latency_of_many,
+            RATES_OF_MANY,
+            by_default=False,
+        ),
+    }
+
+
+def present(regime: Regime) -> Regime:
+    """Leave out the receivers that are not installed."""
+    receivers = {name: each for name, each in regime.receivers.items() if each.available}
+    return replace(regime, receivers=receivers)

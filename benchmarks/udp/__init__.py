@@ -1,0 +1,1 @@
+"""Datagrams, sockets, senders in C and peerd workers: what the benchmarks of the data path share."""
