@@ -32,8 +32,10 @@ def chaos(*args: str) -> AbstractContextManager[subprocess.Popen[str]]:
 @pytest.mark.parametrize(
     ("seconds", "options", "kinds"),
     # The shorter run has no time for every kind of action.
-    [(20, [], set(Kind)), (8, ["--coroutines"], {Kind.KILL, Kind.STOP, Kind.RESTART})],
-    ids=["plain", "coroutines"],
+    [
+        pytest.param(20, [], set(Kind), id="plain", marks=[pytest.mark.slow, pytest.mark.alone]),
+        pytest.param(8, ["--coroutines"], {Kind.KILL, Kind.STOP, Kind.RESTART}, id="coroutines"),
+    ],
 )
 def test_a_seed(tmp_path: Path, seconds: int, options: list[str], kinds: set[Kind]) -> None:
     with chaos(

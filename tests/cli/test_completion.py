@@ -90,7 +90,7 @@ def test_no_slots_and_no_word_when_none_runs(
     needs(shell)
     begun_s = time.monotonic()
     assert offered(shell, "peerd restart ", tmp_path) == []
-    assert time.monotonic() - begun_s < 10
+    assert time.monotonic() - begun_s < 60
 
 
 def test_a_tab_in_zsh(peerd_on_path: None, supervised: Supervised, tmp_path: Path) -> None:

@@ -40,10 +40,10 @@ V4, V6 = socket.AF_INET, socket.AF_INET6
 EVENT_LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 event_loops = pytest.mark.parametrize("event_loop", EVENT_LOOPS)
 
-LONG_S = 30.0
+LONG_S = 60.0
 """A timeout that no test waits for: an earlier failure has another cause."""
 
-AT_ONCE_S = 3.0
+AT_ONCE_S = 20.0
 SHORT_S = 0.2
 
 NO_HOST = "no..host"
@@ -209,7 +209,7 @@ def test_a_late_reply_to_an_earlier_try_does_not_answer_the_next(client_of: Make
         sock.sendto(reply(b"in time"), second)
 
     with scripted(script) as address:
-        assert client_of().request(address, "ASK", timeout=SHORT_S, retries=1).body == b"in time"
+        assert client_of().request(address, "ASK", timeout=1.0, retries=1).body == b"in time"
 
 
 def test_a_late_reply_alone_is_no_answer(client_of: MakeClient) -> None:

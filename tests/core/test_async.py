@@ -64,7 +64,7 @@ def serve(
         )
 
         async def main() -> None:
-            async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            async with asyncio.timeout(100), asyncio.TaskGroup() as group:
                 serving = asyncio.Event()
                 group.create_task(AsyncServer(core).serve(serving.set, 5.0))
                 await serving.wait()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104
 MAX_DATAGRAM_BYTES = 65507
 # RX_BATCH of ext/peerd/receive.pxd.
 RX_BATCH = 16
+# Of ext/peerd/_loop.pyx.
+TURN_BUDGET_NS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class Exchange:
             gso=gso,
         )
         assert (self.loop.gro, self.loop.gso) == (gro, gso)
+        self.was_held_up = False
+        """Whether another process had the CPU during a turn: the loop then sends its replies in between,
+        and takes less in the next turn.
+        """
 
     def _echo(self, message: Message) -> bytes:
         self.seen.append(message)
@@ -82,7 +89,9 @@ class Exchange:
             assert select.select([self.loop], [], [], 30)[0], (
                 f"{datagrams - sum(turns)} did not come"
             )
+            begun_ns = time.monotonic_ns()
             turns.append(self.loop.turn())
+            self.was_held_up |= time.monotonic_ns() - begun_ns > TURN_BUDGET_NS
         assert sum(turns) == datagrams
         return turns
 
@@ -162,9 +171,9 @@ def test_there_and_back(family: Family, gro: bool, gso: bool, batch: int, size: 
             peer.send(*send)
         turns = peer.take(3 * batch)
         # Joined, a turn takes all; apart, a turn takes no more than it has buffers.
-        assert max(turns) == (3 * batch if gro else min(3 * batch, RX_BATCH))
+        assert peer.was_held_up or max(turns) == (3 * batch if gro else min(3 * batch, RX_BATCH))
         joined = peer.check([datagram for send in sends for datagram in send])
-        assert joined == (3 * batch if gso else 0)
+        assert peer.was_held_up or joined == (3 * batch if gso else 0)
 
 
 @pytest.mark.parametrize("gro", [False, True], ids=["gro-off", "gro-on"])
@@ -221,7 +230,7 @@ def test_few_after_a_full_batch(gro: bool, few: int) -> None:
         for datagrams in (full, after, full, after):
             for datagram in datagrams:
                 peer.send(datagram)
-            assert peer.take(len(datagrams)) == [len(datagrams)]
+            assert peer.take(len(datagrams)) == [len(datagrams)] or peer.was_held_up
         peer.check((full + after) * 2)
 
 
@@ -232,7 +241,7 @@ def test_a_stride_does_not_outlive_its_buffer() -> None:
     with exchange(FAMILIES["v4"]) as peer:
         for datagrams in (joined, single, joined, single):
             peer.send(*datagrams)
-            assert peer.take(len(datagrams)) == [len(datagrams)]
+            assert peer.take(len(datagrams)) == [len(datagrams)] or peer.was_held_up
         peer.check((joined + single) * 2)
 
 

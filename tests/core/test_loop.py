@@ -276,7 +276,7 @@ def test_an_unreachable_client_stops_nothing() -> None:
 def test_the_heartbeat_goes_on_while_idle() -> None:
     with Harness(builtin_app()) as peer, peer.running():
         before = peer.slot.heartbeat_ns
-        eventually(lambda: peer.slot.heartbeat_ns > before, within_s=2)
+        eventually(lambda: peer.slot.heartbeat_ns > before)
 
 
 def test_stop_drains_what_is_queued() -> None:

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 import re
 import subprocess
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
+from harness.ports import MAX_WORKERS, WORKER
+
 _NUMBERS = itertools.count()
+_SUBNETS = 256 // MAX_WORKERS
+"""Of each worker, so that two never use the same addresses."""
 
 
 @cache
@@ -51,7 +54,7 @@ class ClusterNetwork:
         self._hub = f"{self._name}-hub"
         self._link = f"pd{os.getpid()}n{number}"  # at most 15 characters
         # 198.18.0.0/15 is set aside for tests of networks, so nobody is there.
-        self._subnet = random.randrange(256)
+        self._subnet = WORKER * _SUBNETS + number % _SUBNETS
         self._made = ExitStack()
 
     def namespace(self, number: int) -> str:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -234,7 +234,7 @@ def _etcd_35() -> Path | None:
     return Path(spec.submodule_search_locations[0], "etcdbin", "etcd")
 
 
-def _versions() -> list[object]:
+def _versions() -> list[Any]:
     old, new = _etcd_34(), _etcd_35()
     how_34 = "no etcd 3.4 at /usr/bin/etcd: apt-get install etcd-server (Debian 12)"
     if old is None and os.environ.get("PEERD_REQUIRE_ETCD_34") == "1":
@@ -249,5 +249,13 @@ def _versions() -> list[object]:
     ]
 
 
-ETCD_VERSIONS = _versions()
-"""For ``@pytest.mark.parametrize("binary", ETCD_VERSIONS)``."""
+EVERY_ETCD = _versions()
+"""For ``@pytest.fixture(params=EVERY_ETCD)``: tests of what differs between versions."""
+
+ETCD_VERSIONS = [
+    pytest.param(*version.values, id=version.id, marks=[*version.marks, pytest.mark.slow])
+    if version.id == "etcd-3.4"
+    else version
+    for version in EVERY_ETCD
+]
+"""The same, but all versions except the newest only in ``make test-all``."""

@@ -28,7 +28,7 @@ from peerd.address import Address
 _FAULT_S = (0.01, 0.08)
 _LONGEST_DELAY_S = 0.03
 _CHUNK_BYTES = 1 << 20
-_CALL_TIMEOUT_S = 10.0
+_CALL_TIMEOUT_S = 60.0
 _RESET = struct.pack("ii", 1, 0)
 
 

@@ -6,17 +6,13 @@ import os
 
 from peerd.free_ports import BELOW_EPHEMERAL, FreePorts
 
-_RANGES = 16
-_SIZE = len(BELOW_EPHEMERAL) // _RANGES
+MAX_WORKERS = 16
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+"""The number of this xdist worker; 0 also without xdist."""
 
-
-def _range_of(worker: str) -> range:
-    number = int(worker.removeprefix("gw"))
-    assert number < _RANGES, f"pytest -n {_RANGES} is the most that ports are divided among"
-    return BELOW_EPHEMERAL[number * _SIZE : (number + 1) * _SIZE]
-
-
-_PORTS = FreePorts(_range_of(os.environ.get("PYTEST_XDIST_WORKER", "gw0")))
+assert WORKER < MAX_WORKERS, f"pytest -n {MAX_WORKERS} is the most that ports are divided among"
+_SIZE = len(BELOW_EPHEMERAL) // MAX_WORKERS
+_PORTS = FreePorts(BELOW_EPHEMERAL[WORKER * _SIZE : (WORKER + 1) * _SIZE])
 
 
 def free_ports(count: int = 1) -> int:

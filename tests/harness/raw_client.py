@@ -18,7 +18,7 @@ def unpack(datagram: bytes) -> tuple[bytes, bytes, bytes]:
 
 
 def request(
-    port: int, magic: bytes, body: bytes, timeout_s: float = 2.0
+    port: int, magic: bytes, body: bytes, timeout_s: float = 10.0
 ) -> tuple[bytes, bytes, bytes]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.settimeout(timeout_s)

@@ -12,7 +12,7 @@ from peerd import control
 from peerd.errors import ControlError
 
 
-def ask(running: Running, command: str, timeout_s: float = 30, **arguments: object) -> Any:
+def ask(running: Running, command: str, timeout_s: float = 60, **arguments: object) -> Any:
     """The result. Raises ControlError."""
     return control.request(running.control, command, arguments, timeout_s=timeout_s)
 
@@ -86,7 +86,7 @@ class Asked:
     def is_under_way(self) -> bool:
         return self._thread.is_alive()
 
-    def answer(self, timeout_s: float = 30) -> Any:
+    def answer(self, timeout_s: float = 60) -> Any:
         """The result. Raises ControlError, as the supervisor has said it."""
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), f"no answer within {timeout_s:g} s"

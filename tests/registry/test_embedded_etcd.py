@@ -133,7 +133,7 @@ def test_it_dies_with_who_started_it(tmp_path: Path) -> None:
         pid = int(process.stdout.readline())
         assert alive(pid)
         process.send_signal(signal.SIGKILL)
-    eventually(lambda: not alive(pid), within_s=2.0)
+    eventually(lambda: not alive(pid))
 
 
 def test_its_last_words_are_told(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_no_value_in_etcd_ends_a_reader(
 ) -> None:
     """Values that once raised RecursionError in each of them, for as long as they were in etcd."""
     with registry.cache() as cache, registry.watch() as watch:
-        assert cache.wait_current(5.0)
+        assert cache.wait_current(60)
         assert watch.take() == []
         for _ in range(2):  # as changes, then within the first list of another watch
             for name, value in POISON.items():
@@ -239,7 +239,7 @@ def test_a_watch_may_begin_before_etcd_does(prefix: str) -> None:
 
 def test_a_cache_follows(registry: Registry) -> None:
     with registry.cache() as cache:
-        assert cache.wait_current(5.0)
+        assert cache.wait_current(60)
         assert cache.nodes() == []
         with registry.register(SEED):
             eventually(lambda: cache.get("seedId") == SEED)
@@ -249,7 +249,7 @@ def test_a_cache_follows(registry: Registry) -> None:
             assert [record.port for record in cache.nodes(partition_key="eu")] == [2]
         eventually(lambda: cache.get("seedId") is None)
         assert cache.current
-        assert cache.age_s < 3.0
+        assert cache.age_s < 30
 
 
 def test_a_peer_that_is_there_twice_is_there_until_both_are_gone(
@@ -286,16 +286,16 @@ def test_a_cache_whose_thread_has_ended_raises_the_cause(
 ) -> None:
     registry.register(SEED)
     with registry.cache() as cache:
-        assert cache.wait_current(5.0)
+        assert cache.wait_current(60)
         monkeypatch.setattr(Watch, "take", lambda watch: [] if 1 / 0 else None)
         registry.register(PeerRecord("h", 2))  # so that the thread comes back from etcd
         eventually(lambda: not cache.current)
-        for use in (cache.nodes, lambda: cache.get("seedId"), lambda: cache.wait_current(5.0)):
+        for use in (cache.nodes, lambda: cache.get("seedId"), lambda: cache.wait_current(60)):
             with pytest.raises(ZeroDivisionError):
                 use()
     monkeypatch.undo()
     with registry.cache() as cache:
-        assert cache.wait_current(5.0)
+        assert cache.wait_current(60)
         registry.close()
         assert not cache.current
         assert len(cache.nodes()) == 2, "closed on purpose: the last known state can be read"
@@ -422,7 +422,7 @@ from peerd.registry import PeerRecord, Registry
 registry = Registry(sys.argv[1], sys.argv[2])
 registration = registry.register(PeerRecord("localhost", 5001, peer_id="seedId"))
 watch, cache = registry.watch(), registry.cache()
-assert cache.wait_current(5.0)
+assert cache.wait_current(60)
 next(watch)
 uses = {
     "watch": registry.watch,

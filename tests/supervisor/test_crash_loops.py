@@ -81,6 +81,7 @@ def test_a_worker_that_always_dies_is_started_at_most_ten_times_in_30_s(
     assert [each.wait() for each in running.values()] == [0, 0, 0]
 
 
+@pytest.mark.alone
 def test_one_poisoned_peer_of_eight_costs_the_others_nothing(supervised: Supervised) -> None:
     """It is started by hand once it is parked, to die again at once."""
     running = supervised.start("--app=peerd.chaos.chaos_apps:app", peers=PEERS)

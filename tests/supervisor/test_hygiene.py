@@ -192,6 +192,7 @@ def test_without_descriptors_a_worker_is_started_later(supervised: Supervised) -
     assert raw_client.request(running.ports[0], b"SEQ", b"x")[2] == b"x"
 
 
+@pytest.mark.alone
 def test_without_descriptors_for_clients_it_does_not_spin(supervised: Supervised) -> None:
     running = start(supervised)
     limit_to(running, 0)
@@ -202,7 +203,7 @@ def test_without_descriptors_for_clients_it_does_not_spin(supervised: Supervised
         while time.monotonic() < begun_s + 1.5:
             assert raw_client.request(running.ports[0], b"SEQ", b"x")[2] == b"x"
             time.sleep(0.05)
-        assert cpu_s(running.pid) - begun_cpu_s < 0.3
+        assert cpu_s(running.pid) - begun_cpu_s < 0.5
         raise_limit(running.pid, resource.RLIMIT_NOFILE)
         client.settimeout(30)
         assert client.recv(1 << 16).startswith(b'{"v":1,"ok":true')

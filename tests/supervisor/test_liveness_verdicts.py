@@ -41,7 +41,7 @@ def answer(message):
     return message.body
 """
 
-pytestmark = pytest.mark.timeout(3600 if LONG else 300)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(3600 if LONG else 300)]
 
 
 def start(supervised: Supervised, *args: str, peers: int) -> Running:

@@ -30,7 +30,7 @@ SLOW_S = 1.0
 SLOW = f"import time\ntime.sleep({SLOW_S})\nfrom peerd.serving.app import builtin_app\napp = builtin_app()\n"
 """An app that takes its time to load."""
 
-STOP_TIMEOUT_S = 8.0
+STOP_TIMEOUT_S = 30.0
 """The default."""
 
 NEVER_LOADED = SLOW.replace(str(SLOW_S), "60")

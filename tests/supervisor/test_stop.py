@@ -44,7 +44,6 @@ def hang(message):
     while True: pass
 """
 
-LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 TTL_S = 10
 """The default."""
 
@@ -67,11 +66,8 @@ def hang(running: Running, slot: int) -> None:
     eventually(lambda: running.peer(slot)["rx_messages"] == 1)
 
 
-def quick(limit_s: float) -> float:
-    """How long that may take. In a run beside others, a machine may have no time for it: there it is only
-    to be sooner than workers are killed at the end of a stop with LATE."""
-    return limit_s if LONG else 15.0
-
+QUICK_S = 15.0
+"""On any machine sooner than LATE has workers killed at the end of a stop."""
 
 LATE = "--stop-timeout=20"
 
@@ -81,8 +77,8 @@ def tree_of(running: Running) -> list[int]:
 
 
 def assert_records_go(running: Running) -> None:
-    """At once; from a supervisor in a hurry, on a busy machine, only with their leases."""
-    eventually(lambda: not has_records(running), within_s=0.5 if LONG else TTL_S + 5)
+    """If the supervisor is in a hurry on a busy machine, they go with their leases only."""
+    eventually(lambda: not has_records(running))
 
 
 def has_records(running: Running) -> bool:
@@ -113,7 +109,7 @@ def test_a_third_signal_kills_whatever_is_left(supervised: Supervised) -> None:
             begun_s = time.monotonic()
             running.signal(signal.SIGTERM)
             assert running.wait(60) == 0
-            assert time.monotonic() - begun_s < quick(0.5)
+            assert time.monotonic() - begun_s < QUICK_S
         assert "signal 3: SIGKILL for all that is left" in running.err
         assert not alive(tree)
         assert not running.control.exists()
@@ -131,7 +127,7 @@ def test_a_second_signal_ends_it_without_etcd(supervised: Supervised) -> None:
             begun_s = time.monotonic()
             running.signal(signal.SIGTERM)
             assert running.wait(60) == 0
-            assert time.monotonic() - begun_s < quick(1.5)
+            assert time.monotonic() - begun_s < QUICK_S
         assert not alive(tree)
 
 
@@ -144,7 +140,7 @@ def test_two_signals_within_ten_milliseconds(supervised: Supervised) -> None:
     time.sleep(0.005)  # two that are pending at once are one (signal(7))
     running.signal(signal.SIGTERM)
     assert running.wait(60) == 0
-    assert time.monotonic() - begun_s < quick(1.5)
+    assert time.monotonic() - begun_s < QUICK_S
     assert not alive(tree)
     assert_records_go(running)
 
@@ -159,7 +155,7 @@ def test_ten_signals_at_once(supervised: Supervised) -> None:
             running.signal(number)
             time.sleep(0.002)
     assert running.wait(60) in (0, 130)
-    assert time.monotonic() - begun_s < quick(1.5)
+    assert time.monotonic() - begun_s < QUICK_S
     assert not alive(tree)
     assert "Traceback" not in running.err
 
@@ -204,7 +200,7 @@ def test_the_registrar_is_waited_for_by_name(supervised: Supervised) -> None:
     begun_s = time.monotonic()
     running.signal(signal.SIGTERM)
     assert running.wait() == 0
-    assert 3 < time.monotonic() - begun_s < quick(5)
+    assert 3 < time.monotonic() - begun_s < QUICK_S
     assert not alive(tree)
     assert "the registrar has not stopped in time: SIGKILL" in running.err
     assert "waiting for: registrar" in running.err
@@ -219,7 +215,7 @@ def test_a_signal_while_workers_load(supervised: Supervised) -> None:
     begun_s = time.monotonic()
     running.signal(signal.SIGTERM)
     assert running.wait(60) == 0
-    assert time.monotonic() - begun_s < quick(1)
+    assert time.monotonic() - begun_s < QUICK_S
     assert not alive(tree)
     assert "ERROR" not in running.err
     assert "Traceback" not in running.err
@@ -252,7 +248,7 @@ def test_a_signal_while_a_successor_loads(supervised: Supervised) -> None:
     with pytest.raises(ControlError, match="stopping"):
         reload.answer()
     assert running.wait(60) == 0
-    assert time.monotonic() - begun_s < quick(1)
+    assert time.monotonic() - begun_s < QUICK_S
     assert not alive(tree)
 
 
@@ -311,7 +307,7 @@ def test_a_stopped_worker_is_killed_in_the_end(supervised: Supervised) -> None:
     begun_s = time.monotonic()
     running.signal(signal.SIGTERM)
     assert running.wait() == 0
-    assert 0.4 < time.monotonic() - begun_s < quick(1.5)
+    assert 0.4 < time.monotonic() - begun_s < QUICK_S
     assert not alive(tree)
     assert_records_go(running)
 
@@ -324,7 +320,7 @@ def test_a_parked_peer_does_not_delay_a_stop(supervised: Supervised) -> None:
     begun_s = time.monotonic()
     running.signal(signal.SIGTERM)
     assert running.wait(60) == 0
-    assert time.monotonic() - begun_s < quick(1)
+    assert time.monotonic() - begun_s < QUICK_S
 
 
 LATE_REPLY = """
@@ -425,7 +421,7 @@ def test_ctrl_c_twice_is_quick(terminal: Terminal) -> None:
     begun_s = time.monotonic()
     terminal.type("\x03")
     assert terminal.process.wait(60) == 130
-    assert time.monotonic() - begun_s < quick(1)
+    assert time.monotonic() - begun_s < QUICK_S
     assert not alive(tree)
     assert "Traceback" not in terminal.screen
 

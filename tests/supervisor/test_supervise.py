@@ -99,6 +99,7 @@ def test_each_record_has_a_lease_of_its_own(supervised: Supervised) -> None:
     assert 0 not in leases
 
 
+@pytest.mark.alone
 def test_a_killed_worker_is_replaced_on_the_same_socket(supervised: Supervised) -> None:
     """At 1,000 pings a second, at most what one receive batch held is unanswered."""
     running = supervised.start(peers=2)
@@ -143,7 +144,9 @@ def test_a_killed_supervisor_leaves_nothing(supervised: Supervised) -> None:
     generator = random.Random(5)
     base_port = free_ports(8)
     for attempt in range(20):
-        running = supervised.start(base_port=base_port, prefix=f"kill-{attempt}-{os.getpid()}")
+        running = supervised.start(
+            "--ttl=60", base_port=base_port, prefix=f"kill-{attempt}-{os.getpid()}"
+        )
         if attempt % 4 == 0:
             running.wait_registered()
             assert len(records(running)) == 8
@@ -152,10 +155,8 @@ def test_a_killed_supervisor_leaves_nothing(supervised: Supervised) -> None:
             time.sleep(generator.choice([0.05, 0.3, 0.6]) * generator.random())
         pids = [process.pid for process in running.tree()]
         running.kill()
-        killed_s = time.monotonic()
-        eventually(partial(all_gone, pids), within_s=1.0)
-        eventually(partial(no_records, running), within_s=1.0)
-        assert time.monotonic() - killed_s < 1.5
+        eventually(partial(all_gone, pids), within_s=20)
+        eventually(partial(no_records, running), within_s=20)  # sooner than a lease runs out
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
@@ -195,7 +196,7 @@ def test_a_second_signal_stops_at_once(supervised: Supervised, tmp_path: Path) -
     (tmp_path / "stuck.py").write_text(
         "import peerd\napp = peerd.App()\n@app.handler('HANG')\ndef hang(message):\n    while True: pass\n"
     )
-    running = supervised.start("--app=stuck:app", peers=2)
+    running = supervised.start("--app=stuck:app", "--stop-timeout=60", "--ttl=60", peers=2)
     running.wait_registered()
     pids = [process.pid for process in running.tree()]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
@@ -206,9 +207,9 @@ def test_a_second_signal_stops_at_once(supervised: Supervised, tmp_path: Path) -
     stopped_s = time.monotonic()
     running.signal(signal.SIGTERM)
     assert running.wait() == 0
-    assert time.monotonic() - stopped_s < 2
+    assert time.monotonic() - stopped_s < 20
     assert not alive(pids)
-    eventually(lambda: records(running) == [], within_s=1)
+    eventually(lambda: records(running) == [], within_s=20)
 
 
 def test_a_stop_has_a_hard_end(supervised: Supervised, tmp_path: Path) -> None:
@@ -314,12 +315,17 @@ def test_an_adopted_lease_is_kept_alive(supervised: Supervised) -> None:
 def test_a_killed_workers_record_goes_and_comes_back(
     supervised: Supervised, tmp_path: Path
 ) -> None:
-    """The successor takes half a second to import its app, so that the gap can be seen."""
-    (tmp_path / "slow.py").write_text("import time, peerd\ntime.sleep(0.5)\napp = peerd.App()\n")
+    """The successor imports its app only after the gap was seen."""
+    (tmp_path / "slow.py").write_text(
+        "import os, time, peerd\nwhile os.path.exists('hold'): time.sleep(0.01)\napp = peerd.App()\n"
+    )
     running = supervised.start("--app=slow:app", peers=2)
     running.wait_registered()
+    hold = tmp_path / "hold"
+    hold.touch()
     send_signal(running.peer(1)["pid"], signal.SIGKILL)
-    eventually(lambda: len(records(running)) == 1, within_s=0.5)
+    eventually(lambda: len(records(running)) == 1)
+    hold.unlink()
     eventually(lambda: len(records(running)) == 2)
 
 
@@ -504,12 +510,12 @@ def test_an_etcd_that_is_away_stops_nothing(supervised: Supervised) -> None:
 
 
 def test_it_stops_in_time_without_etcd(supervised: Supervised) -> None:
-    running = supervised.start(etcd="http://127.0.0.1:9")
+    running = supervised.start("--stop-timeout=60", etcd="http://127.0.0.1:9")
     running.wait_ready()
     begun_s = time.monotonic()
     running.signal(signal.SIGTERM)
     assert running.wait() == 0
-    assert time.monotonic() - begun_s < 3
+    assert time.monotonic() - begun_s < 30
 
 
 def test_a_handler_that_raises_is_logged_with_peer_and_traceback(
@@ -559,6 +565,7 @@ def test_a_worker_that_always_dies_is_parked_and_its_siblings_go_on(
     assert "parked" in running.err
 
 
+@pytest.mark.alone  # any test that asks for no etcd would find this one
 def test_the_embedded_etcd_comes_and_goes_with_the_supervisor(tmp_path: Path) -> None:
     """At the default endpoint, since it is only ever started there."""
     from peerd.registry import embedded_etcd
@@ -578,9 +585,9 @@ def test_the_embedded_etcd_comes_and_goes_with_the_supervisor(tmp_path: Path) ->
             process.send_signal(number)
             out, _ = process.communicate()
         assert "started here with throw-away data" in out
-        eventually(partial(all_gone, tree), within_s=2)
+        eventually(partial(all_gone, tree))
         eventually(lambda: not embedded_etcd.is_listening(DEFAULT_ENDPOINT))
-        eventually(lambda: not list(Path(os.environ["TMPDIR"]).glob("peerd-etcd-*")), within_s=2)
+        eventually(lambda: not list(Path(os.environ["TMPDIR"]).glob("peerd-etcd-*")))
     for path in Path(os.environ["XDG_RUNTIME_DIR"]).glob("peerd/*.sock"):
         path.unlink()  # what the SIGKILL left; a next start on these ports would replace it
 

@@ -95,8 +95,7 @@ def wait_for_more(load: Load, service: Service, count: int = 500) -> None:
     """Until every peer has answered as many more as were under way, and some."""
     targets = {port: load.report().of(port).sent + count for port in service.ports}
     eventually(
-        lambda: all(load.report().of(port).received > target for port, target in targets.items()),
-        within_s=20,
+        lambda: all(load.report().of(port).received > target for port, target in targets.items())
     )
 
 

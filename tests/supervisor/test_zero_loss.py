@@ -37,7 +37,7 @@ UNREAD_S = 30.0 if LONG else 4.0
 HANDLER_S = 0.75 * PEERS / RATE
 RECV_BUFFER = "--recv-buffer=134217728"  # room for what a busy machine leaves undone
 
-pytestmark = pytest.mark.timeout(3600 if LONG else 300)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(3600 if LONG else 300)]
 
 CHATTERING = """
 import sys, peerd
