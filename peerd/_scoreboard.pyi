@@ -86,6 +86,12 @@ class Slot:
     @property
     def progress(self) -> tuple[int, int]:
         """A value that changes while the worker makes progress: heartbeat and messages dispatched."""
+    def watch_queue(self, has_datagrams: bool, now_ns: int) -> None:
+        """Record whether the socket's queue holds datagrams now. Only the supervisor does this, regularly."""
+    @property
+    def unread_since_ns(self) -> int:
+        """CLOCK_MONOTONIC since when the queue has held datagrams without the worker reading one, as far as
+        watch_queue() has seen; 0 when it has read one since, or the queue was empty."""
     @property
     def log_dropped(self) -> int:
         """Lines of the workers' output that were dropped because a buffer was full."""

@@ -61,6 +61,9 @@ cdef struct SlotData:
     int64_t lost_in_flight
     int64_t lost_unread
     int64_t successor_pid
+    int64_t unread_since_ns  # see Slot.watch_queue
+    uint64_t unread_reads
+    int64_t supervisor_pad[6]
     # The registrar writes.
     int64_t lease_id
     int64_t registered_until_ns

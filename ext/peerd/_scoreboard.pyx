@@ -113,6 +113,11 @@ cdef uint64_t handled(SlotData *data):
     return count
 
 
+cdef uint64_t reads(SlotData *data):
+    """Changes with each datagram that is read and each message that is handed to a handler."""
+    return data.counters[RX_DATAGRAMS] + data.counters[RX_MESSAGES]
+
+
 @cython.final
 cdef class Word:
     """An attribute of a Slot that is one int64 of its SlotData."""
@@ -195,6 +200,17 @@ cdef class Slot:
     @property
     def not_reading_since_ns(self):
         return self.data.waiting.not_reading_since_ns
+
+    def watch_queue(self, bint has_datagrams, int64_t now_ns):
+        if not has_datagrams:
+            self.data.unread_since_ns = 0
+        elif not self.unread_since_ns:
+            self.data.unread_reads = reads(self.data)
+            self.data.unread_since_ns = now_ns
+
+    @property
+    def unread_since_ns(self):
+        return self.data.unread_since_ns if reads(self.data) == self.data.unread_reads else 0
 
     @property
     def log_dropped(self):

@@ -10,8 +10,7 @@ from peerd.cli.table import Column
 Report = dict[str, Any]
 Peer = dict[str, Any]
 
-FINE = (None, "ok", "idle")
-"""Verdicts on a ready worker that need no word."""
+HEALTHY = (None, "ok", "idle")
 
 COLOURS = {
     "ready": "green",
@@ -20,6 +19,8 @@ COLOURS = {
     "stopped": "dim",
     "starved": "yellow",
     "late": "red",
+    "full": "red",
+    "unread": "red",
     "backoff": "red",
     "crashloop": "bold red",
     "stuck": "bold red",
@@ -130,10 +131,10 @@ def is_fine(peer: Peer) -> bool:
 
 
 def state(peer: Peer) -> str:
-    """That of its life, or, when it is ready, what is wrong and for how long its loop has not turned."""
-    if peer["state"] != "ready" or peer["health"] in FINE:
+    """Such as ``starting`` or ``ready``; ``late 7s`` when it is ready and not healthy."""
+    if peer["state"] != "ready" or peer["health"] in HEALTHY:
         return str(peer["state"])
-    return f"{peer['health']} {peer['heartbeat_age_s'] or 0:.0f}s"
+    return f"{peer['health']} {peer['health_for_s'] or 0:.0f}s"
 
 
 def duration(seconds: float) -> str:
@@ -145,13 +146,6 @@ def duration(seconds: float) -> str:
     if days:
         return f"{days}d{hours:02}h"
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
-
-
-def trouble(peer: Peer) -> str:
-    """Of one that is not fine, in the words of /healthz/ready."""
-    if peer["state"] != "ready":
-        return str(peer["state"])
-    return f"has not turned for {peer['heartbeat_age_s'] or 0:.0f} s"
 
 
 def _errors(peer: Peer) -> int:

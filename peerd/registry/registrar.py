@@ -1,9 +1,9 @@
 """Reconciles the scoreboard with etcd: every ready peer has a record, and nobody else has.
 
-Desired: the slots that are READY and whose worker gets on. Actual: the registrations held here. Each
-round registers what is missing and revokes what is too much; the registry's session keeps the
-leases. The lease of each slot is written to the scoreboard before the record is put, so a registrar
-can be killed at any time: its successor adopts the leases, and no record disappears.
+Desired: the slots that are READY and whose worker is healthy (peerd/health.py). Actual: the registrations
+held here. Each round registers what is missing and revokes what is too much; the registry's session keeps
+the leases. The lease of each slot is written to the scoreboard before the record is put, so a registrar can
+be killed at any time: its successor adopts the leases, and no record disappears.
 
 This is the only process of a supervisor with a gRPC channel. It is imported after the fork, since
 gRPC's threads do not survive one. When the supervisor dies, the lifeline ends: every lease is
@@ -33,6 +33,7 @@ from setproctitle import setproctitle
 
 from peerd._scoreboard import PeerState, RegistryState, Scoreboard, Slot
 from peerd.errors import PeerConflictError, RegistryError
+from peerd.health import Diagnosis, HealthCheck
 from peerd.settings import SupervisorSettings
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ class _Reconciler:
         self._registrations: dict[int, Registration] = {}
         self._retry_s: dict[int, float] = {}
         self._warn_s = 0.0
-        self._liveness = _Liveness(settings.liveness_timeout_s)
+        self._health: dict[int, HealthCheck] = {}
 
     def reconcile(self) -> None:
         """One round. Stops half way when the supervisor is gone: what is registered is revoked then."""
@@ -204,7 +205,8 @@ class _Reconciler:
         for slot in self._board.slots:
             if self._lifeline.ended:
                 return
-            desired = slot.state is PeerState.READY and self._liveness.gets_on(slot)
+            diagnosis = self._judge(slot)
+            desired = diagnosis is not None and diagnosis.is_healthy
             registration = self._registrations.get(slot.index)
             if registration is None:
                 if desired:
@@ -212,7 +214,7 @@ class _Reconciler:
                 elif slot.lease_id:
                     self._adopt_to_revoke(slot)
             elif not desired:
-                self._revoke(slot, registration)
+                self._revoke(slot, registration, diagnosis)
             else:
                 self._publish(slot, registration.registered_until_s, registration.conflict)
 
@@ -244,12 +246,17 @@ class _Reconciler:
         else:
             self._publish(slot, self._registrations[slot.index].registered_until_s, "")
 
-    def _revoke(self, slot: Slot, registration: Registration) -> None:
-        if slot.state is PeerState.READY:
+    def _judge(self, slot: Slot) -> Diagnosis | None:
+        timeout_s = self._settings.liveness_timeout_s
+        check = self._health.setdefault(slot.index, HealthCheck(timeout_s))
+        return check.judge(slot, time.monotonic_ns())
+
+    def _revoke(self, slot: Slot, registration: Registration, diagnosis: Diagnosis | None) -> None:
+        if diagnosis is not None:
             log.error(
-                "peer=%s: the loop has not turned for %g s: its record is withdrawn until it does",
+                "peer=%s: %s: its record is withdrawn until the peer is healthy again",
                 self._settings.peer_id(slot.index),
-                self._settings.liveness_timeout_s,
+                diagnosis.sentence,
             )
         registration.close()
         del self._registrations[slot.index]
@@ -281,22 +288,6 @@ class _Reconciler:
             peer_id=self._settings.peer_id(slot.index),
             partition_key=self._settings.partition_key,
         )
-
-
-class _Liveness:
-    """Whether a worker gets on, by its progress and this process's own clock."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._seen: dict[int, tuple[tuple[int, int], float]] = {}
-
-    def gets_on(self, slot: Slot) -> bool:
-        now_s = time.monotonic()
-        progress, since_s = self._seen.get(slot.index, (None, 0.0))
-        if progress != slot.progress:
-            self._seen[slot.index] = (slot.progress, now_s)
-            return True
-        return now_s - since_s < self._timeout_s
 
 
 def _tell(report_fd: int) -> None:

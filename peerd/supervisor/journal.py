@@ -68,6 +68,24 @@ class WorkerStuck(PeerEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SocketNotRead(PeerEvent):
+    """Its loop runs but has read no datagram for the liveness timeout, so the peer is not ready."""
+
+    shown_as = "not reading"
+    health: str
+    """``full``: too many handlers wait; ``unread``: for another reason."""
+
+    for_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SocketReadAgain(PeerEvent):
+    """The end of SocketNotRead, by the same worker or another one."""
+
+    shown_as = "reads again"
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkerDied(PeerEvent):
     """A worker ended without having been asked to."""
 

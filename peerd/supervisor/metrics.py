@@ -115,6 +115,16 @@ class Metrics:
                 [(each.labels, metric.value(each)) for each in readings],
             )
         yield Family(
+            "gauge",
+            "peerd_handlers_waiting",
+            "Async handlers that wait for something, per magic code.",
+            [
+                (with_label(each.labels, "magic", magic or "other"), count)
+                for each in readings
+                for magic, count in each.slot.waiting_by_magic.items()
+            ],
+        )
+        yield Family(
             "counter",
             "peerd_restarts_total",
             "Workers started because another one had died: by a signal, by exiting, by the kernel's OOM "
@@ -149,6 +159,7 @@ class _Reading:
     counters: Mapping[str, int]
     histograms: Mapping[str, Sequence[int]]
     heartbeat_age_s: float
+    is_healthy: bool
 
 
 def _read(peer: Peer, now_ns: int, started_ns: int) -> _Reading:
@@ -161,6 +172,7 @@ def _read(peer: Peer, now_ns: int, started_ns: int) -> _Reading:
         slot.counters(),
         slot.histograms(),
         max(0, now_ns - (slot.heartbeat_ns or started_ns)) / 1e9,
+        peer.health.is_healthy,
     )
 
 
@@ -174,6 +186,12 @@ class _PeerMetric(NamedTuple):
 
 
 PEER_METRICS = (
+    _PeerMetric(
+        "gauge",
+        "peerd_healthy",
+        lambda each: int(each.is_healthy),
+        "1 for a peer that is ready, makes progress and reads its socket.",
+    ),
     _PeerMetric(
         "gauge",
         "peerd_heartbeat_age_seconds",

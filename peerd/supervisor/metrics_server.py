@@ -21,7 +21,7 @@ from peerd.supervisor import exposition
 from peerd.supervisor.bounded_server import BoundedServer, Limits, Reply, ServerProtocol
 from peerd.supervisor.loop import Loop
 from peerd.supervisor.metrics import Metrics
-from peerd.supervisor.status import StatusReport, shortened
+from peerd.supervisor.status import StatusReport
 
 log = logging.getLogger(__name__)
 
@@ -94,11 +94,8 @@ class MetricsServer:
         return _response(HTTPStatus.OK, self._page, f"Content-Type: {exposition.CONTENT_TYPE}")
 
     def _ready_page(self) -> Response:
-        unhealthy = self._status.laggards()
-        if not unhealthy:
-            return _response(HTTPStatus.OK, b"ready\n")
-        line = f"not ready: {shortened(unhealthy)}\n"
-        return _response(HTTPStatus.SERVICE_UNAVAILABLE, line.encode("utf-8", "replace"))
+        status = HTTPStatus.OK if self._status.all_healthy else HTTPStatus.SERVICE_UNAVAILABLE
+        return _response(status, f"{self._status.summary()}\n".encode("utf-8", "replace"))
 
 
 def _split(received: bytes) -> tuple[bytes, bytes] | None:

@@ -1,4 +1,4 @@
-"""What ``peerd status --json`` shows: the scoreboard, the kernel's counters and psutil's numbers."""
+"""The document of ``peerd status --json``: from the scoreboard, the kernel's counters and psutil."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from peerd._scoreboard import PeerState, RegistryState, Scoreboard
@@ -22,18 +22,14 @@ MAX_NAMES = 8
 """Peers named in one line."""
 
 REGISTRAR_STALE_S = 5.0
-"""Longer than a round in which etcd answers nothing."""
-
-
-GETS_ON = (None, "ok", "idle")
-"""What a look at a worker found, when it found nothing wrong."""
+"""Longer than one of the registrar's rounds takes when etcd does not answer."""
 
 EXIT_FIELDS = (*(name for name in Death._fields if name != "at_s"), "oom", "age_s")
-"""Of ``last_exit``, which is null until there was one."""
+"""Fields of ``last_exit``, which is null until a worker has died."""
 
 
 class StatusReport:
-    """Keeps one psutil.Process a worker, since cpu_percent is a rate between two calls."""
+    """Keeps one psutil.Process per worker because cpu_percent() is a rate between two calls."""
 
     def __init__(
         self,
@@ -49,42 +45,34 @@ class StatusReport:
         self._started_ns = time.monotonic_ns()
         self._processes: dict[int, psutil.Process] = {}
 
-    def all_get_on(self) -> bool:
-        """Whether every peer is ready and its loop has turned lately."""
-        return not self.laggards()
+    @property
+    def all_healthy(self) -> bool:
+        return all(peer.health.is_healthy for peer in self._peers.values())
 
-    def laggards(self) -> list[str]:
-        """Each peer that does not get on, with its state or for how long its loop has not turned."""
-        found = []
-        for peer in self._peers.values():
-            if peer.slot.state is not PeerState.READY:
-                found.append(f"{peer.peer_id} ({peer.slot.state.name.lower()})")
-            elif self._is_late(peer):
-                age_s = _seconds_since(peer.slot.heartbeat_ns)
-                found.append(f"{peer.peer_id} (has not turned for {age_s:.0f} s)")
-        return found
-
-    def _is_late(self, peer: Peer) -> bool:
-        return _seconds_since(peer.slot.heartbeat_ns) >= self._settings.liveness_timeout_s
-
-    def fresh(self, peers: Iterable[Peer]) -> int:
-        """How many of them have turned their loop lately."""
-        return sum(not self._is_late(peer) for peer in peers)
+    def summary(self) -> str:
+        """One line: ``ready``, or the peers that are not ready or not healthy, each with the reason."""
+        unhealthy = [
+            f"{peer.peer_id} ({_summary(peer)})"
+            for peer in self._peers.values()
+            if not peer.health.is_healthy
+        ]
+        return f"not ready: {shortened(unhealthy)}" if unhealthy else "ready"
 
     def line(self) -> str:
-        """Such as "7/8 ready, 1 crashloop"."""
+        """Such as ``7/8 ready, 1 crashloop``."""
         states = Counter(peer.slot.state.name.lower() for peer in self._peers.values())
         ready = states.pop("ready", 0)
         others = [f"{count} {state}" for state, count in sorted(states.items())]
         return ", ".join([f"{ready}/{len(self._peers)} ready", *others])
 
     def build(self, state: str) -> dict[str, object]:
-        """The document of the design's ``peerd status --json``."""
+        """``state``: the supervisor's."""
         self._follow_workers()
         return {
             "supervisor": {
                 "pid": os.getpid(),
                 "state": state,
+                "summary": self.summary(),
                 "uptime_s": _seconds_since(self._started_ns),
                 "version": self._surroundings.version,
                 "configured_peers": self._settings.peers,
@@ -98,13 +86,13 @@ class StatusReport:
         }
 
     def registry_state(self) -> RegistryState:
-        """What the registrar says, unless it has not got on for a while."""
+        """The state that the registrar has reported, unless it has not reported for a while."""
         if _seconds_since(self._board.registrar_heartbeat_ns) > REGISTRAR_STALE_S:
             return RegistryState.SUSPENDED
         return self._board.registry_state
 
     def _peer(self, peer: Peer) -> dict[str, object]:
-        slot, now_s = peer.slot, time.monotonic()
+        slot, found, now_s = peer.slot, peer.health.diagnosis, time.monotonic()
         counters = slot.counters()
         rss_bytes, cpu_percent = self._usage(slot.pid)
         queue, dropped = peer.drops.read()
@@ -117,7 +105,9 @@ class StatusReport:
             "pid": slot.pid or None,
             "generation": slot.generation,
             "state": slot.state.name.lower(),
-            "health": self._health(peer),
+            "health": found.health.value if found else None,
+            "health_for_s": round(found.for_s, 3) if found else None,
+            "summary": _summary(peer),
             "restarts": slot.restarts,
             "next_start_in_s": peer.next_start_s and round(max(0.0, peer.next_start_s - now_s), 3),
             "last_exit": _last_exit(peer, now_s),
@@ -134,6 +124,7 @@ class StatusReport:
             "rx_queued_bytes": queue.queued_bytes,
             "decode_errors": _sum(counters, "decode_"),
             "handler_errors": counters["handler_errors"],
+            "handlers_waiting": slot.waiting_by_magic,
             "tx_messages": counters["tx_messages"],
             "tx_dropped": _sum(counters, "tx_dropped_"),
             "log_dropped": slot.log_dropped,
@@ -142,12 +133,6 @@ class StatusReport:
             "counters": counters,
             "histograms": slot.histograms(),
         }
-
-    def _health(self, peer: Peer) -> str | None:
-        """``late`` is a ready worker that has not turned for too long, and nobody knows why yet."""
-        if peer.slot.state is PeerState.READY and peer.health in GETS_ON and self._is_late(peer):
-            return "late"
-        return peer.health
 
     def _usage(self, pid: int) -> tuple[int, float]:
         import psutil
@@ -167,6 +152,14 @@ class StatusReport:
         for pid in pids - self._processes.keys():
             with contextlib.suppress(psutil.Error):
                 self._processes[pid] = psutil.Process(pid)
+
+
+def _summary(peer: Peer) -> str:
+    """One phrase: ``ready``, another state, or why a ready peer is not healthy."""
+    found = peer.health.diagnosis
+    if peer.slot.state is PeerState.READY and found is not None and not found.is_healthy:
+        return found.sentence
+    return peer.slot.state.name.lower()
 
 
 def _last_exit(peer: Peer, now_s: float) -> dict[str, object] | None:

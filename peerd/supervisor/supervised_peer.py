@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from peerd._scoreboard import PeerState, Slot
+from peerd.health import Health
 from peerd.settings import OnCrashloop, SupervisorSettings
 from peerd.signals import DUMP_STACK, HAND_OVER
 from peerd.supervisor.death import LAST_LINES, Death
@@ -44,9 +45,10 @@ from peerd.supervisor.journal import (
 )
 from peerd.supervisor.kernel_drops import KernelDrops
 from peerd.supervisor.lifecycle import TRANSITIONS, Event
-from peerd.supervisor.liveness import Liveness, Verdict, is_stopped
+from peerd.supervisor.liveness import is_stopped
 from peerd.supervisor.loop import Loop, Timer
 from peerd.supervisor.output import PeerLog, RecentLines
+from peerd.supervisor.peer_health import PeerHealth
 from peerd.supervisor.processes import Exit
 from peerd.supervisor.promise import Promise
 from peerd.supervisor.restart import Failure, RestartPolicy, next_restart
@@ -64,9 +66,6 @@ QUEUE_TRIES = 3
 
 STACK_S = 0.5
 """How long a worker that is about to be killed has to write its stack."""
-
-OLD_HEARTBEAT_NS = 1_000_000_000
-"""Four times as old as an idle loop lets it become."""
 
 
 @dataclass
@@ -113,7 +112,6 @@ class Peer:
         self.successor: Worker | None = None
         """Who loads the app beside it."""
 
-        self.health: str | None = None
         self.last_death: Death | None = None
         self.last_gap_ms: float | None = None
         self.next_start_s: float | None = None
@@ -129,8 +127,7 @@ class Peer:
         self._drains = False
         self._queue_tries = QUEUE_TRIES
         self._fork_failures = 0
-        self._liveness = Liveness(host.settings.stuck_timeout_s)
-        self._seen_messages = 0
+        self.health = PeerHealth(slot, sock, host.settings, host.journal, self._log)
 
     # What it is told
 
@@ -191,36 +188,27 @@ class Peer:
             if worker is not None:
                 worker.kill(why)
 
-    def look(self, now_s: float) -> None:
-        """Judge the worker, and end one that is stuck. To be called about twice a second."""
-        worker, slot = self.worker, self.slot
-        heartbeat_ns, messages = slot.progress
-        moves, self._seen_messages = messages != self._seen_messages, messages
-        if worker is None or slot.state is not PeerState.READY:
-            self.health = None
-        elif heartbeat_ns > time.monotonic_ns() - OLD_HEARTBEAT_NS:
-            self.health = "ok" if moves else "idle"
-        else:
-            verdict = self._liveness.judge(slot, now_s)
-            self.health = "ok" if verdict is Verdict.GETS_ON else verdict.value
-            if verdict is Verdict.STUCK and worker.killed_for is None:
-                own_s = self._liveness.own_s
-                self._host.journal.publish(
-                    WorkerStuck(
-                        slot=self.slot.index,
-                        peer_id=self.peer_id,
-                        pid=worker.pid,
-                        for_s=round(own_s, 3),
-                    )
-                )
-                self._say(
-                    logging.ERROR,
-                    "worker pid %d is stuck: for %.0f s it could turn its loop and has not; its "
-                    "stack follows, then SIGKILL",
-                    worker.pid,
-                    own_s,
-                )
-                self._kill_with_stack(worker, "stuck")
+    def check_health(self) -> None:
+        """Judge the worker, and end one that is stuck. Call it about twice per second."""
+        self.health.check()
+        worker, found = self.worker, self.health.diagnosis
+        if worker is None or found is None or found.health is not Health.STUCK or worker.killed_for:
+            return
+        self._host.journal.publish(
+            WorkerStuck(
+                slot=self.slot.index,
+                peer_id=self.peer_id,
+                pid=worker.pid,
+                for_s=round(found.for_s, 3),
+            )
+        )
+        self._say(
+            logging.ERROR,
+            "worker pid %d is %s; its stack follows, then SIGKILL",
+            worker.pid,
+            found.sentence,
+        )
+        self._kill_with_stack(worker, "stuck")
 
     @property
     def has_ended(self) -> bool:
@@ -304,7 +292,7 @@ class Peer:
             return
         worker.deadline.cancel()
         self._becomes(Event.SERVE)
-        self.health = "idle"
+        self.health.on_ready()
         self._host.journal.publish(
             WorkerReady(slot=self.slot.index, peer_id=self.peer_id, pid=worker.pid)
         )
@@ -440,15 +428,16 @@ class Peer:
     def _kill_with_stack(self, worker: Worker, why: str) -> None:
         worker.killed_for = why
         worker.send(DUMP_STACK)
-        progress = self.slot.progress
 
         def kill() -> None:
             if worker not in (self.worker, self.successor):
                 return
-            gets_on = worker.is_ready if why == "late" else self.slot.progress != progress
-            if gets_on and worker.killed_for == why:
+            has_recovered = worker.is_ready if why == "late" else self.health.has_recovered()
+            if has_recovered and worker.killed_for == why:
                 worker.killed_for = None
-                self._say(logging.WARNING, "worker pid %d gets on after all", worker.pid)
+                self._say(
+                    logging.WARNING, "worker pid %d has recovered and is not killed", worker.pid
+                )
             else:
                 worker.kill(why)
 

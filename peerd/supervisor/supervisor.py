@@ -224,7 +224,7 @@ class Supervisor:
     def _state(self) -> str:
         if self._stop is not None:
             return "stopping"
-        return "ready" if self._status.all_get_on() else "degraded"
+        return "ready" if self._status.all_healthy else "degraded"
 
     # What the peers tell
 
@@ -323,10 +323,9 @@ class Supervisor:
         if os.getpid() == 1:
             reap_stranger()
         if self._stop is None:
-            now_s = time.monotonic()
             self._oom_kills.update()
             for peer in self._peers.values():
-                peer.look(now_s)
+                peer.check_health()
             self._tell_manager()
             self.loop.call_later(LOOK_S, self._look)
 
@@ -338,12 +337,14 @@ class Supervisor:
             self.loop.call_later(RECYCLE_S, self._recycle)
 
     def _feed_watchdog(self) -> None:
-        """Only while most workers get on: a service whose peers all hang should be restarted."""
+        """Only while most workers are healthy: a service whose peers all hang should be restarted."""
         interval_s = self._notifier.watchdog_interval_s
         if interval_s is None:
             return
         ready = [peer for peer in self._peers.values() if peer.slot.state is PeerState.READY]
-        if self._stop is not None or 2 * self._status.fresh(ready) >= len(ready):
+        if self._stop is not None or 2 * sum(peer.health.is_healthy for peer in ready) >= len(
+            ready
+        ):
             self._notifier.watchdog()
         self.loop.call_later(interval_s, self._feed_watchdog)
 

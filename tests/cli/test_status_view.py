@@ -33,6 +33,7 @@ def peer(slot: int, **values: Any) -> dict[str, Any]:
         "rss_bytes": 22 << 20,
         "cpu_percent": 1.5,
         "health": "ok",
+        "health_for_s": 0.0,
         "last_exit": None,
         "next_start_in_s": None,
         "rx_queued_bytes": 0,
@@ -75,7 +76,7 @@ KILLED_TEXT = (
 PEERS = (
     peer(0),
     peer(1, health="idle", rx_queued_bytes=4096, restarts=1, last_exit=KILLED, uptime_s=12.0),
-    peer(2, health="stuck", heartbeat_age_s=12.4),
+    peer(2, health="stuck", health_for_s=12.4, heartbeat_age_s=12.4),
 )
 
 GOLDEN = {
@@ -139,8 +140,8 @@ def test_colours_are_for_terminals() -> None:
         ({}, "ready"),
         ({"health": None}, "ready"),
         ({"health": "idle", "heartbeat_age_s": 3.0}, "ready"),
-        ({"health": "starved", "heartbeat_age_s": 3.0}, "starved 3s"),
-        ({"health": "stopped", "heartbeat_age_s": 70.0}, "stopped 70s"),
+        ({"health": "starved", "health_for_s": 3.0}, "starved 3s"),
+        ({"health": "stopped", "health_for_s": 70.0}, "stopped 70s"),
         ({"state": "crashloop", "health": None, "heartbeat_age_s": 3.0}, "crashloop"),
     ],
 )

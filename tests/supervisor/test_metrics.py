@@ -333,7 +333,7 @@ def test_a_stopped_worker_makes_it_unready(supervised: Supervised) -> None:
     try:
         line = eventually(lambda: unready(port))
         assert line is not None
-        assert line.startswith(f"not ready: {peer['peer_id']} (has not turned for ")
+        assert line.startswith(f"not ready: {peer['peer_id']} (process stopped for ")
         assert line.count("\n") == 1
         assert f"localhost:{running.ports[0]}" not in line
         assert get(port, "/healthz/live") == (200, "live\n")

@@ -12,7 +12,6 @@ import click
 import orjson
 
 from peerd import control
-from peerd.cli import status_view
 from peerd.cli.option_types import SECONDS, integer
 from peerd.cli.options import control_option, json_option, slot_argument
 from peerd.cli.table import print_table
@@ -22,9 +21,6 @@ from peerd.settings import MAX_PEERS
 
 POLL_S = 0.1
 ANSWER_S = 1.0
-
-MOST_NAMES = 8
-"""Of peers in one error."""
 
 timeout_option = click.option(
     "--timeout",
@@ -150,14 +146,7 @@ def _not_ready(where: Path, answer_s: float) -> PeerdError | None:
     if state == "ready":
         click.echo(f"{counted(len(report['peers']), 'peer')} of supervisor pid {pid} ready")
         return None
-    names = [
-        f"{peer['peer_id']} ({status_view.trouble(peer)})"
-        for peer in report["peers"]
-        if not status_view.is_fine(peer)
-    ]
-    if len(names) > MOST_NAMES:
-        names[MOST_NAMES:] = [f"and {len(names) - MOST_NAMES} more"]
-    return ControlError(f"supervisor pid {pid} is {state}: {', '.join(names) or 'its loops lag'}")
+    return ControlError(f"supervisor pid {pid} is {state}: {report['supervisor']['summary']}")
 
 
 def _socket(path: Path | None) -> Path:
