@@ -1,7 +1,7 @@
 """The apps of the peerd workers: each has one handler, which counts.
 
-A worker loads one as ``regimes.apps:counting``. A handler counts in a variable of its closure, which
-costs less than a global variable.
+A worker loads one as ``regimes.apps:counting``. The handlers count in a variable of a closure, which costs
+less than a global variable.
 """
 
 from __future__ import annotations
@@ -11,83 +11,41 @@ from collections.abc import Callable
 from peerd import App, Message
 from udp.envelope import MAGIC
 
-_counts: list[Callable[[], int]] = []
+counting, counting_batch, counting_async, echo, echo_async = (App() for _ in range(5))
 
 
-def messages() -> int:
-    """How many messages the handlers of this process have received."""
-    return sum(count() for count in _counts)
-
-
-def _counting() -> App:
-    app = App()
+def _count_messages() -> Callable[[], int]:
     count = 0
 
-    @app.handler(MAGIC)
+    @counting.handler(MAGIC)
     def handle(message: Message) -> None:
         nonlocal count
         count += 1
 
-    _counts.append(lambda: count)
-    return app
-
-
-def _counting_batch() -> App:
-    app = App()
-    count = 0
-
-    @app.batch_handler(MAGIC)
-    def handle(messages: list[Message]) -> None:
+    @counting_batch.batch_handler(MAGIC)
+    def handle_batch(messages: list[Message]) -> None:
         nonlocal count
         count += len(messages)
 
-    _counts.append(lambda: count)
-    return app
-
-
-def _counting_async() -> App:
-    app = App()
-    count = 0
-
-    @app.handler(MAGIC)
-    async def handle(message: Message) -> None:
+    @counting_async.handler(MAGIC)
+    async def handle_async(message: Message) -> None:
         nonlocal count
         count += 1
 
-    _counts.append(lambda: count)
-    return app
-
-
-def _echo() -> App:
-    app = App()
-    count = 0
-
-    @app.handler(MAGIC)
-    def handle(message: Message) -> bytes:
+    @echo.handler(MAGIC)
+    def answer(message: Message) -> bytes:
         nonlocal count
         count += 1
         return message.body
 
-    _counts.append(lambda: count)
-    return app
-
-
-def _echo_async() -> App:
-    app = App()
-    count = 0
-
-    @app.handler(MAGIC)
-    async def handle(message: Message) -> bytes:
+    @echo_async.handler(MAGIC)
+    async def answer_async(message: Message) -> bytes:
         nonlocal count
         count += 1
         return message.body
 
-    _counts.append(lambda: count)
-    return app
+    return lambda: count
 
 
-counting = _counting()
-counting_batch = _counting_batch()
-counting_async = _counting_async()
-echo = _echo()
-echo_async = _echo_async()
+messages = _count_messages()
+"""How many messages the handlers of this process have received. A worker runs one of the apps."""

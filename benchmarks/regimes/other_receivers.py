@@ -88,16 +88,8 @@ class Echoing(asyncio.DatagramProtocol):
         self.transport.sendto(data, addr)
 
 
-def run_asyncio(socks: Sequence[socket.socket], echo: bool) -> int:
-    return _serve(_new_event_loop("asyncio"), socks, echo)
-
-
-def run_uvloop(socks: Sequence[socket.socket], echo: bool) -> int:
-    return _serve(_new_event_loop("uvloop"), socks, echo)
-
-
-def run_rloop(socks: Sequence[socket.socket], echo: bool) -> int:
-    return _serve(_new_event_loop("rloop"), socks, echo)
+def run_on(package: str, socks: Sequence[socket.socket], echo: bool) -> int:
+    return _serve(_new_event_loop(package), socks, echo)
 
 
 def run_aiofastnet(socks: Sequence[socket.socket], echo: bool) -> int:
@@ -140,9 +132,7 @@ def _serve(
 
 RUN: dict[str, Callable[[Sequence[socket.socket], bool], int]] = {
     "recvfrom": run_recvfrom,
-    "asyncio": run_asyncio,
-    "uvloop": run_uvloop,
-    "rloop": run_rloop,
+    **{name: functools.partial(run_on, name) for name in ("asyncio", "uvloop", "rloop")},
     "aiofastnet": run_aiofastnet,
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from peerd._envelope import Message
@@ -84,12 +83,7 @@ class AsyncPeerClient(ClientBase):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def _attempt(self, target: Target, request: Request) -> Message:

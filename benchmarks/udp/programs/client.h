@@ -1,4 +1,4 @@
-/* What the benchmark's C programs share: errors, clocks, arguments and sockets. */
+/* Errors, clocks, arguments and sockets of the benchmark's C programs. */
 
 #ifndef PEERD_BENCHMARK_CLIENT_H
 #define PEERD_BENCHMARK_CLIENT_H
@@ -20,10 +20,10 @@
 #include <sys/socket.h>
 #include <time.h>
 
-/* One send may carry 64 datagrams before Linux 6.9 (UDP_MAX_SEGMENTS) and 65,507 bytes ever. */
+/* A send may carry 64 datagrams before Linux 6.9 (UDP_MAX_SEGMENTS), and 65,507 bytes in any case. */
 #define MAX_SEGMENTS 64
 #define MAX_BYTES 65507
-/* Joined datagrams need a buffer as large as a datagram can be. */
+/* Joined datagrams need a buffer of the maximum size of a datagram. */
 #define BUFFER_BYTES 65536
 
 static inline void fail(const char *what)
@@ -53,13 +53,13 @@ static inline double cpu_seconds(void)
         + (used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
 }
 
-/* Not to outlive a benchmark that was killed. */
+/* Die with a benchmark that is killed. */
 static inline void die_with_parent(void)
 {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
 }
 
-/* How many bytes, 0 when the text is not hexadecimal or too long. */
+/* Returns the number of bytes; 0 if the text is not hexadecimal or too long. */
 static inline size_t parse_hex(const char *text, unsigned char *out, size_t room)
 {
     size_t size = strlen(text) / 2;
@@ -105,7 +105,7 @@ static inline int connected_socket(const char *port)
     return fd;
 }
 
-/* Each send on the socket is split into datagrams of so many bytes (UDP_SEGMENT, udp(7)). */
+/* Splits each send on the socket into datagrams of this many bytes (UDP_SEGMENT, udp(7)). */
 static inline void split_sends(int fd, int segment_bytes)
 {
     if (setsockopt(fd, SOL_UDP, UDP_SEGMENT, &segment_bytes, sizeof segment_bytes) < 0)
@@ -119,14 +119,14 @@ static inline void join_receives(int fd)
         fail("setsockopt UDP_GRO (Linux 5.0 or newer)");
 }
 
-/* CAP_NET_ADMIN may go past net.core.rmem_max (socket(7)). */
+/* With CAP_NET_ADMIN it may exceed net.core.rmem_max (socket(7)). */
 static inline void large_receive_buffer(int fd, int bytes)
 {
     if (setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &bytes, sizeof bytes) < 0)
         setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof bytes);
 }
 
-/* The size of each datagram in a buffer but the last. */
+/* The size of each datagram in a buffer, except the last. */
 static inline size_t stride_of(struct msghdr *header, size_t received)
 {
     for (struct cmsghdr *part = CMSG_FIRSTHDR(header); part; part = CMSG_NXTHDR(header, part))

@@ -2,10 +2,10 @@
  *
  *     echo_load -s SECONDS [-g SEGMENTS] [-w WINDOW] HEX PORT
  *
- * HEX is the datagram, which must come back as it is. Requests leave SEGMENTS a send (UDP_SEGMENT) as
- * long as fewer than WINDOW are under way, and replies are taken joined (UDP_GRO): the server always
- * has work waiting, and nothing is lost by being sent too fast. Requests that nothing came back for in
- * STALL_NS are given up and count as lost.
+ * HEX is the datagram, which must come back unchanged. Each send carries SEGMENTS requests (UDP_SEGMENT)
+ * while fewer than WINDOW are under way, and replies are received joined (UDP_GRO). So the server always
+ * has work waiting, and no request is lost because it was sent too fast. Requests without a reply within
+ * STALL_NS count as lost.
  *
  * Prints one line of JSON.
  */
@@ -73,7 +73,7 @@ int main(int argc, char **argv)
     if (size == 0 || size * segments > sizeof joined)
         usage(ARGUMENTS);
     die_with_parent();
-    /* Beyond the segments of a send as well: joined replies are compared with it. */
+    /* Longer than one send, because joined replies are compared with it. */
     for (size_t at = size; at + size <= sizeof joined; at += size)
         memcpy(joined + at, joined, size);
     int fd = connected_socket(argv[optind + 1]);
@@ -100,7 +100,7 @@ int main(int argc, char **argv)
             lost = sent - answered;
             last = now;
         }
-        /* Replies to requests that had been given up. */
+        /* Replies to requests that were counted as lost. */
         if (answered + lost > sent)
             lost = sent - answered;
     }

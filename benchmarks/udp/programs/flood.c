@@ -1,14 +1,14 @@
-/* Sends datagrams of random bytes and sizes to 127.0.0.1 as fast as it goes.
+/* Sends datagrams of random bytes and sizes to 127.0.0.1 at full speed.
  *
  *     flood -s SECONDS [-j] [-x SEED] PORT
  *
- * Half of them are random throughout; the others begin as an envelope does, with a length from 0 to 15
- * and a magic code, so that all of the decoder is reached. No datagram is an envelope with a magic code
- * that begins with P, E or B (PING, ECHO, BNCH): who counts those counts none of these.
+ * Half of them are entirely random. The others begin like an envelope, with a length from 0 to 15 and a
+ * magic code, so that all of the decoder is reached. No datagram is an envelope with a magic code that
+ * begins with P, E or B (PING, ECHO, BNCH), so a handler of these receives none of them.
  *
- * Plain, each send is one datagram of 0 to MAX_PLAIN bytes, and now and then one as large as they get.
- * With -j, each send is MAX_SEGMENTS datagrams of one random size from 1 to MAX_JOINED bytes
- * (UDP_SEGMENT), always so many: a receiver with UDP_GRO that drops a send has dropped MAX_SEGMENTS.
+ * Without -j, each send is one datagram of 0 to MAX_PLAIN bytes, and occasionally one of the maximum size.
+ * With -j, each send is always MAX_SEGMENTS datagrams of one random size from 1 to MAX_JOINED bytes
+ * (UDP_SEGMENT): if a receiver with UDP_GRO drops a send, it has dropped MAX_SEGMENTS datagrams.
  *
  * Prints one line of JSON.
  */
@@ -48,7 +48,8 @@ static const unsigned char *random_bytes(void)
     return pool + random_below(POOL_BYTES);
 }
 
-/* Over the first bytes of a datagram: the length of a magic code, the code, the length of a version. */
+/* Overwrites the first bytes of a datagram with the length of a magic code, the code, and the length of
+ * a version. */
 static void begin_as_envelope(unsigned char *at, size_t size)
 {
     unsigned char header[4 + 15 + 4] = {0};

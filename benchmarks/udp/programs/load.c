@@ -1,13 +1,12 @@
-/* Sends one datagram to 127.0.0.1 again and again: as fast as it goes, or so many a second.
+/* Sends one datagram to 127.0.0.1 repeatedly, at full speed or at a rate per second.
  *
  *     load -s SECONDS [-n COUNT] [-r RATE] [-g SEGMENTS] HEX PORT [PORT ...]
  *
  * HEX is the datagram. With one port, each send() carries SEGMENTS copies of it, which UDP_SEGMENT
- * (udp(7)) makes into as many datagrams: on loopback the receive path runs inside the sender's system
- * call, so a sender of one datagram a call is slower than every receiver and would measure only itself.
- * With more ports, each sendmmsg() carries one plain datagram for each of them; at a RATE, as from
- * senders that know nothing of each other, each datagram has a call of its own, evenly spaced.
- * It ends after SECONDS, or after COUNT datagrams.
+ * (udp(7)) splits into datagrams. On loopback the receive path runs inside the sender's system call, so a
+ * sender with one datagram per call is slower than every receiver and would measure only itself. With
+ * more ports, each sendmmsg() carries one plain datagram per port. At a RATE, each datagram has its own
+ * call, evenly spaced, like those of independent senders. It ends after SECONDS or COUNT datagrams.
  *
  * Prints one line of JSON. started_ns is CLOCK_MONOTONIC, which all processes share.
  */

@@ -2,18 +2,18 @@
  *
  *     ping -s SECONDS [-r RATE] [-b] [-w WAIT] HEX PORT [PORT ...]
  *
- * HEX is the datagram; its last 8 bytes are overwritten with a number, and a reply that ends with the
- * number of a request that is under way answers it. With more ports, requests go to each in turn.
+ * HEX is the datagram. Its last 8 bytes are overwritten with a number, and a reply that ends with the
+ * number of a request under way answers it. With more ports, requests go to each in turn.
  *
- * Without -r one request is under way at a time (a closed loop), and its time runs from just before
- * the send. With -r, requests leave at RATE a second whether or not the earlier ones are answered, and
- * each one's time runs from when it was due: a late send is the receiver's time as well (no coordinated
- * omission). -b: sleep while there is nothing to do, as a program would; otherwise the client looks at
- * its socket all the time, so that its own waking up is not in the figures. WAIT is for how many
- * seconds an answer is waited for (1).
+ * Without -r one request is under way at a time (a closed loop), and its time starts just before the
+ * send. With -r, RATE requests are sent per second, whether or not earlier ones are answered, and the
+ * time of each starts when it was due, so a late send counts as well (no coordinated omission). With -b
+ * the client sleeps while it has nothing to do, like a usual program; otherwise it polls its socket
+ * without sleeping, so that its own wake-ups are not in the figures. WAIT is the timeout of an answer in
+ * seconds (1).
  *
- * Prints one line of JSON; times are in nanoseconds. lost is what was not answered; kernel_drops is
- * what the client's own socket had no room for.
+ * Prints one line of JSON with times in nanoseconds. lost is the number of unanswered requests,
+ * kernel_drops the number of replies that the client's own socket had no room for.
  */
 
 #include "client.h"
@@ -33,14 +33,14 @@ static struct sockaddr_in to[MAX_PORTS];
 static int ports;
 static int sleeps = 0;
 static uint64_t sent = 0, answered = 0, errors = 0;
-static int64_t *due_ns; /* by request number; 0 when it has been answered */
+static int64_t *due_ns; /* by request number; 0 for an answered one */
 static uint32_t *samples;
 
 static void send_request(int64_t due)
 {
     memcpy(datagram + size - sizeof sent, &sent, sizeof sent);
     due_ns[sent] = due;
-    /* One port is connected to. */
+    /* A single port is connected to. */
     ssize_t taken = ports == 1
         ? send(fd, datagram, size, 0)
         : sendto(fd, datagram, size, 0, (struct sockaddr *)&to[sent % ports], sizeof to[0]);
@@ -49,7 +49,7 @@ static void send_request(int64_t due)
     sent++;
 }
 
-/* 1 when there was a datagram. */
+/* Returns 1 if there was a datagram. */
 static int take_answer(int flags)
 {
     static unsigned char reply[BUFFER_BYTES];
@@ -122,7 +122,7 @@ static int by_value(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* The smallest sample that the share of all samples does not exceed. */
+/* The smallest sample that this share of all samples does not exceed. */
 static uint32_t percentile(double share)
 {
     uint64_t index = (uint64_t)(share * (double)answered);
@@ -164,7 +164,7 @@ int main(int argc, char **argv)
     for (int i = 0; i < ports; i++)
         to[i] = loopback(argv[optind + 1 + i]);
     large_receive_buffer(fd, 4 << 20);
-    /* A blocking recv() of the closed loop must end some time. */
+    /* A timeout for the blocking recv() of the closed loop. */
     struct timeval limit = {(time_t)wait, (suseconds_t)((wait - (time_t)wait) * 1e6)};
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
     due_ns = calloc(MAX_SAMPLES, sizeof *due_ns);

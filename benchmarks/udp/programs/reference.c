@@ -1,4 +1,4 @@
-/* The receivers in C that the others are compared with: what the kernel allows, and no more.
+/* The reference receivers in C: the kernel's limit.
  *
  *     reference count-gro FD      recvmmsg with UDP_GRO; counts
  *     reference count FD          recvmmsg without; counts
@@ -6,8 +6,8 @@
  *     reference echo FD           blocking recvfrom, sendto
  *     reference echo-gro FD       recvmmsg with UDP_GRO, sendmmsg with UDP_SEGMENT
  *
- * Speaks as receivers.py says: "ready", and when stdin ends a line of JSON. All of them learn
- * the sender's address, since a peer needs it; none of them looks into the datagrams.
+ * receivers.py describes the protocol: "ready", and a line of JSON at the end of stdin. All of them
+ * receive the sender's address, because a peer needs it. None of them reads the datagrams.
  */
 
 #include "client.h"
@@ -20,8 +20,8 @@
 #define GRO_BATCH 16
 #define MAX_SOCKETS 64
 #define CONTROL_BYTES 64
-/* A cache line more than a datagram can have: with a power of two, the first bytes of all buffers
- * would compete for the same few places of the caches (4 % of CPU time without GRO). */
+/* A cache line more than the maximum size of a datagram. With a power of two, the first bytes of all
+ * buffers would compete for the same few cache sets (4 % of CPU time without GRO). */
 #define BUFFER_STRIDE (BUFFER_BYTES + 64)
 
 static volatile sig_atomic_t ended = 0;
@@ -39,8 +39,8 @@ static void on_stdin(int number)
     ended = 1;
 }
 
-/* SIGIO when stdin ends interrupts a blocking call. One that comes just before the call is found by
- * the socket's time limit. */
+/* SIGIO at the end of stdin interrupts a blocking call. If it arrives just before the call, the socket's
+ * timeout ends the call. */
 static void watch_stdin(void)
 {
     struct sigaction action = {.sa_handler = on_stdin};
@@ -135,8 +135,8 @@ static void echo(int fd)
     }
 }
 
-/* The control message that came says how to split; one that goes says the same (UDP_GRO's is an int,
- * UDP_SEGMENT's 16 bits). */
+/* A received control message has the segment size, and so has one that is sent (an int for UDP_GRO, 16
+ * bits for UDP_SEGMENT). */
 static void split_as_received(struct mmsghdr *received, unsigned char *room)
 {
     struct msghdr *header = &received->msg_hdr;
