@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Coroutine, Mapping
 from contextvars import Context
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
 
 from peerd._envelope import Message, Reply
 from peerd._scoreboard import Slot
+
+DROP_REASON_NAMES: Final[tuple[str, ...]]
+"""Why a reply was not sent, in the order of the C enum."""
 
 class _Spare(Protocol):
     """What a coroutine handler sees as its task while it has not waited for anything yet."""
@@ -48,6 +51,10 @@ class DatagramLoop:
     ``on_icmp_error``
         Called with (address, errno) when a host or router reports that a reply did not arrive.
         None: these errors are only counted.
+    ``on_replies_dropped``
+        Called after a flush with (reason, address, errno, count) for each reason of which replies
+        were dropped: an entry of DROP_REASON_NAMES, the address and errno (0 for none) of one of
+        them, and their number. None: drops are only counted.
     ``gro``, ``gso``
         Ask the kernel to join datagrams of one sender (UDP_GRO), and to take neighbouring replies
         of one size to one address joined (UDP_SEGMENT); both udp(7). The attributes of the same
@@ -70,6 +77,7 @@ class DatagramLoop:
         coroutine_handlers: Mapping[str, Callable[[Message], Coroutine[Any, Any, Reply]]]
         | None = None,
         on_icmp_error: Callable[[tuple[str, int] | None, int], object] | None = None,
+        on_replies_dropped: Callable[[str, tuple[str, int] | None, int, int], object] | None = None,
         gro: bool = True,
         gso: bool = True,
         linger_s: float = 0.0,

@@ -106,8 +106,9 @@ class Slot:
     def counters(self) -> dict[str, int]:
         """Every counter by name. None decreases while the mapping lives.
 
-        ``rx_datagrams`` = ``rx_messages`` + ``rx_truncated`` + ``decode_*`` + ``unknown_magic``
-        + ``rx_max_waiting`` between two turns; ``rx_datagrams`` - ``handled`` are unfinished.
+        ``rx_datagrams`` = ``rx_messages`` + ``rx_own`` + ``rx_truncated`` + ``decode_*``
+        + ``unknown_magic`` + ``rx_max_waiting`` between two turns; ``rx_datagrams`` - ``handled`` are
+        unfinished.
         """
 
 @final

@@ -20,7 +20,7 @@ Counting. RX_DATAGRAMS grows when recvmmsg returns, HANDLED when a datagram need
 (outbox.pxd): the difference is what a SIGKILL would lose, and flight.pxd makes that exact for one that
 comes within a system call. The identity
 
-    rx_datagrams = rx_messages + rx_truncated + decode_* + unknown_magic + rx_max_waiting
+    rx_datagrams = rx_messages + rx_own + rx_truncated + decode_* + unknown_magic + rx_max_waiting
 
 holds after each turn. The kernel's own drops are counted by the owner of the socket, who reads SO_MEMINFO
 (supervisor/kernel_drops.py): SO_RXQ_OVFL would cost a control message on each datagram after the first drop
@@ -59,20 +59,25 @@ from peerd._scoreboard cimport (
     Slot,
     SlotData,
 )
+from peerd.clock cimport monotonic_ns
 from peerd.flight cimport RX_BATCH
 from peerd.icmp cimport may_be_icmp
 from peerd.linger cimport Linger, linger_after, linger_open
 from peerd.outbox cimport Outbox, drop_replies, flush, outbox_close, outbox_open
 from peerd.receive cimport Receiver, is_cut_off, receive, receiver_close, receiver_open, stride_of
 from peerd.sockaddr cimport address_of
+from peerd.transmit cimport DROP_REASONS, Drops
 
 import os
+
+# In the order of transmit.DropReason.
+DROP_REASON_NAMES = ("full", "too_big", "refused", "congested", "loop", "rate")
 
 cdef enum:
     # How long an idle loop sleeps before it writes its heartbeat.
     IDLE_TICK_MS = 250
-    # How soon a reply is tried again for which the kernel had no memory: poll() does not report that.
-    NO_MEMORY_TICK_MS = 1
+    # How soon deferred replies are tried again: poll() does not report room on one way out.
+    DEFERRED_TICK_MS = 1
     TURN_BUDGET_NS = 2000000
     CLOCK_CHECK_INTERVAL = 16  # datagrams
     # ICMP errors that are read from the error queue in one go.
@@ -94,6 +99,7 @@ cdef class DatagramLoop:
     cdef Slot _slot
     cdef SlotData *_stats
     cdef object _on_icmp_error
+    cdef object _on_replies_dropped
     cdef Dispatcher _dispatcher
     cdef Receiver _rx
     cdef Outbox _outbox
@@ -116,6 +122,7 @@ cdef class DatagramLoop:
         *,
         coroutine_handlers=None,
         on_icmp_error=None,
+        on_replies_dropped=None,
         bint gro=True,
         bint gso=True,
         double linger_s=0.0,
@@ -128,6 +135,7 @@ cdef class DatagramLoop:
         self._slot = slot
         self._stats = slot.data
         self._on_icmp_error = on_icmp_error
+        self._on_replies_dropped = on_replies_dropped
         self._dispatcher = Dispatcher(
             handlers, batch_handlers, coroutine_handlers or {}, on_handler_error
         )
@@ -177,7 +185,7 @@ cdef class DatagramLoop:
             deadline = monotonic_ns() + self._drain_ns
             while monotonic_ns() < deadline:
                 if self._hand_over:
-                    flush(&self._outbox)
+                    self._flush()
                 if self._hand_over or (self._turn() < 0 and self._rx.used == 0):
                     if self._outbox.tx.queued == 0:
                         break
@@ -216,7 +224,7 @@ cdef class DatagramLoop:
         self._dispatcher.answer(message, result)
 
     def flush(self):
-        flush(&self._outbox)
+        self._flush()
 
     def set_reading(self, bint is_reading):
         self._stats.waiting.not_reading_since_ns = 0 if is_reading else monotonic_ns()
@@ -248,8 +256,8 @@ cdef class DatagramLoop:
         waits[0].events = 0 if self._stopping and self._hand_over else linux.POLLIN
         if self._outbox.tx.blocked == EAGAIN:
             waits[0].events |= linux.POLLOUT
-        elif self._outbox.tx.blocked:
-            timeout_ms = NO_MEMORY_TICK_MS
+        if self._outbox.tx.deferred.datagrams:
+            timeout_ms = DEFERRED_TICK_MS
         waits[1].fd = self._wake_read
         waits[1].events = linux.POLLIN
         with nogil:
@@ -262,6 +270,27 @@ cdef class DatagramLoop:
             raise OSError(error, f"poll: {os.strerror(error)}")
         if ready > 0 and waits[0].revents & linux.POLLERR:
             self._read_icmp_errors()
+        return 0
+
+    cdef int _flush(self) except -1:
+        """Send what is queued, and report drops."""
+        cdef Drops *drops
+        cdef uint64_t count
+        cdef int reason
+        flush(&self._outbox)
+        if not self._outbox.tx.has_drops:
+            return 0
+        self._outbox.tx.has_drops = False
+        for reason in range(<int>DROP_REASONS):
+            drops = &self._outbox.tx.drops[reason]
+            count, drops.count = drops.count, 0
+            if count and self._on_replies_dropped is not None:
+                self._on_replies_dropped(
+                    DROP_REASON_NAMES[reason],
+                    address_of(<linux.sockaddr *>&drops.address),
+                    drops.error,
+                    count,
+                )
         return 0
 
     cdef int _sleep(self, int64_t linger_ns) noexcept:
@@ -291,7 +320,7 @@ cdef class DatagramLoop:
         if filled < 0:
             self._receive_failed(-filled)
             if self._outbox.tx.queued:
-                flush(&self._outbox)
+                self._flush()
             if filled != -EAGAIN:
                 return 0
             # Only to record that a linger found nothing: the result is 0 here.
@@ -306,7 +335,7 @@ cdef class DatagramLoop:
         finally:
             # Also when a handler ends the loop: replies that are queued are sent.
             self._dispatcher.leave_coroutines()
-            flush(&self._outbox)
+            self._flush()
         if self._outbox.tx.met_icmp_error:
             # A loop under load never polls, and the error queue takes receive buffer from datagrams.
             self._read_icmp_errors()
@@ -401,12 +430,6 @@ cdef class DatagramLoop:
             left -= size
             if left == 0:
                 return 0
-
-
-cdef inline int64_t monotonic_ns() noexcept nogil:
-    cdef linux.timespec now
-    linux.clock_gettime(linux.CLOCK_MONOTONIC, &now)
-    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
 
 
 cdef inline int bucket(uint64_t value, int buckets) noexcept nogil:

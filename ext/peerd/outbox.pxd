@@ -5,13 +5,17 @@ handler returned none. A datagram that Python is done with is therefore unfinish
 queued, while it waits in a batch, or while its coroutine waits.
 """
 
+from libc.errno cimport EAGAIN, EMSGSIZE
 from libc.stdint cimport uint8_t, uint64_t
 
 cimport peerd.linux_udp as linux
-from peerd._scoreboard cimport HANDLED, RX_DATAGRAMS, TX_DROPPED_FULL, TX_DROPPED_TOO_BIG, SlotData
+from peerd._scoreboard cimport HANDLED, RX_DATAGRAMS, SlotData
 from peerd.transmit cimport (
+    DROP_FULL,
+    DROP_TOO_BIG,
     MAX_DATAGRAM_BYTES,
     Transmitter,
+    count_drops,
     drop_queued,
     transmit,
     transmit_room,
@@ -69,12 +73,12 @@ cdef inline uint8_t *room(
     """
     cdef uint8_t *at
     if size > MAX_DATAGRAM_BYTES:
-        outbox.counters[TX_DROPPED_TOO_BIG] += 1
+        count_drops(&outbox.tx, DROP_TOO_BIG, 1, EMSGSIZE, address)
         return NULL
     at = transmit_room(&outbox.tx, size, address, address_bytes)
     if at == NULL:
         flush(outbox)
         at = transmit_room(&outbox.tx, size, address, address_bytes)
         if at == NULL:
-            outbox.counters[TX_DROPPED_FULL] += 1
+            count_drops(&outbox.tx, DROP_FULL, 1, EAGAIN, address)
     return at

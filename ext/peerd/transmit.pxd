@@ -1,14 +1,22 @@
 """Sending replies: an arena, runs of equal size, one sendmmsg.
 
-A reply is copied into the arena, and its address beside it, so nothing else need live until it is
-sent. Neighbours to one address of one size (the last may be shorter) make a run, which leaves as one
-UDP_SEGMENT send (udp(7)): the kernel's path is then walked once for up to 64 datagrams.
+A reply is copied into the arena, and its address beside it, so no object has to live until it is sent.
+Neighbours of one size to one address (the last may be shorter) make a run, which leaves as one
+UDP_SEGMENT send (udp(7)): the kernel walks its path once for up to 64 datagrams.
 
-What the kernel does not take now (EAGAIN, ENOBUFS, ENOMEM) stays in the arena, which is the bounded
-queue: when it is full, further replies are dropped and counted. A run that the kernel refuses (EIO: a
-device without checksum offload; EINVAL, since Linux 6.14 EMSGSIZE: larger than the path's MTU) is sent in pieces, and its address
-gets no runs any more. An ICMP error that was pending on the socket is reported by the send that comes
-next and says nothing about it, so that send is tried again.
+What an error of sendmmsg concerns:
+
+- The socket: EAGAIN, its send buffer is full. All replies wait in the arena, which is the bounded queue;
+  when the arena is full, further replies are dropped and counted.
+- One way out of the host: ENOBUFS and ENOMEM. The reply is tried again for a few milliseconds while the
+  replies to other addresses are sent (deferred.pxd). An interface's full queue is reported as ENOBUFS
+  because the socket has IP_RECVERR; without it the kernel drops the datagram and reports success.
+- A run: EIO from a device without checksum offload; EINVAL, since Linux 6.14 EMSGSIZE, for a segment above
+  the path's MTU. The run is sent in pieces, and its address gets no more runs.
+- An earlier datagram: an ICMP error that was pending on the socket (icmp.pxd). The send is tried again.
+- This datagram: everything else, such as port 0, no route, a firewall's rule. It is dropped.
+
+Drops are counted by reason. Of each reason, the address and errno of one drop are kept for the log.
 
 Nothing here touches Python.
 """
@@ -23,7 +31,7 @@ from libc.errno cimport (
     ENOMEM,
     errno,
 )
-from libc.stdint cimport uint8_t, uint16_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
 cimport peerd.linux_udp as linux
@@ -31,10 +39,23 @@ from peerd._scoreboard cimport (
     HANDLED,
     TX_BYTES,
     TX_DROPPED_FULL,
-    TX_DROPPED_REFUSED,
-    TX_DROPPED_TOO_BIG,
     TX_GSO_REFUSED,
     TX_MESSAGES,
+)
+from peerd.clock cimport monotonic_ns
+from peerd.deferred cimport (
+    MAX_ATTEMPTS,
+    MAX_DEFERRED_ADDRESSES,
+    RETRY_INTERVAL_NS,
+    Deferred,
+    Entry,
+    datagrams_done,
+    defer,
+    deferred_clear,
+    deferred_close,
+    deferred_open,
+    entry_of,
+    new_entry,
 )
 from peerd.flight cimport TX_WINDOW, UNTOUCHED, Flight, store_barrier
 from peerd.icmp cimport may_be_icmp
@@ -53,6 +74,22 @@ cdef enum:
     # CMSG_SPACE(sizeof(uint16_t)), which C does not call a constant.
     TX_CONTROL_BYTES = 24
     TX_RETRIES = 3
+
+# In the order of the scoreboard's counters.
+cdef enum DropReason:
+    DROP_FULL
+    DROP_TOO_BIG
+    DROP_REFUSED
+    DROP_CONGESTED
+    DROP_LOOP
+    DROP_RATE
+    DROP_REASONS
+
+# The drops that were not reported yet: how many, and the errno (0: none) and address of the first.
+cdef struct Drops:
+    uint64_t count
+    int error
+    linux.sockaddr_in6 address
 
 cdef struct Run:
     uint16_t count
@@ -75,12 +112,16 @@ cdef struct Transmitter:
     unsigned int prepared  # headers that point where they should; the others are untouched memory
     unsigned int first  # of the runs not sent yet
     unsigned int end
-    unsigned int queued  # datagrams in them
-    bint met_icmp_error  # one may wait in the socket's error queue; who reads it says so here
-    int blocked  # the errno that stopped the last flush, 0 when it did not stop
+    unsigned int queued  # datagrams in them, and the deferred ones
+    Deferred deferred
+    int64_t (*clock_ns)() noexcept nogil
+    bint met_icmp_error  # one may wait in the socket's error queue; its reader clears this
+    int blocked  # why the last flush left something: EAGAIN, or ENOBUFS for deferred replies; else 0
+    bint has_drops
+    Drops drops[DROP_REASONS]
     uint8_t refusing[TX_REFUSING][TX_ADDRESS_BYTES]
     unsigned int refusing_count
-    linux.mmsghdr pieces[TX_SEGMENTS]
+    linux.mmsghdr pieces[TX_WINDOW]
     linux.iovec piece_vectors[TX_SEGMENTS]
 
 
@@ -95,26 +136,27 @@ cdef inline bint transmitter_open(
     tx.flight = flight
     flight.sending = 0
     tx.prepared = 0
+    tx.clock_ns = monotonic_ns
     # The arena, then what each run has, from the strictest alignment to none.
     tx.pages_bytes = TX_ARENA_BYTES + TX_RUNS * (
         sizeof(linux.mmsghdr) + sizeof(linux.iovec) + sizeof(Run) + TX_CONTROL_BYTES + TX_ADDRESS_BYTES
     )
     tx.arena = <uint8_t *>untouched_pages(tx.pages_bytes)
-    if tx.arena == NULL:
+    if tx.arena == NULL or not deferred_open(&tx.deferred):
         return False
     tx.headers = <linux.mmsghdr *>(tx.arena + TX_ARENA_BYTES)
     tx.vectors = <linux.iovec *>(tx.headers + TX_RUNS)
     tx.runs = <Run *>(tx.vectors + TX_RUNS)
     tx.control = <uint8_t *>(tx.runs + TX_RUNS)
     tx.addresses = tx.control + TX_RUNS * TX_CONTROL_BYTES
-    for i in range(TX_SEGMENTS):
-        tx.pieces[i].msg_hdr.msg_iov = &tx.piece_vectors[i]
+    for i in range(TX_WINDOW):
         tx.pieces[i].msg_hdr.msg_iovlen = 1
     return True
 
 
 cdef inline void transmitter_close(Transmitter *tx) noexcept nogil:
     free_pages(tx.arena, tx.pages_bytes)
+    deferred_close(&tx.deferred)
 
 
 cdef inline void prepare_header(Transmitter *tx, unsigned int i) noexcept nogil:
@@ -218,21 +260,42 @@ cdef inline void count_sent(Transmitter *tx, unsigned int messages, size_t sent_
     tx.queued -= messages
 
 
-cdef inline bint is_not_now(int error) noexcept nogil:
-    return error == EAGAIN or error == ENOBUFS or error == ENOMEM
+cdef inline bint has_no_room(int error) noexcept nogil:
+    return error == ENOBUFS or error == ENOMEM
 
 
-cdef inline void drop_one(Transmitter *tx, int error) noexcept nogil:
-    """This datagram cannot be sent (port 0, no route, too big); the next may."""
-    tx.counters[TX_DROPPED_TOO_BIG if error == EMSGSIZE else TX_DROPPED_REFUSED] += 1
+cdef inline void count_drops(
+    Transmitter *tx, DropReason reason, unsigned int datagrams, int error, const void *address
+) noexcept nogil:
+    """Of replies that are not queued. ``address`` has TX_ADDRESS_BYTES bytes."""
+    cdef Drops *drops = &tx.drops[<int>reason]
+    tx.counters[TX_DROPPED_FULL + <int>reason] += datagrams
+    if drops.count == 0:
+        drops.error = error
+        memcpy(&drops.address, address, TX_ADDRESS_BYTES)
+    drops.count += datagrams
+    tx.has_drops = True
+
+
+cdef inline void drop(Transmitter *tx, int error, const void *address) noexcept nogil:
+    """A queued datagram that cannot be sent."""
+    cdef DropReason reason = DROP_REFUSED
+    if has_no_room(error):
+        reason = DROP_CONGESTED
+    elif error == EMSGSIZE:
+        reason = DROP_TOO_BIG
+    count_drops(tx, reason, 1, error, address)
     tx.counters[HANDLED] += 1
     tx.queued -= 1
 
 
 cdef inline void drop_queued(Transmitter *tx) noexcept nogil:
-    tx.counters[TX_DROPPED_FULL] += tx.queued
+    tx.counters[TX_DROPPED_FULL + <int>DROP_CONGESTED] += tx.deferred.datagrams
+    tx.counters[TX_DROPPED_FULL] += tx.queued - tx.deferred.datagrams
     tx.queued = tx.first = tx.end = 0
     tx.arena_used = 0
+    if tx.deferred.datagrams:
+        deferred_clear(&tx.deferred)
 
 
 cdef inline int send_window(
@@ -240,7 +303,7 @@ cdef inline int send_window(
 ) noexcept nogil:
     """sendmmsg of at most TX_WINDOW messages, from the scoreboard; ``runs``: NULL for single datagrams.
 
-    Who counts what was sent ends the flight then: see flight_ended.
+    The caller ends the flight when it has counted what was sent: see flight_ended.
     """
     cdef Flight *flight = tx.flight
     cdef unsigned int i
@@ -259,55 +322,83 @@ cdef inline void flight_ended(Transmitter *tx) noexcept nogil:
     tx.flight.sending = 0
 
 
-cdef inline bint send_in_pieces(Transmitter *tx, unsigned int index) noexcept nogil:
-    """Send the rest of a run one datagram at a time. False when it has to wait; then the run is what is left."""
-    cdef Run *run = &tx.runs[index]
-    cdef linux.iovec *vector = &tx.vectors[index]
-    cdef uint8_t *at = <uint8_t *>vector.iov_base
-    cdef size_t left = vector.iov_len
-    cdef size_t size
-    cdef int i, sent, error
-    cdef int done = 0
-    cdef int count = run.count
+cdef inline int send_in_pieces(
+    Transmitter *tx,
+    linux.iovec *pieces,
+    unsigned int count,
+    void *address,
+    linux.socklen_t address_bytes,
+    unsigned int *done,
+) noexcept nogil:
+    """Send datagrams to one address, one by one; ``done``: how many were sent or dropped.
+
+    0 when all are; else EAGAIN, ENOBUFS or ENOMEM, which the next one has met.
+    """
+    cdef int sent, error
+    cdef unsigned int i, asked
     cdef int retries = 0
-    for i in range(count):
-        size = run.segment_bytes if run.segment_bytes < left else left
-        tx.piece_vectors[i].iov_base = at
-        tx.piece_vectors[i].iov_len = size
-        tx.pieces[i].msg_hdr.msg_name = tx.headers[index].msg_hdr.msg_name
-        tx.pieces[i].msg_hdr.msg_namelen = tx.headers[index].msg_hdr.msg_namelen
-        at += size
-        left -= size
-    while done < count:
-        # A run has no more pieces than a window has room for.
-        sent = send_window(tx, &tx.pieces[done], count - done, NULL)
+    for i in range(<unsigned int>TX_WINDOW if count > TX_WINDOW else count):
+        tx.pieces[i].msg_hdr.msg_name = address
+        tx.pieces[i].msg_hdr.msg_namelen = address_bytes
+    done[0] = 0
+    while done[0] < count:
+        asked = min(count - done[0], <unsigned int>TX_WINDOW)
+        for i in range(asked):
+            tx.pieces[i].msg_hdr.msg_iov = &pieces[done[0] + i]
+        sent = send_window(tx, tx.pieces, asked, NULL)
         error = errno
         if sent > 0:
-            tx.met_icmp_error |= sent < count - done
-            for i in range(done, done + sent):
-                count_sent(tx, 1, tx.piece_vectors[i].iov_len)
-            done += sent
+            tx.met_icmp_error |= <unsigned int>sent < asked
+            for i in range(<unsigned int>sent):
+                count_sent(tx, 1, pieces[done[0] + i].iov_len)
+            done[0] += sent
             retries = 0
         flight_ended(tx)
-        if sent > 0:
+        if sent > 0 or error == EINTR:
             continue
-        elif error == EINTR:
-            continue
-        elif is_not_now(error):
-            tx.blocked = error
-            run.count = <uint16_t>(count - done)
-            vector.iov_len = <size_t>(<uint8_t *>vector.iov_base + vector.iov_len
-                                      - <uint8_t *>tx.piece_vectors[done].iov_base)
-            vector.iov_base = tx.piece_vectors[done].iov_base
-            return False
+        elif error == EAGAIN or has_no_room(error):
+            return error
         elif may_be_icmp(error) and retries < TX_RETRIES:
             retries += 1
             tx.met_icmp_error = True
         else:
-            drop_one(tx, error)
-            done += 1
+            drop(tx, error, address)
+            done[0] += 1
             retries = 0
-    return True
+    return 0
+
+
+cdef inline void cut_first_run(Transmitter *tx) noexcept nogil:
+    """Write its datagrams to ``piece_vectors``."""
+    cdef Run *run = &tx.runs[tx.first]
+    cdef uint8_t *at = <uint8_t *>tx.vectors[tx.first].iov_base
+    cdef size_t left = tx.vectors[tx.first].iov_len
+    cdef size_t size
+    cdef int i
+    for i in range(run.count):
+        size = run.segment_bytes if run.segment_bytes < left else left
+        tx.piece_vectors[i].iov_base = at
+        tx.piece_vectors[i].iov_len = size
+        at += size
+        left -= size
+
+
+cdef inline int send_first_run_in_pieces(Transmitter *tx) noexcept nogil:
+    """Returns as send_in_pieces does; then the first run is what is left of it."""
+    cdef Run *run = &tx.runs[tx.first]
+    cdef linux.iovec *vector = &tx.vectors[tx.first]
+    cdef linux.msghdr *header = &tx.headers[tx.first].msg_hdr
+    cdef unsigned int done
+    cdef int error
+    cut_first_run(tx)
+    error = send_in_pieces(
+        tx, tx.piece_vectors, run.count, header.msg_name, header.msg_namelen, &done
+    )
+    if error:
+        vector.iov_len -= <uint8_t *>tx.piece_vectors[done].iov_base - <uint8_t *>vector.iov_base
+        vector.iov_base = tx.piece_vectors[done].iov_base
+        run.count -= <uint16_t>done
+    return error
 
 
 cdef inline void refuse_runs(Transmitter *tx, const void *address) noexcept nogil:
@@ -321,64 +412,130 @@ cdef inline void refuse_runs(Transmitter *tx, const void *address) noexcept nogi
     tx.refusing_count += 1
 
 
-cdef inline void transmit(Transmitter *tx) noexcept nogil:
-    """Give every queued datagram to the kernel, or count why not; ``blocked`` says what stopped it."""
+cdef inline int fall_back_to_pieces(Transmitter *tx, int error) noexcept nogil:
+    """Send the first run in pieces after ``error``. Returns as send_in_pieces does."""
+    cdef uint64_t sent_before = tx.counters[TX_MESSAGES]
+    cdef int rest_error = send_first_run_in_pieces(tx)
+    # Only where pieces are taken: an address that takes nothing (port 0, which a request may come from)
+    # must not use up the table.
+    if tx.counters[TX_MESSAGES] > sent_before and (
+        error == EIO or error == EINVAL or error == EMSGSIZE
+    ):
+        refuse_runs(tx, tx.addresses + tx.first * TX_ADDRESS_BYTES)
+    return rest_error
+
+
+cdef inline int send_runs(Transmitter *tx) noexcept nogil:
+    """Send the first runs, as many as one sendmmsg takes. 0, or what the first of them has met."""
     cdef int sent, error
-    cdef int i
+    cdef unsigned int i
     cdef int retries = 0
-    cdef unsigned int asked
-    cdef uint64_t sent_before
-    cdef bint done
-    cdef Run *run
-    close_runs(tx)
-    tx.blocked = 0
-    while tx.first < tx.end:
-        run = &tx.runs[tx.first]
-        if run.count > 1 and tx.refusing_count and refuses_runs(
-            tx, tx.addresses + tx.first * TX_ADDRESS_BYTES
-        ):
-            if not send_in_pieces(tx, tx.first):
-                return
-            tx.first += 1
-            retries = 0
-            continue
-        asked = min(tx.end - tx.first, <unsigned int>TX_WINDOW)
-        sent = send_window(tx, &tx.headers[tx.first], asked, run)
+    cdef unsigned int asked = min(tx.end - tx.first, <unsigned int>TX_WINDOW)
+    if tx.deferred.datagrams:
+        for i in range(1, asked):
+            if entry_of(&tx.deferred, tx.addresses + (tx.first + i) * TX_ADDRESS_BYTES) != NULL:
+                asked = i
+                break
+    while True:
+        sent = send_window(tx, &tx.headers[tx.first], asked, &tx.runs[tx.first])
         error = errno
         if sent > 0:
             # A short count hides the error that made it short (sendmmsg(2), BUGS).
             tx.met_icmp_error |= <unsigned int>sent < asked
-            for i in range(sent):
+            for i in range(<unsigned int>sent):
                 count_sent(tx, tx.runs[tx.first].count, tx.vectors[tx.first].iov_len)
                 tx.first += 1
-            retries = 0
         flight_ended(tx)
         if sent > 0:
-            continue
+            return 0
         elif error == EINTR:
             continue
-        elif is_not_now(error):
-            tx.blocked = error
-            return
         elif may_be_icmp(error) and retries < TX_RETRIES:
             retries += 1
             tx.met_icmp_error = True
-        elif run.count > 1:
-            # EIO, EINVAL and EMSGSIZE, as said above, if pieces are taken: an address that takes nothing
-            # (port 0, which a request may come from) must not use up the table.
-            sent_before = tx.counters[TX_MESSAGES]
-            done = send_in_pieces(tx, tx.first)
-            if tx.counters[TX_MESSAGES] > sent_before and (
-                error == EIO or error == EINVAL or error == EMSGSIZE
-            ):
-                refuse_runs(tx, tx.addresses + tx.first * TX_ADDRESS_BYTES)
-            if not done:
-                return
-            tx.first += 1
-            retries = 0
         else:
-            drop_one(tx, error)
-            tx.first += 1
-            retries = 0
-    tx.first = tx.end = 0
-    tx.arena_used = 0
+            return error
+
+
+cdef inline void defer_first_run(Transmitter *tx, Entry *entry, int error) noexcept nogil:
+    """Move its datagrams to the entry of their address (NULL: a new one), or drop them."""
+    cdef linux.msghdr *header = &tx.headers[tx.first].msg_hdr
+    cdef unsigned int i
+    if entry == NULL:
+        entry = new_entry(&tx.deferred, header.msg_name, header.msg_namelen, tx.clock_ns())
+    cut_first_run(tx)
+    for i in range(tx.runs[tx.first].count):
+        if entry == NULL or not defer(&tx.deferred, entry, &tx.piece_vectors[i]):
+            drop(tx, error, header.msg_name)
+
+
+cdef inline void retry_entry(Transmitter *tx, Entry *entry, int64_t now_ns) noexcept nogil:
+    cdef unsigned int done
+    cdef int error
+    entry.attempts += 1
+    entry.retry_at_ns = now_ns + RETRY_INTERVAL_NS
+    while entry.end:
+        error = send_in_pieces(
+            tx,
+            &entry.datagrams[entry.first],
+            entry.end - entry.first,
+            &entry.address,
+            entry.address_bytes,
+            &done,
+        )
+        if error == EAGAIN:
+            tx.blocked = EAGAIN
+        elif error and entry.attempts >= MAX_ATTEMPTS:
+            drop(tx, error, &entry.address)
+            done += 1
+            error = 0
+        datagrams_done(&tx.deferred, entry, done)
+        if error:
+            return
+
+
+cdef inline void retry_deferred(Transmitter *tx) noexcept nogil:
+    cdef int64_t now_ns = tx.clock_ns()
+    cdef int i
+    for i in range(MAX_DEFERRED_ADDRESSES):
+        if tx.deferred.entries[i].end and tx.deferred.entries[i].retry_at_ns <= now_ns:
+            retry_entry(tx, &tx.deferred.entries[i], now_ns)
+            if tx.blocked:
+                return
+
+
+cdef inline void transmit(Transmitter *tx) noexcept nogil:
+    """Give every queued datagram to the kernel, or count why not; ``blocked`` says what is left."""
+    cdef int error
+    cdef Entry *entry
+    cdef const void *address
+    close_runs(tx)
+    tx.blocked = 0
+    if tx.deferred.datagrams:
+        retry_deferred(tx)
+    while tx.first < tx.end and tx.blocked == 0:
+        address = tx.addresses + tx.first * TX_ADDRESS_BYTES
+        entry = entry_of(&tx.deferred, address)
+        if entry != NULL:
+            error = ENOBUFS
+        elif tx.runs[tx.first].count > 1 and tx.refusing_count and refuses_runs(tx, address):
+            error = send_first_run_in_pieces(tx)
+        else:
+            error = send_runs(tx)
+            if error == 0:
+                continue
+            if tx.runs[tx.first].count > 1 and error != EAGAIN:
+                error = fall_back_to_pieces(tx, error)
+        if error == EAGAIN:
+            tx.blocked = EAGAIN
+            return
+        if has_no_room(error):
+            defer_first_run(tx, entry, error)
+        elif error:
+            drop(tx, error, address)
+        tx.first += 1
+    if tx.blocked == 0:
+        tx.first = tx.end = 0
+        tx.arena_used = 0
+        if tx.deferred.datagrams:
+            tx.blocked = ENOBUFS

@@ -24,6 +24,7 @@ from peerd.address import Address
 from peerd.errors import AppLoadError
 from peerd.linux import is_kernel_with_broken_gso, is_kernel_without_gro
 from peerd.serving.app import App, load_app
+from peerd.serving.dropped_replies import DroppedReplyLog
 from peerd.settings import DatagramSettings
 from peerd.signals import DUMP_STACK, HAND_OVER
 
@@ -107,6 +108,7 @@ def make_loop(
         HandlerErrorLog(about),
         coroutine_handlers=app.coroutine_handlers,
         on_icmp_error=IcmpErrorLog(about) if log.isEnabledFor(logging.DEBUG) else None,
+        on_replies_dropped=DroppedReplyLog(about),
         gro=settings.offload and not is_kernel_without_gro(),
         gso=settings.offload and not is_kernel_with_broken_gso(),
         linger_s=settings.linger_us / 1e6,

@@ -48,12 +48,13 @@ COUNTERS: Mapping[str, tuple[str, str]] = {
 RX_DROPPED: Mapping[str, str] = {
     name: name.removeprefix("rx_")
     for name in COUNTER_NAMES
-    if name in ("rx_truncated", "rx_max_waiting", "unknown_magic") or name.startswith("decode_")
+    if name in ("rx_truncated", "rx_own", "rx_max_waiting", "unknown_magic")
+    or name.startswith("decode_")
 }
 TX_DROPPED: Mapping[str, str] = {
-    name: name.removeprefix("tx_dropped_")
+    name: name.removeprefix("tx_").removeprefix("dropped_")
     for name in COUNTER_NAMES
-    if name.startswith("tx_dropped_")
+    if name.startswith("tx_dropped_") or name == "tx_loop"
 }
 """Scoreboard counter -> reason."""
 

@@ -126,7 +126,7 @@ class StatusReport:
             "handler_errors": counters["handler_errors"],
             "handlers_waiting": slot.waiting_by_magic,
             "tx_messages": counters["tx_messages"],
-            "tx_dropped": _sum(counters, "tx_dropped_"),
+            "tx_dropped": _sum(counters, "tx_dropped_") + counters["tx_loop"],
             "log_dropped": slot.log_dropped,
             "rss_bytes": rss_bytes,
             "cpu_percent": cpu_percent,

@@ -8,6 +8,7 @@
    count    the kernel is asked for at most this many messages, so its answer is short
    run      a message with a UDP_SEGMENT control message fails with this errno, as with a device that
             has no checksum offload; messages before it are sent, so that the answer may be short
+   to       a message to the port fails with this errno; messages before it are sent
    bytes    buffers of this size to receive into, so that the kernel cuts datagrams off
    control  the same with the control buffers
 
@@ -113,11 +114,12 @@ int recvmmsg(int fd, struct mmsghdr *messages, unsigned int count, int flags, st
     return filled;
 }
 
-static int is_run_to(const struct mmsghdr *message, int port)
+static int is_met(const struct fault *fault, const struct mmsghdr *message)
 {
     /* sin_port and sin6_port are at the same place. */
     const struct sockaddr_in *to = message->msg_hdr.msg_name;
-    return message->msg_hdr.msg_controllen > 0 && (port == 0 || ntohs(to->sin_port) == port);
+    return (is(fault, "to") || message->msg_hdr.msg_controllen > 0)
+           && (fault->port == 0 || ntohs(to->sin_port) == fault->port);
 }
 
 int sendmmsg(int fd, struct mmsghdr *messages, unsigned int count, int flags)
@@ -132,8 +134,8 @@ int sendmmsg(int fd, struct mmsghdr *messages, unsigned int count, int flags)
         fault->met++;
         asked = least(count, fault->value);
     }
-    if (is(fault, "run")) {
-        for (asked = 0; asked < count && !is_run_to(&messages[asked], fault->port); asked++)
+    if (is(fault, "run") || is(fault, "to")) {
+        for (asked = 0; asked < count && !is_met(fault, &messages[asked]); asked++)
             ;
         if (asked == 0)
             return fail(fault);

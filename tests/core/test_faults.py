@@ -31,6 +31,7 @@ EVER = 1 << 30
 # linux/udp.h, and what ext/peerd/transmit.pxd has.
 SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104
 TX_ARENA_BYTES, TX_SEGMENTS, TX_REFUSING, TX_RETRIES = 1 << 18, 64, 64, 3
+MAX_ATTEMPTS = 5  # ext/peerd/deferred.pxd
 
 NOT_NOW = [errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM]
 # How an ICMP error about an earlier reply shows in the call that comes next: icmp_err_convert in
@@ -47,6 +48,7 @@ ICMP = [
     errno.EACCES,
     errno.EMSGSIZE,
 ]
+REASONS = ["full", "too_big", "refused", "congested"]
 BODIES = [b"%03d" % number for number in range(100)]
 REQUESTS = [(0, body) for body in BODIES]
 
@@ -241,7 +243,7 @@ def assert_all_answered(outcome: Outcome) -> None:
 
 def assert_counted(outcome: Outcome, requests: int) -> None:
     """Every datagram is in the counters, and every reply was sent or dropped."""
-    dropped = sum(outcome[f"tx_dropped_{why}"] for why in ("full", "too_big", "refused"))
+    dropped = sum(outcome[f"tx_dropped_{why}"] for why in REASONS)
     assert outcome["rx_datagrams"] == outcome["rx_messages"] + outcome["rx_truncated"] == requests
     assert outcome["rx_messages"] == outcome["tx_messages"] + dropped
     assert outcome["handled"] == outcome["rx_datagrams"]
@@ -324,9 +326,33 @@ def test_sendmmsg_fails_for_a_while_in_the_middle(library: Path, error: int, gso
     assert_all_answered(outcome)
 
 
-@pytest.mark.parametrize("error", NOT_NOW, ids=name_of)
-def test_what_has_to_wait_is_sent_without_another_request(library: Path, error: int) -> None:
-    assert_all_answered(serve(library, Fault("sendmmsg", 1, 20, "errno", error), run=True))
+@pytest.mark.parametrize(
+    ("error", "calls"),
+    [(errno.EAGAIN, 20), (errno.ENOBUFS, 4), (errno.ENOMEM, 4)],
+    ids=["EAGAIN", "ENOBUFS", "ENOMEM"],
+)
+def test_what_has_to_wait_is_sent_without_another_request(
+    library: Path, error: int, calls: int
+) -> None:
+    assert_all_answered(serve(library, Fault("sendmmsg", 1, calls, "errno", error), run=True))
+
+
+@pytest.mark.parametrize("gso", [False, True])
+@pytest.mark.parametrize("error", [errno.ENOBUFS, errno.ENOMEM], ids=name_of)
+def test_an_address_without_room_costs_no_other_its_replies(
+    library: Path, error: int, gso: bool
+) -> None:
+    """Its own are dropped after a few attempts; the others' are sent in their order."""
+    requests = [(number // 5 % 4, b"%03d" % number) for number in range(100)]
+    fault = Fault("sendmmsg", 1, EVER, "to", error, client=1)
+    outcome = serve(library, fault, requests=requests, gso=gso)
+    for client in (0, 2, 3):
+        assert outcome.replies[client] == [body for number, body in requests if number == client]
+    assert outcome.replies[1] == []
+    assert outcome["tx_dropped_congested"] == 25
+    # Each attempt is a call, and each drop is one, too.
+    assert outcome.told.met[0] <= 25 + 2 * MAX_ATTEMPTS
+    assert_counted(outcome, 100)
 
 
 @pytest.mark.parametrize("gso", [False, True])

@@ -1,18 +1,20 @@
-"""Invariant: whatever the kernel answers, each reply is sent once, whole, in order and to its address, or is counted as dropped.
+"""Invariant: whatever the kernel answers, each reply is sent once, whole and to its address, in order among
+the replies to this address, or is counted as dropped.
 
-sendmmsg is defined here, so what runs is transmit.pxd against a kernel that follows the input: takes
-all, takes some, or fails with any errno that Linux has for this call. An input is the byte GSO_MODE
-(how runs are refused) and then steps, to which the kernel helps itself when it is called; when the
-input is used up, the kernel takes everything. A reply carries its number and its size.
+sendmmsg is defined here, so transmit.pxd runs against a kernel that follows the input: it takes all, takes
+some, or fails with any errno that Linux has for this call. An input is the byte GSO_MODE (how runs are
+refused), then steps, from which the kernel takes its answers when it is called; when the input is used up,
+the kernel takes everything. A reply carries its number and its size. A flush takes a millisecond.
 
-A refusal says nothing about the datagram at hand when it stems from an ICMP error of an earlier one
-(udp(7), IP_RECVERR), or from its being sent in a run; so replies may be dropped as refused only as
-often as the kernel refused single ones for good. And runs are given up only for an address that takes
-single datagrams: else anyone could turn them off for all, with requests from addresses that take none.
+A refusal does not concern the datagram at hand when it stems from an ICMP error of an earlier one (udp(7),
+IP_RECVERR), or from its being sent in a run. So replies may be dropped as refused only as often as the
+kernel refused single ones for good. And runs are given up only for an address that takes single datagrams:
+otherwise anyone could turn them off for all, by requests from addresses that take none. Without an EAGAIN,
+nothing waits for an address that has no room but the replies to this address.
 """
 
 from libc cimport errno
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport abort
 from libc.string cimport memcpy, memset
 
@@ -20,11 +22,13 @@ cimport peerd.linux_udp as linux
 from peerd._scoreboard cimport (
     COUNTER_COUNT,
     TX_BYTES,
+    TX_DROPPED_CONGESTED,
     TX_DROPPED_FULL,
     TX_DROPPED_REFUSED,
     TX_DROPPED_TOO_BIG,
     TX_MESSAGES,
 )
+from peerd.deferred cimport RETRY_INTERVAL_NS, deferred_clear
 from peerd.flight cimport Flight
 from peerd.transmit cimport (
     MAX_DATAGRAM_BYTES,
@@ -67,16 +71,19 @@ cdef struct Kernel:
     const uint8_t *at
     const uint8_t *end
     uint8_t gso_mode
-    uint32_t next_number  # no lower one may come
+    uint32_t next_number[256]  # by client: no lower one may come
     uint64_t messages
     uint64_t message_bytes
     uint64_t refused_for_good
     uint64_t refused_runs  # to clients that take single datagrams
     int others_errors  # since a datagram was last taken
+    uint64_t no_room
+    bint was_full  # EAGAIN in this flush
 
 cdef Kernel kernel
 cdef Transmitter tx
 cdef Flight flight
+cdef int64_t now_ns
 cdef bint opened = False
 cdef uint64_t counters[COUNTER_COUNT]
 cdef uint8_t clients[MAX_REPLIES]
@@ -111,8 +118,12 @@ cdef inline bint refuses_all(uint8_t client) noexcept nogil:
     return client >= 128 and kernel.gso_mode & REFUSE_ALL_TO_HIGH_CLIENTS
 
 
-cdef inline bint is_not_now(int error) noexcept nogil:
-    return error == errno.EAGAIN or error == errno.ENOBUFS or error == errno.ENOMEM or error == errno.EINTR
+cdef int64_t clock_ns() noexcept nogil:
+    return now_ns
+
+
+cdef inline bint has_no_room(int error) noexcept nogil:
+    return error == errno.ENOBUFS or error == errno.ENOMEM
 
 
 cdef inline bint is_the_datagrams_own(int error) noexcept nogil:
@@ -121,7 +132,11 @@ cdef inline bint is_the_datagrams_own(int error) noexcept nogil:
 
 
 cdef int refuse(linux.mmsghdr *first, int error) noexcept nogil:
-    if not is_not_now(error):
+    if has_no_room(error):
+        kernel.no_room += 1
+    elif error == errno.EAGAIN:
+        kernel.was_full = True
+    elif error != errno.EINTR:
         if not is_the_datagrams_own(error):
             kernel.others_errors += 1
         if is_the_datagrams_own(error) or kernel.others_errors > TX_RETRIES:
@@ -140,15 +155,16 @@ cdef void take_one(const uint8_t *data, size_t size, linux.msghdr *header) noexc
     cdef size_t i
     memcpy(&number, data, 4)
     memcpy(&written_size, data + 4, 4)
-    check(number >= kernel.next_number and number < offered)
+    check(number < offered)
     check(written_size == size)
     check(size == 8 or data[size - 1] == <uint8_t>number)
+    check(number >= kernel.next_number[clients[number]])
     address_of(clients[number], address)
     check(header.msg_namelen == sizeof(linux.sockaddr_in))
     for i in range(sizeof(linux.sockaddr_in)):
         difference |= (<uint8_t *>header.msg_name)[i] ^ address[i]
     check(difference == 0)
-    kernel.next_number = number + 1
+    kernel.next_number[clients[number]] = number + 1
     kernel.messages += 1
     kernel.message_bytes += size
 
@@ -191,7 +207,7 @@ cdef public int sendmmsg(int fd, linux.mmsghdr *messages, unsigned int count, in
         takes = min(count, 1 + (answer >> 2))
     for i in range(takes):
         client = client_of(&messages[i])
-        # As in the kernel, an error behind messages that were sent is not told.
+        # As in the kernel, an error behind messages that were sent is not reported.
         if refuses_all(client):
             return i if i > 0 else refuse(messages, errno.EINVAL)
         if messages[i].msg_hdr.msg_controllen and (
@@ -202,6 +218,16 @@ cdef public int sendmmsg(int fd, linux.mmsghdr *messages, unsigned int count, in
         take(&messages[i])
         kernel.others_errors = 0
     return takes
+
+
+cdef void flush() noexcept nogil:
+    global now_ns
+    now_ns += RETRY_INTERVAL_NS
+    kernel.was_full = False
+    transmit(&tx)
+    if not kernel.was_full:
+        check(tx.first == tx.end and tx.queued == tx.deferred.datagrams)
+    check((tx.blocked != 0) == (tx.queued != 0))
 
 
 cdef void offer(uint8_t client, size_t size) noexcept nogil:
@@ -216,7 +242,7 @@ cdef void offer(uint8_t client, size_t size) noexcept nogil:
     clients[offered] = client
     at = transmit_room(&tx, size, address, sizeof(linux.sockaddr_in))
     if at == NULL:
-        transmit(&tx)
+        flush()
         at = transmit_room(&tx, size, address, sizeof(linux.sockaddr_in))
     if at == NULL:
         counters[TX_DROPPED_FULL] += 1
@@ -236,17 +262,26 @@ cdef inline void check_counters() noexcept nogil:
     check(kernel.message_bytes == counters[TX_BYTES])
     check(refused() <= kernel.refused_for_good)
     check(tx.refusing_count <= kernel.refused_runs)
-    check(offered == tx.queued + counters[TX_MESSAGES] + counters[TX_DROPPED_FULL] + refused())
+    check(counters[TX_DROPPED_CONGESTED] == 0 or kernel.no_room > 0)
+    check(
+        offered
+        == tx.queued
+        + counters[TX_MESSAGES]
+        + counters[TX_DROPPED_FULL]
+        + counters[TX_DROPPED_CONGESTED]
+        + refused()
+    )
 
 
 cdef public int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) noexcept nogil:
-    global offered, opened
+    global offered, opened, now_ns
     cdef uint8_t step, client
     cdef int repeat
     if size == 0 or size > MAX_INPUT_BYTES:
         return -1  # not for the corpus
     if not opened:
         check(transmitter_open(&tx, 7, True, counters, &flight))
+        tx.clock_ns = clock_ns
         opened = True
     memset(counters, 0, sizeof(counters))
     memset(&kernel, 0, sizeof(kernel))
@@ -254,14 +289,15 @@ cdef public int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) noexcep
     kernel.end = data + size
     kernel.gso_mode = next_byte()
     offered = 0
-    # As transmitter_open leaves them; the arena is not made anew, for speed.
+    # As transmitter_open leaves them; the arena is not mapped again, for speed.
     tx.first = tx.end = tx.queued = tx.refusing_count = 0
     tx.arena_used = 0
+    deferred_clear(&tx.deferred)
     tx.gso = True
     while kernel.at != kernel.end:
         step = next_byte()
         if step & 7 == 7:
-            transmit(&tx)
+            flush()
         else:
             client = next_byte()
             repeat = REPEATS[step >> 6]
@@ -271,8 +307,8 @@ cdef public int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) noexcep
         check_counters()
     if kernel.gso_mode & DROP_AT_THE_END:
         drop_queued(&tx)
-    # A kernel that takes everything, but for runs.
-    transmit(&tx)
+    # A kernel that takes everything but runs.
+    flush()
     check(tx.queued == 0)
     check_counters()
     return 0
