@@ -64,7 +64,12 @@ class WorkerStuck(PeerEvent):
     shown_as = "stuck"
     pid: int
     for_s: float
-    """The CPU time that the worker had since it last made progress."""
+    """The time since its last progress that the worker could have used."""
+
+    sentence: str
+
+    def details(self) -> dict[str, object]:
+        return {"peer_id": self.peer_id, "pid": self.pid, "for_s": self.for_s}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +128,14 @@ class CannotStart(PeerEvent):
 
     shown_as = "cannot start"
     why: str
+    is_provisional: bool
+    """The peer is being added, and the scaling is undone."""
+
+    is_retried: bool
+    """False also where no peer was ever ready: the configuration is wrong, for every worker."""
 
     def details(self) -> dict[str, object]:
-        return {**super().details(), "why": _first_line(self.why)}
+        return {"peer_id": self.peer_id, "why": _first_line(self.why)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +156,12 @@ class PeerParked(PeerEvent):
 
     shown_as = "parked"
     retry_in_s: float
+    why: str
+    is_provisional: bool
+    """The peer is being added, and the scaling is undone."""
+
+    def details(self) -> dict[str, object]:
+        return {"peer_id": self.peer_id, "retry_in_s": self.retry_in_s}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ from typing import Literal, NamedTuple
 from peerd._scoreboard import COUNTER_NAMES, PeerState, RegistryState, Scoreboard, Slot
 from peerd.supervisor.exposition import Family, Samples, histogram_samples, label_pairs, with_label
 from peerd.supervisor.journal import CannotStart, Journal, WorkerDied, WorkerReplaced
+from peerd.supervisor.resources import Resources
 from peerd.supervisor.sockets import QueueState
 from peerd.supervisor.status import StatusReport
 from peerd.supervisor.supervised_peer import Peer
-from peerd.supervisor.surroundings import Surroundings
 
 COUNTERS: Mapping[str, tuple[str, str]] = {
     "rx_datagrams": ("peerd_rx_datagrams_total", "Datagrams that workers have read."),
@@ -70,12 +70,12 @@ class Metrics:
         board: Scoreboard,
         status: StatusReport,
         journal: Journal,
-        surroundings: Surroundings,
+        resources: Resources,
     ) -> None:
         """``peers`` may grow and shrink."""
         self._board = board
         self._status = status
-        self._surroundings = surroundings
+        self._resources = resources
         self._started_ns = time.monotonic_ns()
         self._peers = peers
         self._totals = _RestartTotals(journal, peers)
@@ -84,7 +84,7 @@ class Metrics:
         """Raises OSError when the kernel refuses to report on a socket."""
         now_ns = time.monotonic_ns()
         readings = [_read(peer, now_ns, self._started_ns) for peer in self._peers.values()]
-        version = label_pairs(version=self._surroundings.version)
+        version = label_pairs(version=self._resources.version)
         yield Family("gauge", "peerd_info", "The supervisor.", [(version, 1)])
         yield Family(
             "gauge",
@@ -96,7 +96,7 @@ class Metrics:
             "counter",
             "peerd_log_records_dropped_total",
             "Records of the supervisor's log that were dropped because its output was not read.",
-            [("", self._surroundings.log_dropped())],
+            [("", self._resources.log_dropped())],
         )
         yield Family(
             "gauge",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peerd.supervisor.journal import Journal, RecordInConflict, RecordRecovered
+from peerd.supervisor.journal import Journal, RecordInConflict, RecordRecovered, RecordsChanged
 from peerd.supervisor.supervised_peer import Peer
 
 
@@ -17,9 +17,9 @@ class RecordConflicts:
         self._peers = peers
         self._journal = journal
         self._known: set[int] = set()
+        journal.subscribe(RecordsChanged, lambda _: self._on_records_changed())
 
-    def update(self) -> None:
-        """Publish what has changed since the last call."""
+    def _on_records_changed(self) -> None:
         for slot, peer in self._peers.items():
             holder = peer.slot.holder
             if holder and slot not in self._known:

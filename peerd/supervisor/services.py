@@ -1,9 +1,10 @@
-"""The children beside the workers: the registrar and, if asked, an etcd. Both are started again when they
-end, as restart.py says, and never parked: a registrar is back before the leases that its predecessor
-kept have run out.
+"""The children beside the workers: the registrar and, optionally, an embedded etcd.
 
-The registrar has no death signal but a lifeline, the pipe that it is also woken by: it outlives the
-supervisor for as long as it takes to revoke the records.
+Both are restarted when they end, as restart.py says, and never parked: a registrar is back before the leases
+that its predecessor kept alive run out.
+
+Instead of a death signal, the registrar has a lifeline, the pipe that also wakes it: it outlives the
+supervisor for the time that it takes to revoke the records.
 """
 
 from __future__ import annotations
@@ -15,30 +16,37 @@ import os
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 
 from peerd._scoreboard import RegistryState, Scoreboard
 from peerd.settings import EmbeddedEtcdSettings, RegistrySettings
-from peerd.supervisor.journal import CannotFork, Journal, ServiceDied
-from peerd.supervisor.loop import Callback, Loop, Timer
+from peerd.supervisor.journal import (
+    CannotFork,
+    Journal,
+    RecordsChanged,
+    ServiceDied,
+    ServiceEnded,
+    SlotChanged,
+)
+from peerd.supervisor.loop import Loop
 from peerd.supervisor.processes import Child, ChildPipes, Exit, redirect_output, spawn
-from peerd.supervisor.restart import Failure, RestartPolicy, next_restart
+from peerd.supervisor.restart import RestartPolicy
+from peerd.supervisor.restart_schedule import RestartSchedule
 
 log = logging.getLogger(__name__)
 
-LAST_WORDS_BYTES = 8 * 1024
+LOG_END_BYTES = 8 * 1024
 
 RegistrarEntry = Callable[[Scoreboard, int, int], int]
 """(scoreboard, lifeline, report) -> exit code; runs in the registrar.
 
-The lifeline can be read: a byte means that a slot has changed, its end that the supervisor is gone.
-A byte written to the report means that a registration has changed.
+The registrar reads the lifeline: a byte means that a slot has changed, the end of file that the supervisor
+is gone. It writes a byte to the report when a registration has changed.
 """
 
 
 class _Service(abc.ABC):
-    """Starts a child, and starts it again until it is told not to."""
+    """A child that is restarted whenever it ends, until that is disabled."""
 
     name = "service"
 
@@ -46,29 +54,26 @@ class _Service(abc.ABC):
         self._loop = loop
         self._journal = journal
         self._child: Child | None = None
-        self._policy = RestartPolicy(max_failures=sys.maxsize, max_delay_s=max_delay_s)
-        self._failures: deque[Failure] = deque(maxlen=64)
-        self._restart = Timer()
+        policy = RestartPolicy(max_failures=sys.maxsize, max_delay_s=max_delay_s)
+        self._restarts = RestartSchedule(loop, policy, self.start)
         self._started_s = 0.0
-        self.keeps_running = True
-        self.on_end: Callback = lambda: None
-        """Called when it has ended and will not come back."""
+        self._is_restarted = True
 
     @property
     def is_running(self) -> bool:
         return self._child is not None
 
     def start(self) -> None:
-        self._restart.cancel()
+        self._restarts.cancel()
         self._started_s = time.monotonic()
         try:
             child = self._child = self._spawn()
         except OSError as error:
             self._journal.publish(CannotFork(what=self.name, why=str(error)))
             log.error("cannot start the %s: %s", self.name, error)
-            self._start_again()
+            self._restart()
             return
-        self._loop.watch(child.pidfd, lambda: self._exited(child))
+        self._loop.watch(child.pidfd, lambda: self._on_exit(child))
 
     def send(self, number: int) -> None:
         if self._child is not None:
@@ -77,38 +82,35 @@ class _Service(abc.ABC):
     def kill(self) -> None:
         self.send(signal.SIGKILL)
 
-    def no_more(self) -> None:
-        """Do not start it again when it ends."""
-        self.keeps_running = False
-        self._restart.cancel()
+    def disable_restart(self) -> None:
+        self._is_restarted = False
+        self._restarts.cancel()
 
     def release(self) -> None:
-        """What ``run`` leaves when it fails."""
-        self.no_more()
+        """End it, at the end of the supervisor."""
+        self.disable_restart()
         if self._child is not None:
             self.kill()
             self._child.wait()
 
-    def _exited(self, child: Child) -> None:
+    def _on_exit(self, child: Child) -> None:
         self._loop.unwatch(child.pidfd)
         end = child.wait()
         self._child = None
-        self._has_ended(child.pid, end)
-        if not self.keeps_running:
-            self.on_end()
+        self._on_ended(child.pid, end)
+        if not self._is_restarted:
+            self._journal.publish(ServiceEnded(what=self.name))
 
-    def _start_again(self) -> None:
-        now_s = time.monotonic()
-        self._failures.append(Failure(now_s, now_s - self._started_s))
-        restart = next_restart(self._policy, list(self._failures), os.urandom(1)[0] / 255)
-        self._restart = self._loop.call_later(restart.delay_s, self.start)
+    def _restart(self) -> None:
+        restart = self._restarts.after_failure(time.monotonic() - self._started_s)
+        self._restarts.arm()
         when = f"in {restart.delay_s:.2g} s" if restart.delay_s else "now"
         log.info("restarting the %s %s", self.name, when)
 
     @abc.abstractmethod
     def _spawn(self) -> Child: ...
     @abc.abstractmethod
-    def _has_ended(self, pid: int, end: Exit) -> None: ...
+    def _on_ended(self, pid: int, end: Exit) -> None: ...
 
 
 class RegistrarService(_Service):
@@ -121,25 +123,23 @@ class RegistrarService(_Service):
         entry: RegistrarEntry,
         board: Scoreboard,
         settings: RegistrySettings,
-        on_report: Callback,
     ) -> None:
         super().__init__(loop, journal, settings.lease_ttl_s / 4)
         self._entry = entry
         self._board = board
-        self._on_report = on_report
         self._lifeline_fd: int | None = None
         self._report_fd: int | None = None
+        journal.subscribe(SlotChanged, lambda _: self._wake())
 
-    def wake(self) -> None:
-        """A slot has changed."""
+    def _wake(self) -> None:
         if self._lifeline_fd is not None:
             # Full: it has not read the last wake-ups yet. Broken: its end is about to be noticed.
             with contextlib.suppress(BlockingIOError, BrokenPipeError):
                 os.write(self._lifeline_fd, b"\n")
 
     def cut_lifeline(self) -> None:
-        """It revokes what is left, and exits within a second."""
-        self.no_more()
+        """It revokes the remaining records, and exits within a second."""
+        self.disable_restart()
         self._close_lifeline()
 
     def release(self) -> None:
@@ -168,16 +168,16 @@ class RegistrarService(_Service):
         assert self._report_fd is not None
         if not os.read(self._report_fd, 4096):
             self._close_report()
-        self._on_report()
+        self._journal.publish(RecordsChanged())
 
-    def _has_ended(self, pid: int, end: Exit) -> None:
+    def _on_ended(self, pid: int, end: Exit) -> None:
         self._close_lifeline()
         self._close_report()
         self._board.registry_state = RegistryState.SUSPENDED
-        if self.keeps_running:
+        if self._is_restarted:
             self._journal.publish(ServiceDied(what=self.name, pid=pid, how=str(end)))
             log.error("the registrar, pid %d: %s", pid, end)
-            self._start_again()
+            self._restart()
 
     def _close_lifeline(self) -> None:
         if self._lifeline_fd is not None:
@@ -212,25 +212,24 @@ class EtcdService(_Service):
 
         return spawn(run_etcd, (), die_with_parent=True)
 
-    def _has_ended(self, pid: int, end: Exit) -> None:
-        if not self.keeps_running:
+    def _on_ended(self, pid: int, end: Exit) -> None:
+        if not self._is_restarted:
             return
-        from peerd.registry.embedded_etcd import (
-            is_listening,  # with all that it takes to run an etcd
-        )
+        # Not at the top: it imports all that it takes to run an etcd.
+        from peerd.registry.embedded_etcd import is_listening
 
         if is_listening(self._endpoint):
-            # Two supervisors started at once, and the other one's etcd was first.
+            # Two supervisors started at the same time, and the other one's etcd was first.
             log.info("etcd pid %d: %s; another one listens there by now and is used", pid, end)
             return
         self._journal.publish(ServiceDied(what=self.name, pid=pid, how=str(end)))
-        log.error("etcd pid %d: %s; its last words:\n%s", pid, end, self._last_words())
-        self._start_again()
+        log.error("etcd pid %d: %s; the end of its log:\n%s", pid, end, self._end_of_log())
+        self._restart()
 
-    def _last_words(self) -> str:
+    def _end_of_log(self) -> str:
         with contextlib.suppress(OSError):
             with (self._settings.data_dir / "etcd.log").open("rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - LAST_WORDS_BYTES))
-                text = file.read(LAST_WORDS_BYTES).decode(errors="replace")
+                file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_END_BYTES))
+                text = file.read(LOG_END_BYTES).decode(errors="replace")
             return "\n".join(text.splitlines()[-3:]) or "(its log is empty)"
         return "(it has no log)"

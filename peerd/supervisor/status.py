@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from peerd._scoreboard import PeerState, RegistryState, Scoreboard
 from peerd.settings import SupervisorSettings
 from peerd.supervisor.death import Death
+from peerd.supervisor.resources import Resources
 from peerd.supervisor.supervised_peer import Peer
-from peerd.supervisor.surroundings import Surroundings
 
 if TYPE_CHECKING:
     import psutil
@@ -36,12 +36,12 @@ class StatusReport:
         settings: SupervisorSettings,
         peers: Mapping[int, Peer],
         board: Scoreboard,
-        surroundings: Surroundings,
+        resources: Resources,
     ) -> None:
         self._settings = settings
         self._peers = peers
         self._board = board
-        self._surroundings = surroundings
+        self._resources = resources
         self._started_ns = time.monotonic_ns()
         self._processes: dict[int, psutil.Process] = {}
 
@@ -74,9 +74,9 @@ class StatusReport:
                 "state": state,
                 "summary": self.summary(),
                 "uptime_s": _seconds_since(self._started_ns),
-                "version": self._surroundings.version,
+                "version": self._resources.version,
                 "configured_peers": self._settings.peers,
-                "log_dropped": self._surroundings.log_dropped(),
+                "log_dropped": self._resources.log_dropped(),
             },
             "registry": {
                 "state": self.registry_state().name.lower(),
@@ -109,7 +109,7 @@ class StatusReport:
             "health_for_s": round(found.for_s, 3) if found else None,
             "summary": _summary(peer),
             "restarts": slot.restarts,
-            "next_start_in_s": peer.next_start_s and round(max(0.0, peer.next_start_s - now_s), 3),
+            "next_start_in_s": _seconds_until(peer.restarts.next_start_s, now_s),
             "last_exit": _last_exit(peer, now_s),
             "last_reload_gap_ms": peer.last_gap_ms,
             "lost_in_flight": slot.lost_in_flight,
@@ -184,3 +184,7 @@ def shortened(names: Sequence[str]) -> str:
     shown = ", ".join(names[:MAX_NAMES])
     left_out = len(names) - MAX_NAMES
     return f"{shown}, and {left_out} more" if left_out > 0 else shown
+
+
+def _seconds_until(then_s: float | None, now_s: float) -> float | None:
+    return None if then_s is None else round(max(0.0, then_s - now_s), 3)

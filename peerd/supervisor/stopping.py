@@ -1,15 +1,15 @@
-"""The end of a supervisor, in phases, each with an end of its own, all within ``stop_timeout_s``:
+"""The end of a supervisor, in phases with a time limit each, all within ``stop_timeout_s``:
 
     WITHDRAW  the slots are STOPPING; the registrar revokes their records, the workers still serve
     DRAIN     the workers get SIGTERM, serve what their queues hold, and exit
     CLOSE     the registrar's lifeline is cut, then etcd is ended
 
-Workers that are late are killed a second before that end, which leaves it to the registrar.
+Late workers are killed one second before the limit, which leaves that second to the registrar.
 
-A second signal skips to SIGKILL for the workers and the end of the lifeline: the registrar revokes what is
-left by itself, as it does when the supervisor is killed. A third kills whatever is left.
+A second signal kills the workers and cuts the lifeline: the registrar then revokes by itself what is left,
+as it does when the supervisor is killed. A third signal kills all processes that are left.
 
-etcd is killed, never asked: its data are thrown away.
+etcd gets SIGKILL, because its data are discarded anyway.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ import time
 from collections.abc import Mapping
 
 from peerd.settings import SupervisorSettings
+from peerd.supervisor.journal import Journal, PeerEnded, RecordsChanged, ServiceEnded
 from peerd.supervisor.loop import Callback, Loop, Timer
 from peerd.supervisor.services import EtcdService, RegistrarService
+from peerd.supervisor.sockets import queue_state
 from peerd.supervisor.supervised_peer import Peer
 
 log = logging.getLogger(__name__)
 
 WITHDRAW_TIMEOUT_S = 2.0
-"""For how long a stop waits for the registrar, and a peer that is scaled away serves on; longer than etcd's
-answer, shorter than the stop."""
+"""How long a stop waits for the registrar, and a peer that is scaled away serves on: longer than an answer
+of etcd takes, shorter than a stop."""
 
 LAST_TIMEOUT_S = 1.0
-"""What a stop at its end leaves the registrar to revoke the records."""
+"""The end of a stop, which is left to the registrar to revoke records."""
 
-NOTICE_S = 1.0
-"""How often it is said who is waited for."""
+NOTICE_INTERVAL_S = 1.0
+"""Interval between log lines that name what the stop waits for."""
 
-MOST_NAMES = 8
+MAX_NAMES = 8
 """In one log line."""
 
 
@@ -51,13 +53,14 @@ class Stop:
     def __init__(
         self,
         loop: Loop,
+        journal: Journal,
         settings: SupervisorSettings,
         peers: Mapping[int, Peer],
         registrar: RegistrarService,
         etcd: EtcdService | None,
         on_done: Callback,
     ) -> None:
-        """``peers`` is the supervisor's, which those that were being scaled away still leave."""
+        """``peers`` may shrink: the scaler still removes those that were being scaled away."""
         self._loop = loop
         self._settings = settings
         self._peers = peers
@@ -72,18 +75,18 @@ class Stop:
             loop.call_later(WITHDRAW_TIMEOUT_S, self._drain),
             loop.call_later(max(limit_s - LAST_TIMEOUT_S, limit_s / 2), self._kill_workers),
             loop.call_later(limit_s, self._kill_rest),
-            loop.call_later(NOTICE_S, self._notice),
+            loop.call_later(NOTICE_INTERVAL_S, self._log_progress),
         ]
-        registrar.on_end = self.advance
+        for kind in (PeerEnded, RecordsChanged, ServiceEnded):
+            journal.subscribe(kind, lambda _: self._advance())
         if etcd is not None:
-            etcd.no_more()
-            etcd.on_end = self.advance
+            etcd.disable_restart()
         if not registrar.is_running:
-            # One that died a moment ago: the records it left need a successor to revoke them.
+            # It died a moment ago. The records that it left need a successor to revoke them.
             registrar.start()
         for peer in reversed(list(peers.values())):
             peer.stop()
-        self.advance()
+        self._advance()
 
     def another_signal(self) -> None:
         self._signals += 1
@@ -96,10 +99,10 @@ class Stop:
         else:
             log.warning("signal %d: SIGKILL for all that is left", self._signals)
             self._kill_all()
-        self.advance()
+        self._advance()
 
-    def advance(self) -> None:
-        """Something has changed: a record is revoked, a child has ended."""
+    def _advance(self) -> None:
+        """Go on to the next phases, as far as nothing is left to wait for."""
         if self._phase is _Phase.WITHDRAW and not any(
             peer.slot.lease_id for peer in self._peers.values()
         ):
@@ -122,7 +125,7 @@ class Stop:
             self._phase = _Phase.DRAIN
             for peer in reversed(list(self._peers.values())):
                 peer.drain()
-            self.advance()
+            self._advance()
 
     def _close(self) -> None:
         if self._phase in (_Phase.CLOSE, _Phase.DONE):
@@ -146,7 +149,7 @@ class Stop:
             self._close()
 
     def _kill_rest(self) -> None:
-        for name in self._names():
+        for name in self._unfinished():
             log.warning("the %s has not stopped in time: SIGKILL", name)
         self._kill_all()
 
@@ -158,19 +161,19 @@ class Stop:
         if self._etcd is not None:
             self._etcd.kill()
 
-    def _notice(self) -> None:
+    def _log_progress(self) -> None:
         passed_s = time.monotonic() - self._begun_s
-        names = self._names()
-        more = len(names) - MOST_NAMES
+        names = self._unfinished()
+        more = len(names) - MAX_NAMES
         if more > 0:
-            names[MOST_NAMES:] = [f"and {more} more"]
+            names[MAX_NAMES:] = [f"and {more} more"]
         if names:
             log.info("stopping for %.0f s; waiting for: %s", passed_s, ", ".join(names))
-        self._later(NOTICE_S, self._notice)
+        self._later(NOTICE_INTERVAL_S, self._log_progress)
 
-    def _names(self) -> list[str]:
+    def _unfinished(self) -> list[str]:
         names = [
-            f"worker of {peer.peer_id} ({_what_it_does(peer)})"
+            f"worker of {peer.peer_id} ({_progress_of(peer)})"
             for peer in self._peers.values()
             if not peer.has_ended
         ]
@@ -184,8 +187,8 @@ class Stop:
         self._timers.append(self._loop.call_later(delay_s, callback))
 
 
-def _what_it_does(peer: Peer) -> str:
+def _progress_of(peer: Peer) -> str:
     age_s = (time.monotonic_ns() - peer.slot.heartbeat_ns) / 1e9
-    if peer.worker is not None and peer.worker.is_ready and age_s > NOTICE_S:
-        return f"its loop has not turned for {age_s:.0f} s"
-    return f"{peer.queued_bytes} bytes queued"
+    if peer.worker is not None and peer.worker.is_ready and age_s > NOTICE_INTERVAL_S:
+        return f"its loop is blocked for {age_s:.0f} s"
+    return f"{queue_state(peer.sock).queued_bytes} bytes queued"

@@ -1,18 +1,21 @@
-"""One worker process, and what it says.
+"""One worker process, as the supervisor sees it, and the pipes between the two.
 
-Two pipes for its start: on one the worker tells how it gets on (P: the app is loaded; R: the loop has
-turned; F and a text: it cannot start), on the other it is told to go on, to load the app at first and
-after P to serve. A worker that is started where nobody serves finds both words there at once; a successor
-waits for the second while its predecessor serves. The first comes when its pid is in the scoreboard: what
-an app starts is found by that pid when the supervisor is killed, and a supervisor that is killed right
-after its fork leaves a worker that has started nothing.
+Two pipes are for the start. On one the worker reports (P: the app is loaded; R: the loop has run;
+F and a text: it cannot start). On the other it waits for permission, first to load the app, and after P
+to serve. A worker for a socket that no process reads finds both permissions there when it looks; a
+successor waits for the second one while its predecessor serves.
 
-A third pipe is its standard output and error (output.py).
+The first permission is given once the worker's pid is in the scoreboard. By that pid the processes that an
+app starts are found when the supervisor is killed; a worker whose supervisor is killed right after the fork
+has loaded nothing, and so started nothing.
+
+A third pipe is the worker's standard output and error (output.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -20,35 +23,39 @@ import time
 from collections.abc import Callable
 
 from peerd._scoreboard import Slot
+from peerd.signals import DUMP_STACK, HAND_OVER
 from peerd.supervisor.loop import Callback, Loop, Timer
 from peerd.supervisor.output import PeerLog, WorkerOutput
-from peerd.supervisor.processes import EX_SOFTWARE, Child, ChildPipes, Exit, spawn
+from peerd.supervisor.processes import Child, ChildPipes, Exit, spawn
 
 MAX_REPORT_BYTES = 32 * 1024
 
 DESCRIPTORS = 4
-"""That a worker takes of the supervisor while it starts: a pidfd and three pipes."""
+"""Open in the supervisor for each worker while it starts: a pidfd and three pipes."""
 
-WorkerEntry = Callable[[int, socket.socket, Slot, "BootReport"], int]
+STACK_TIMEOUT_S = 0.5
+"""How long a worker that is about to be killed has to write its stack."""
+
+WorkerEntry = Callable[[int, socket.socket, Slot, "BootPipes"], int]
 """(slot number, socket, slot, report) -> exit code; runs in the worker."""
 
 
-class BootReport:
-    """The worker's ends of the pipes."""
+class BootPipes:
+    """The worker's ends of the two pipes for the start: what serving/worker.py calls a BootReport."""
 
-    def __init__(self, report_fd: int, go_fd: int) -> None:
+    def __init__(self, report_fd: int, permission_fd: int) -> None:
         self._report_fd = report_fd
-        self._go_fd = go_fd
+        self._permission_fd = permission_fd
 
-    def wait_until_noted(self) -> None:
-        """Nothing of the app may run before."""
+    def wait_for_load_permission(self) -> None:
+        """Call it before anything of the app runs."""
         self._wait()
 
     def prepared(self) -> None:
-        """The app is loaded. Returns when this worker may read the socket: a predecessor may still."""
+        """Report that the app is loaded. Returns when this worker may read the socket."""
         os.write(self._report_fd, b"P")
         self._wait()
-        os.close(self._go_fd)
+        os.close(self._permission_fd)
 
     def ready(self) -> None:
         os.write(self._report_fd, b"R")
@@ -59,84 +66,104 @@ class BootReport:
         os.close(self._report_fd)
 
     def _wait(self) -> None:
-        if not os.read(self._go_fd, 1):
-            raise SystemExit(EX_SOFTWARE)  # the supervisor does without, or is gone
+        if not os.read(self._permission_fd, 1):
+            raise SystemExit(os.EX_SOFTWARE)  # the supervisor has given this worker up, or is gone
 
 
 class Worker:
-    """The supervisor's view of it."""
-
     def __init__(
-        self, child: Child, generation: int, report_fd: int, go_fd: int, output: WorkerOutput
+        self,
+        loop: Loop,
+        child: Child,
+        generation: int,
+        pipe_fds: tuple[int, int],
+        output: WorkerOutput,
+        log: PeerLog,
     ) -> None:
+        """``pipe_fds``: the supervisor's ends, for reports and for permissions."""
         self.pid = child.pid
         self.generation = generation
         self.ready_s: float | None = None
+        """Monotonic time of the report that its loop has run."""
+
         self.killed_for: str | None = None
-        """Why the supervisor has killed it."""
+        """Why the supervisor killed it."""
 
-        self.deadline = Timer()
-        """Until when it is to be ready, or prepared."""
-
-        self.leaves = False
-        """It was told to leave the socket to its successor."""
+        self.is_handing_over = False
+        """It was asked to leave the socket to its successor."""
 
         self.lines_dropped = 0
-        """Of its output, at its end."""
+        """Of its output, known once it has ended."""
 
+        self._loop = loop
         self._child = child
-        self._report_fd: int | None = report_fd
-        self._go_fd: int | None = go_fd
-        self._said = b""
+        self._report_fd: int | None
+        self._permission_fd: int | None
+        self._report_fd, self._permission_fd = pipe_fds
+        self._report = b""
         self._output = output
-        self._loop: Loop | None = None
-        self._rest = Timer()
-        """Lines that were read and have to wait for another turn."""
+        self._log = log
+        self._has_ended = False
+        self._boot_limit = Timer()
+        self._next_lines = Timer()
+        """Lines that were read and wait for another iteration of the loop."""
 
     @property
     def is_prepared(self) -> bool:
         """It has loaded the app."""
-        return self._said.startswith(b"P")
+        return self._report.startswith(b"P")
 
     @property
     def is_ready(self) -> bool:
-        """Its loop has turned."""
+        """Its loop has run."""
         return self.ready_s is not None
 
     @property
-    def failure(self) -> str | None:
-        """Why it cannot start; None when it has not said so."""
-        if not self._said.startswith(b"F"):
-            return None
-        return self._said[1:].decode("utf-8", "replace")
+    def ready_for_s(self) -> float | None:
+        """None: it is not ready."""
+        return None if self.ready_s is None else time.monotonic() - self.ready_s
 
-    def watch(self, loop: Loop, on_report: Callback, on_exit: Callback) -> None:
-        """Hear of it: that it is prepared, that it is ready, that it has ended."""
+    @property
+    def failure(self) -> str | None:
+        """Why it cannot start; None unless it has reported that."""
+        if not self._report.startswith(b"F"):
+            return None
+        return self._report[1:].decode("utf-8", "replace")
+
+    def watch(self, on_report: Callback, on_exit: Callback) -> None:
+        """Call back when it is prepared or ready, and when it has ended."""
 
         def read_report() -> None:
             if self._read_report():
                 on_report()
 
-        self._loop = loop
-        loop.watch(self._child.pidfd, on_exit)
+        self._loop.watch(self._child.pidfd, on_exit)
         if self._report_fd is not None:
-            loop.watch(self._report_fd, read_report)
+            self._loop.watch(self._report_fd, read_report)
         if self._output.fd is not None:
-            loop.watch(self._output.fd, self._read_output)
+            self._loop.watch(self._output.fd, self._read_output)
 
-    def is_noted(self) -> None:
+    def allow_load(self) -> None:
         """Its pid is in the scoreboard, so it may load the app."""
-        assert self._go_fd is not None
-        with contextlib.suppress(BrokenPipeError):  # dead, and its pidfd tells
-            os.write(self._go_fd, b"L")
+        self._permit(b"L")
 
-    def go(self) -> None:
+    def allow_serving(self) -> None:
         """It may read the socket."""
-        if self._go_fd is not None:
-            with contextlib.suppress(BrokenPipeError):  # dead, and its pidfd tells
-                os.write(self._go_fd, b"G")
-            os.close(self._go_fd)
-            self._go_fd = None
+        self._permit(b"G")
+        self._close_permission()
+
+    def limit_boot(self, limit_s: float) -> None:
+        """Kill it if it is not ready within this time."""
+        self.cancel_boot_limit()
+        self._boot_limit = self._loop.call_later(limit_s, lambda: self._on_late(limit_s))
+
+    def cancel_boot_limit(self) -> None:
+        self._boot_limit.cancel()
+
+    def hand_over(self) -> None:
+        """Ask it to leave the socket to its successor."""
+        self.send(HAND_OVER)
+        self.is_handing_over = True
 
     def send(self, number: int) -> None:
         self._child.send(number)
@@ -145,31 +172,61 @@ class Worker:
         self.killed_for = self.killed_for or why
         self._child.send(signal.SIGKILL)
 
+    def kill_with_stack(self, why: str, has_recovered: Callable[[], bool]) -> None:
+        """Have it write its Python stack to the log, then kill it, unless it has recovered meanwhile."""
+        self.killed_for = why
+        self.send(DUMP_STACK)
+
+        def kill() -> None:
+            if self._has_ended:
+                return
+            if has_recovered() and self.killed_for == why:
+                self.killed_for = None
+                self._log.log(
+                    logging.WARNING, "worker pid %d has recovered and is not killed", self.pid
+                )
+            else:
+                self.kill(why)
+
+        self._loop.call_later(STACK_TIMEOUT_S, kill)
+
     def wait(self) -> Exit:
-        """The end of the process; blocks until it comes. What it has said until then is read: others may
-        have inherited its pipes, so nobody waits for their ends."""
-        if self._loop is not None:
-            self._loop.unwatch(self._child.pidfd)
-        self.deadline.cancel()
+        """Wait for the end of the process, and read what it wrote until then, but not until its pipes are
+        closed: other processes may have inherited them."""
+        self._loop.unwatch(self._child.pidfd)
+        self.cancel_boot_limit()
         end = self._child.wait()
+        self._has_ended = True
         while self._report_fd is not None and self._read_report():
             pass
         self._close_report()
-        if self._go_fd is not None:
-            os.close(self._go_fd)
-            self._go_fd = None
+        self._close_permission()
         self._close_output()
         return end
 
+    def _on_late(self, limit_s: float) -> None:
+        self._log.log(
+            logging.ERROR,
+            "worker pid %d is not ready after %g s (--boot-timeout); its stack follows, then SIGKILL",
+            self.pid,
+            limit_s,
+        )
+        self.kill_with_stack("late", lambda: self.is_ready)
+
+    def _permit(self, what: bytes) -> None:
+        if self._permission_fd is not None:
+            with contextlib.suppress(BrokenPipeError):  # it has died, which its pidfd reports
+                os.write(self._permission_fd, what)
+
     def _read_report(self) -> bool:
-        """Whether it has said something new."""
+        """Whether there was something new."""
         assert self._report_fd is not None
         try:
             chunk = os.read(self._report_fd, MAX_REPORT_BYTES)
         except BlockingIOError:
             return False
-        self._said = (self._said + chunk)[:MAX_REPORT_BYTES]
-        if self._said.startswith(b"PR") and self.ready_s is None:
+        self._report = (self._report + chunk)[:MAX_REPORT_BYTES]
+        if self._report.startswith(b"PR") and self.ready_s is None:
             self.ready_s = time.monotonic()
         if not chunk:
             self._close_report()
@@ -177,47 +234,55 @@ class Worker:
 
     def _close_report(self) -> None:
         if self._report_fd is not None:
-            if self._loop is not None:
-                self._loop.unwatch(self._report_fd)
+            self._loop.unwatch(self._report_fd)
             os.close(self._report_fd)
             self._report_fd = None
+
+    def _close_permission(self) -> None:
+        if self._permission_fd is not None:
+            os.close(self._permission_fd)
+            self._permission_fd = None
 
     def _read_output(self) -> None:
         if self._output.fd is None:
             return
         if not self._output.read():  # it has closed both
             self._close_output()
-        elif self._output.has_more and self._loop is not None and not self._rest.is_waiting:
-            self._rest = self._loop.call_later(0.0, self._read_output)
+        elif self._output.has_more and not self._next_lines.is_waiting:
+            self._next_lines = self._loop.call_later(0.0, self._read_output)
 
     def _close_output(self) -> None:
         if self._output.fd is not None:
-            if self._loop is not None:
-                self._loop.unwatch(self._output.fd)
+            self._loop.unwatch(self._output.fd)
             self.lines_dropped += self._output.finish()
 
 
 def start_worker(
-    entry: WorkerEntry, slot: Slot, sock: socket.socket, generation: int, log: PeerLog
+    loop: Loop,
+    entry: WorkerEntry,
+    slot: Slot,
+    sock: socket.socket,
+    generation: int,
+    log: PeerLog,
 ) -> Worker:
-    """Fork one. Raises OSError when there is no process or no descriptor to be had."""
+    """Fork a worker. Raises OSError when the machine has no process or descriptor left."""
     with ChildPipes() as pipes:
         report_fd, read_report_fd = pipes.from_child()
-        await_go_fd, go_fd = pipes.to_child()
+        read_permission_fd, permission_fd = pipes.to_child()
         output_fd, read_output_fd = pipes.from_child()
 
         def run() -> int:
-            report = BootReport(report_fd, await_go_fd)
-            report.wait_until_noted()
+            report = BootPipes(report_fd, read_permission_fd)
+            report.wait_for_load_permission()
             return entry(slot.index, sock, slot, report)
 
         child = spawn(
             run,
-            (sock.fileno(), report_fd, await_go_fd),
+            (sock.fileno(), report_fd, read_permission_fd),
             die_with_parent=True,
             output_fd=output_fd,
         )
         pipes.keep()
     os.set_blocking(read_report_fd, False)
     output = WorkerOutput(read_output_fd, lambda record: log.take(record, child.pid, generation))
-    return Worker(child, generation, read_report_fd, go_fd, output)
+    return Worker(loop, child, generation, (read_report_fd, permission_fd), output, log)

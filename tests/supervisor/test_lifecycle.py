@@ -3,32 +3,59 @@ from __future__ import annotations
 from itertools import product
 
 from peerd._scoreboard import PeerState
-from peerd.supervisor.lifecycle import TRANSITIONS, Event
+from peerd.supervisor.lifecycle import TRANSITIONS, LifecycleAction, LifecycleEvent
+from peerd.supervisor.replacement import (
+    TABLE,
+    ReplacementAction,
+    ReplacementEvent,
+    ReplacementPhase,
+)
 
-WITHOUT_A_PROCESS = {PeerState.STOPPED, PeerState.BACKOFF, PeerState.CRASHLOOP}
+WITHOUT_WORKER = {PeerState.STOPPED, PeerState.BACKOFF, PeerState.CRASHLOOP}
+OF_A_WORKER = {LifecycleEvent.SERVE, LifecycleEvent.LOSE}
 
 
-def test_every_event_has_a_next_state_but_serving_without_a_process() -> None:
-    assert set(product(PeerState, Event)) - TRANSITIONS.keys() == {
-        (state, Event.SERVE) for state in WITHOUT_A_PROCESS
+def test_each_event_has_a_next_state_except_those_of_a_worker_where_there_is_none() -> None:
+    assert set(product(PeerState, LifecycleEvent)) - TRANSITIONS.keys() == set(
+        product(WITHOUT_WORKER, OF_A_WORKER)
+    )
+
+
+def test_only_an_end_leaves_stopping() -> None:
+    leaving = {
+        event
+        for event in LifecycleEvent
+        if TRANSITIONS[PeerState.STOPPING, event].state is not PeerState.STOPPING
     }
+    assert leaving == {LifecycleEvent.END}
 
 
-def test_only_an_end_leads_out_of_stopping() -> None:
-    ends = {event: TRANSITIONS[PeerState.STOPPING, event] for event in Event}
-    assert {event for event, state in ends.items() if state is not PeerState.STOPPING} == {
-        Event.END
+def test_ready_is_entered_by_serving_only() -> None:
+    entering = {
+        event
+        for (state, event), transition in TRANSITIONS.items()
+        if transition.state is PeerState.READY and state is not PeerState.READY
     }
-
-
-def test_ready_is_reached_by_serving_only() -> None:
-    assert {event for (_, event), state in TRANSITIONS.items() if state is PeerState.READY} == {
-        Event.SERVE
-    }
+    assert entering == {LifecycleEvent.SERVE}
 
 
 def test_every_state_can_be_reached_and_left() -> None:
-    assert set(TRANSITIONS.values()) == set(PeerState)
+    assert {transition.state for transition in TRANSITIONS.values()} == set(PeerState)
     for state in PeerState:
-        others = {to for (start, _), to in TRANSITIONS.items() if start is state} - {state}
+        others = {to.state for (start, _), to in TRANSITIONS.items() if start is state} - {state}
         assert others
+
+
+def test_every_action_is_used() -> None:
+    assert {transition.action for transition in TRANSITIONS.values()} == set(LifecycleAction)
+    assert {action for _, action in TABLE.values()} == set(ReplacementAction)
+
+
+def test_a_successor_may_read_only_where_no_worker_does() -> None:
+    taking_over = {
+        pair for pair, (_, action) in TABLE.items() if action is ReplacementAction.TAKE_OVER
+    }
+    assert taking_over == {
+        (ReplacementPhase.ALONE, ReplacementEvent.PREPARED),
+        (ReplacementPhase.HANDING_OVER, ReplacementEvent.WORKER_ENDED),
+    }

@@ -22,11 +22,11 @@ from peerd.supervisor.metrics import Metrics
 from peerd.supervisor.metrics_server import MetricsServer
 from peerd.supervisor.notify import Notifier
 from peerd.supervisor.output import RecentLines
+from peerd.supervisor.peer_environment import PeerEnvironment
+from peerd.supervisor.resources import Resources
 from peerd.supervisor.sockets import listen
 from peerd.supervisor.status import StatusReport
 from peerd.supervisor.supervised_peer import Peer
-from peerd.supervisor.surroundings import Surroundings
-from peerd.supervisor.worker_process import WorkerEntry
 
 PEERS = 64
 SETTINGS = SupervisorSettings(peers=PEERS)
@@ -36,18 +36,24 @@ class Processes:
     """The parts of a supervisor that peers and metrics read, without a process."""
 
     def __init__(self, sockets: list[socket.socket]) -> None:
-        self.settings = SETTINGS
         self.loop = Loop()
         self.journal = Journal(self.loop)
-        self.recent_lines = RecentLines()
-        self.worker_entry: WorkerEntry = lambda *_: 0
         self.board = Scoreboard(PEERS)
+        environment = PeerEnvironment(
+            settings=SETTINGS,
+            loop=self.loop,
+            journal=self.journal,
+            worker_entry=lambda *_: 0,
+            recent_lines=RecentLines(),
+            claim_oom_kill=lambda: False,
+            has_been_ready=lambda: False,
+        )
         self.peers: dict[int, Peer] = {}
         for slot, sock in zip(self.board.slots, sockets, strict=True):
             drops = KernelDrops()
             drops.follow(sock)
-            self.peers[slot.index] = Peer(self, slot, sock, drops)
-        surroundings = Surroundings(
+            self.peers[slot.index] = Peer(environment, slot, sock, drops)
+        resources = Resources(
             sockets=sockets,
             control_path=Path("/nowhere"),
             metrics_socket=None,
@@ -56,21 +62,11 @@ class Processes:
             version="1.2.3",
             log_dropped=lambda: 7,
         )
-        self.status = StatusReport(SETTINGS, self.peers, self.board, surroundings)
-        self.metrics = Metrics(self.peers, self.board, self.status, self.journal, surroundings)
+        self.status = StatusReport(SETTINGS, self.peers, self.board, resources)
+        self.metrics = Metrics(self.peers, self.board, self.status, self.journal, resources)
 
     def text(self) -> bytes:
         return exposition.render(self.metrics.families())
-
-    def slot_has_changed(self) -> None: ...
-    def peer_is_ready(self, peer: Peer) -> None: ...
-    def peer_cannot_start(self, peer: Peer, why: str) -> bool:
-        return False
-
-    def peer_is_parked(self, peer: Peer) -> None: ...
-    def peer_has_ended(self, peer: Peer) -> None: ...
-    def was_oom_killed(self) -> bool:
-        return False
 
 
 @pytest.fixture
@@ -161,7 +157,9 @@ def test_restarts_have_the_reason_of_the_death_before_them(processes: Processes)
     died(5, "exit", restarted=False)  # a successor was there
     assert restarts() == {"signal": 2, "exit": 1, "stuck": 1}
     board.slots[0].restarts += 1
-    publish(CannotStart(slot=0, peer_id=peer_id, why="no module"))
+    publish(
+        CannotStart(slot=0, peer_id=peer_id, why="no module", is_provisional=False, is_retried=True)
+    )
     board.slots[0].restarts += 1  # the fork had failed
     assert restarts() == {"signal": 2, "exit": 1, "stuck": 1, "boot": 1, "other": 1}
     for pid in range(3000):  # more than the history keeps

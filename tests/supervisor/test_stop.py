@@ -180,7 +180,7 @@ def test_it_is_said_who_is_waited_for_and_what_they_do(supervised: Supervised) -
         assert re.search(r"stopping for [12] s; waiting for: ", line)
         for port in (first, second):
             who = f"worker of localhost:{port}"
-            assert re.search(rf"{who} \(its loop has not turned for \d+ s\)", line) or (
+            assert re.search(rf"{who} \(its loop is blocked for \d+ s\)", line) or (
                 line == first_notice and who in line
             )
     assert f"worker of localhost:{third}" not in last_notice

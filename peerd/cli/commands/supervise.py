@@ -25,8 +25,8 @@ from peerd.settings import DEFAULT_ENDPOINT, MAX_PEERS, EmbeddedEtcdSettings, Su
 from peerd.supervisor import pinning
 from peerd.supervisor.cgroup import cpu_quota
 from peerd.supervisor.notify import Notifier, socket_name
-from peerd.supervisor.surroundings import Entries, Surroundings
-from peerd.supervisor.worker_process import BootReport
+from peerd.supervisor.resources import ChildEntryPoints, Resources
+from peerd.supervisor.worker_process import BootPipes
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +68,10 @@ def supervise(ctx: click.Context, settings: SupervisorSettings, launch: LaunchOp
     _print_first_screen(settings, own_etcd, launch.control_path)
     supervisor = Supervisor(
         settings,
-        Entries(worker=_worker_entry(settings), registrar=_registrar_entry(settings, own_etcd)),
-        Surroundings(
+        ChildEntryPoints(
+            worker=_worker_entry(settings), registrar=_registrar_entry(settings, own_etcd)
+        ),
+        Resources(
             sockets=sockets,
             control_path=launch.control_path,
             metrics_socket=metrics_socket,
@@ -102,7 +104,7 @@ def _open_sockets(settings: SupervisorSettings, notifier: Notifier) -> list[sock
 
 def raise_descriptor_limit(peers: int) -> None:
     """Up to the hard limit: the soft one is low for the sake of select(), which nobody uses here."""
-    from peerd.supervisor.operations import DESCRIPTORS_PER_PEER, OTHER_DESCRIPTORS
+    from peerd.supervisor.scaler import DESCRIPTORS_PER_PEER, OTHER_DESCRIPTORS
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -164,7 +166,7 @@ def _worker_entry(settings: SupervisorSettings) -> Any:
         else ()
     )
 
-    def run_worker(index: int, sock: socket.socket, slot: Slot, report: BootReport) -> int:
+    def run_worker(index: int, sock: socket.socket, slot: Slot, report: BootPipes) -> int:
         logging_setup.become_worker(slot.add_log_dropped)
         if cpus:
             os.sched_setaffinity(0, {cpus[index]})

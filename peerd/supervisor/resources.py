@@ -1,4 +1,5 @@
-"""What a supervisor is given beside its settings: opened and found out before it begins."""
+"""What a supervisor gets beside its settings: sockets and other resources opened before it starts, and
+the functions that run in its children."""
 
 from __future__ import annotations
 
@@ -14,25 +15,23 @@ from peerd.supervisor.worker_process import WorkerEntry
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entries:
-    """What runs in the children."""
-
+class ChildEntryPoints:
     worker: WorkerEntry
     registrar: RegistrarEntry
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
+class Resources:
     sockets: Sequence[socket.socket]
-    """Bound, one a peer. The supervisor's from here on."""
+    """Bound, one per peer. The supervisor owns them from here on."""
 
     control_path: Path
     metrics_socket: socket.socket | None
     etcd: EmbeddedEtcdSettings | None
-    """None: it is somebody else's."""
+    """None: the supervisor starts no etcd."""
 
     notifier: Notifier
     version: str
 
     log_dropped: Callable[[], int]
-    """How many records of the supervisor's log nobody had room for."""
+    """Number of records of the supervisor's log that were dropped because no process read them."""

@@ -1,0 +1,127 @@
+"""The commands of the control socket: their arguments, and which part carries them out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+from peerd.errors import ControlError
+from peerd.supervisor.control_server import Command
+from peerd.supervisor.history import History
+from peerd.supervisor.loop import Loop
+from peerd.supervisor.output import RecentLines
+from peerd.supervisor.peer_table import Peers
+from peerd.supervisor.promise import Promise
+from peerd.supervisor.reloads import Reloads
+from peerd.supervisor.scaler import Scaler
+from peerd.supervisor.status import StatusReport
+from peerd.supervisor.supervised_peer import Peer
+
+Arguments = Mapping[str, object]
+Result = dict[str, object]
+Since = Callable[[Arguments], list[dict[str, object]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisorParts:
+    """What the commands act on."""
+
+    loop: Loop
+    peers: Peers
+    status: StatusReport
+    reloads: Reloads
+    scaler: Scaler
+    history: History
+    recent_lines: RecentLines
+    is_stopping: Callable[[], bool]
+    stop: Callable[[], object]
+    """Begin to stop, as SIGTERM does."""
+
+    stop_timeout_s: float
+
+
+class Commands:
+    def __init__(self, parts: SupervisorParts) -> None:
+        self._parts = parts
+        # A pid is not enough: in a container, all supervisors have the same one.
+        self._name = f"{os.getpid()}-{time.monotonic_ns()}"
+
+    def table(self) -> Mapping[str, Command]:
+        return {
+            "status": self._status,
+            "reload": self._reload,
+            "restart": self._restart,
+            "scale": self._scale,
+            "stop": self._stop,
+            "events": self._events,
+            "logs": self._logs,
+        }
+
+    def _status(self, _arguments: Arguments) -> Result:
+        return self._parts.status.build(self._state)
+
+    def _reload(self, _arguments: Arguments) -> Promise[Result]:
+        """Replace all workers, one at a time; stop at the first that fails."""
+        self._refuse_while_stopping()
+        return self._parts.reloads.reload()
+
+    def _restart(self, arguments: Arguments) -> Promise[Result]:
+        """Replace the worker of one slot, or start it if it is parked."""
+        self._refuse_while_stopping()
+        answer = Promise[Result](self._parts.loop)
+        self._peer_at(arguments.get("slot")).replace().then(
+            lambda replaced: answer.resolve({"replaced": [asdict(replaced)]}), answer.reject
+        )
+        return answer
+
+    def _scale(self, arguments: Arguments) -> Promise[Result]:
+        """Run this number of peers, on the ports from the first one on."""
+        self._refuse_while_stopping()
+        peers = arguments.get("peers")
+        if type(peers) is not int:
+            raise ControlError(f"cannot scale to {peers!r} peers: give a number")
+        return self._parts.scaler.scale_to(peers)
+
+    def _stop(self, _arguments: Arguments) -> Result:
+        self._parts.stop()
+        return {"pid": os.getpid(), "stop_timeout_s": self._parts.stop_timeout_s}
+
+    def _events(self, arguments: Arguments) -> object:
+        return self._as_requested(arguments, self._parts.history.since)
+
+    def _logs(self, arguments: Arguments) -> object:
+        """Of ``slot``, which may be gone, as long as there are lines; None: of all."""
+        slot = arguments.get("slot")
+        if slot is not None and not self._parts.recent_lines.has(slot):
+            self._peer_at(slot)
+        return self._as_requested(arguments, self._parts.recent_lines.since)
+
+    def _as_requested(self, arguments: Arguments, since: Since) -> object:
+        """The entries; for a client that names the supervisor whose entries it has seen, with our name.
+
+        The numbers of another supervisor mean nothing here: then all entries are new.
+        """
+        if "supervisor" not in arguments:
+            return since(arguments)
+        is_known = arguments["supervisor"] == self._name
+        entries = since(arguments if is_known else {**arguments, "after": 0})
+        return {"supervisor": self._name, "entries": entries}
+
+    def _peer_at(self, slot: object) -> Peer:
+        peers = self._parts.peers
+        peer = peers.get(slot) if type(slot) is int else None
+        if peer is None:
+            raise ControlError(f"no slot {slot!r}: there are 0 to {len(peers) - 1}")
+        return peer
+
+    def _refuse_while_stopping(self) -> None:
+        if self._parts.is_stopping():
+            raise ControlError("the supervisor is stopping")
+
+    @property
+    def _state(self) -> str:
+        if self._parts.is_stopping():
+            return "stopping"
+        return "ready" if self._parts.status.all_healthy else "degraded"

@@ -1,0 +1,90 @@
+"""The peers of a supervisor, by slot. PeerTable adds and removes them; all other parts read Peers.
+
+A socket is in systemd's descriptor store exactly while its peer is in the table. It leaves the store before
+it is closed: after that, no datagram can arrive in a socket that a later supervisor would inherit.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+
+from peerd._scoreboard import PeerState, Scoreboard
+from peerd.supervisor.journal import PeersChanged
+from peerd.supervisor.kernel_drops import KernelDrops
+from peerd.supervisor.notify import Notifier, socket_name
+from peerd.supervisor.peer_environment import PeerEnvironment
+from peerd.supervisor.supervised_peer import Peer
+
+
+class Peers(Mapping[int, Peer]):
+    """The read view: slot -> peer, in the order of the slots."""
+
+    def __init__(self, by_slot: Mapping[int, Peer]) -> None:
+        self._by_slot = by_slot
+
+    def __getitem__(self, slot: int) -> Peer:
+        return self._by_slot[slot]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._by_slot)
+
+    def __len__(self) -> int:
+        return len(self._by_slot)
+
+    @property
+    def are_all_ready(self) -> bool:
+        return all(peer.slot.state is PeerState.READY for peer in self.values())
+
+
+class PeerTable:
+    def __init__(
+        self,
+        environment: PeerEnvironment,
+        board: Scoreboard,
+        notifier: Notifier,
+        sockets: Sequence[socket.socket],
+    ) -> None:
+        """One peer for each socket, which the table owns from here on."""
+        self._environment = environment
+        self._board = board
+        self._notifier = notifier
+        self._by_slot: dict[int, Peer] = {}
+        self._drops: dict[int, KernelDrops] = {}
+        """Outlive the peers, so that the counts never go back when a slot is used again."""
+
+        self.view = Peers(self._by_slot)
+        for index, sock in enumerate(sockets):
+            self._add(index, sock)
+
+    def add(self, sockets: Mapping[int, socket.socket]) -> list[Peer]:
+        """One provisional peer for each slot and socket."""
+        peers = [self._add(index, sock, is_provisional=True) for index, sock in sockets.items()]
+        self._environment.journal.publish(PeersChanged())
+        return peers
+
+    def remove(self, peer: Peer) -> None:
+        """Remove a peer that has ended, and close its socket."""
+        del self._by_slot[peer.slot.index]
+        self._notifier.discard(socket_name(peer.port))
+        peer.close()
+        self._environment.journal.publish(PeersChanged())
+
+    def release(self) -> None:
+        """End what is left, at the end of the supervisor."""
+        for peer in self._by_slot.values():
+            peer.kill()
+        for peer in self._by_slot.values():
+            for worker in peer.workers:
+                worker.wait()
+            peer.close(is_kept=self._notifier.is_heard)
+
+    def _add(self, index: int, sock: socket.socket, *, is_provisional: bool = False) -> Peer:
+        self._board.grow(index + 1)
+        slot = self._board.slots[index]
+        drops = self._drops.setdefault(index, KernelDrops())
+        drops.follow(sock)
+        peer = Peer(self._environment, slot, sock, drops, is_provisional=is_provisional)
+        self._by_slot[index] = peer
+        self._notifier.store(socket_name(peer.port), sock)
+        return peer
