@@ -1,30 +1,15 @@
 """The compiled datagram loop; ``ext/peerd/_loop.pyx`` has the theory."""
 
+from asyncio import AbstractEventLoop, Task
 from collections.abc import Callable, Coroutine, Mapping
 from contextvars import Context
-from typing import Any, Final, Protocol, final
+from typing import Any, Final, final
 
 from peerd._envelope import Message, Reply
 from peerd._scoreboard import Slot
 
 DROP_REASON_NAMES: Final[tuple[str, ...]]
 """Why a reply was not sent, in the order of the C enum."""
-
-class _Spare(Protocol):
-    """What a coroutine handler sees as its task while it has not waited for anything yet."""
-
-    @property
-    def context(self) -> Context:
-        """What the coroutine runs in."""
-    @property
-    def clean_context(self) -> Context:
-        """A copy of it from before."""
-    def enter(self) -> object:
-        """Become the event loop's current task."""
-    def leave(self) -> object:
-        """Stop being the current task."""
-    def discard(self) -> object:
-        """Do not hand this spare out again: a coroutine has changed its context."""
 
 @final
 class DatagramLoop:
@@ -42,6 +27,9 @@ class DatagramLoop:
     ``coroutine_handlers``
         As ``handlers``, with coroutine functions. They need :meth:`attach` and an event loop that
         calls :meth:`turn` when the socket can be read, instead of :meth:`run`.
+    ``max_waiting``
+        Magic code to the number of its coroutines that may wait; further messages are dropped, and
+        counted as ``rx_max_waiting``.
     ``slot``
         Heartbeat and counters are written here.
     ``on_handler_error``
@@ -76,6 +64,7 @@ class DatagramLoop:
         *,
         coroutine_handlers: Mapping[str, Callable[[Message], Coroutine[Any, Any, Reply]]]
         | None = None,
+        max_waiting: Mapping[str, int] | None = None,
         on_icmp_error: Callable[[tuple[str, int] | None, int], object] | None = None,
         on_replies_dropped: Callable[[str, tuple[str, int] | None, int, int], object] | None = None,
         gro: bool = True,
@@ -110,15 +99,21 @@ class DatagramLoop:
 
     def attach(
         self,
-        new_spare: Callable[[], _Spare],
-        continue_: Callable[[_Spare, Coroutine[Any, Any, Reply], Any, Message], object],
+        event_loop: AbstractEventLoop,
+        new_task: Callable[[Any, Context], Task[None]],
+        on_suspended: Callable[[Task[None], Message], object],
+        on_ended: Callable[[Task[None], Message, Any], object],
     ) -> None:
-        """Let coroutine handlers run.
+        """Let coroutine handlers run in an event loop.
 
-        ``new_spare`` returns the spare task of the next coroutine. ``continue_`` takes over a
-        coroutine that waits: it gets the spare, the coroutine, what it waits for (as a task would) and
-        the message, and calls :meth:`answer` when the coroutine has ended.
+        ``new_task``: makes a SpareTask of a coroutine object and a context. ``on_suspended`` is called
+        when a handler waits for something, with its task, which steps it from there on. ``on_ended`` is
+        called when such a handler has returned or raised, which is the third argument either way; the
+        event loop passes it on to :meth:`answer`. Neither may raise.
         """
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`; outside a turn. The spare task ends in the event loop's next iteration."""
 
     def answer(self, message: Message, result: Reply | BaseException) -> None:
         """What a continued coroutine returned or raised. Queued: :meth:`flush` sends it.
@@ -128,6 +123,9 @@ class DatagramLoop:
 
     def flush(self) -> None:
         """Send what is queued, as far as the kernel takes it."""
+
+    def take_dropped(self) -> dict[str, tuple[int, int]]:
+        """Magic code to (messages dropped since the last call, its ``max_waiting``)."""
 
     def set_reading(self, is_reading: bool) -> None:
         """Publish in the slot whether the socket is read, or not because too many coroutines wait."""

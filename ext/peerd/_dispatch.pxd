@@ -11,6 +11,19 @@ from peerd.outbox cimport Outbox
 
 
 @cython.final
+cdef class Route:
+    """Where the messages of one magic code go."""
+
+    cdef object handler
+    cdef list pending  # the batch of this turn; None when each message has its own call
+    cdef bint is_coroutine
+    cdef uint64_t waiting  # coroutines
+    cdef uint64_t max_waiting
+    cdef uint64_t dropped  # since take_dropped()
+    cdef unsigned int waiting_row  # of the scoreboard
+
+
+@cython.final
 cdef class Dispatcher:
     cdef Outbox *_outbox
     cdef uint64_t *_counters
@@ -23,9 +36,12 @@ cdef class Dispatcher:
     cdef tuple _failures  # exceptions that cost their message and nothing else
 
     cdef int open(self, Outbox *outbox, Waiting *waiting) except -1
-    cdef int attach(self, object new_spare, object continue_) except -1
+    cdef int attach(self, object event_loop, object new_task, object on_suspended, object on_ended) except -1
+    cdef int detach(self) except -1
     cdef int dispatch(self, const uint8_t *data, size_t size, linux.msghdr *header) except -1
     cdef int end_turn(self) except -1
     cdef int leave_coroutines(self) except -1
     cdef int answer(self, Message message, object result) except -1
+    cdef dict take_dropped(self)
+    cdef void _count_waiting(self, Route route, int change) noexcept
     cdef int _handler_failed(self, Message message, object error) except -1

@@ -12,27 +12,25 @@ from peerd._scoreboard cimport (
     MAX_WAITING_NAME_BYTES,
     MAX_WAITING_ROWS,
     RX_BYTES,
+    RX_MAX_WAITING,
     RX_MESSAGES,
     Waiting,
 )
 from peerd.outbox cimport Outbox, count_handled
 
+cdef uint64_t NO_LIMIT = <uint64_t>-1
+
 
 @cython.final
 cdef class Route:
-    """Where the messages of one magic code go."""
-
-    cdef object handler
-    cdef list pending  # the batch of this turn; None when each message has its own call
-    cdef bint is_coroutine
-    cdef unsigned int waiting_row  # of the scoreboard
+    pass
 
 
 @cython.final
 cdef class Dispatcher:
     """Handlers by magic code; see DatagramLoop for what they are."""
 
-    def __init__(self, handlers, batch_handlers, coroutine_handlers, on_handler_error):
+    def __init__(self, handlers, batch_handlers, coroutine_handlers, max_waiting, on_handler_error):
         self._routes = routes = {}
         self._batched = []
         for table in (handlers, batch_handlers, coroutine_handlers):
@@ -42,6 +40,8 @@ cdef class Dispatcher:
                 routes[magic] = new_route(handler, table is batch_handlers, table is coroutine_handlers)
                 if table is batch_handlers:
                     self._batched.append(routes[magic])
+        for magic, limit in max_waiting.items():
+            (<Route>routes[magic]).max_waiting = limit
         self._codec = Codec(routes)
         self._coroutines = Coroutines()
         self._on_handler_error = on_handler_error
@@ -63,12 +63,17 @@ cdef class Dispatcher:
                 waiting.rows_used += 1
         return 0
 
-    cdef int attach(self, object new_spare, object continue_) except -1:
+    cdef int attach(self, object event_loop, object new_task, object on_suspended, object on_ended) except -1:
         """Coroutine handlers may run; see DatagramLoop.attach."""
         from asyncio import CancelledError  # only a process with an event loop imports asyncio
 
         self._failures = (Exception, CancelledError)
-        self._coroutines = Coroutines(new_spare, continue_)
+        self._coroutines = Coroutines(event_loop, new_task, on_suspended, on_ended)
+        return 0
+
+    cdef int detach(self) except -1:
+        self._coroutines.close()
+        self._coroutines = Coroutines()
         return 0
 
     cdef int dispatch(self, const uint8_t *data, size_t size, linux.msghdr *header) except -1:
@@ -80,8 +85,12 @@ cdef class Dispatcher:
         if message is None:
             self._codec.count_unread()
             return 0
-        self._counters[RX_MESSAGES] += 1
         route = <Route>self._codec.route
+        if route.is_coroutine and route.waiting >= route.max_waiting:
+            route.dropped += 1
+            self._counters[RX_MAX_WAITING] += 1
+            return 0
+        self._counters[RX_MESSAGES] += 1
         if route.pending is not None:
             route.pending.append(message)
             self._outbox.batched += 1
@@ -91,8 +100,7 @@ cdef class Dispatcher:
                 result = self._coroutines.step(route.handler, message)
                 if result is SUSPENDED:
                     self._outbox.suspended += 1
-                    self._waiting.count += 1
-                    self._waiting.counts[route.waiting_row] += 1
+                    self._count_waiting(route, 1)
                     return 0
             else:
                 result = route.handler(message)
@@ -135,10 +143,24 @@ cdef class Dispatcher:
             self._handler_failed(message, error)
         finally:  # after the reply is queued, or the message would count as handled in between
             self._outbox.suspended -= 1
-            self._waiting.count -= 1
-            self._waiting.counts[(<Route>self._routes[message.magic]).waiting_row] -= 1
+            self._count_waiting(self._routes[message.magic], -1)
             count_handled(self._outbox)
         return 0
+
+    cdef dict take_dropped(self):
+        """Magic code to (messages dropped since the last call, its max_waiting)."""
+        cdef Route route
+        dropped = {}
+        for magic, route in self._routes.items():
+            if route.dropped:
+                dropped[magic] = (route.dropped, route.max_waiting)
+                route.dropped = 0
+        return dropped
+
+    cdef void _count_waiting(self, Route route, int change) noexcept:
+        route.waiting += change
+        self._waiting.count += change
+        self._waiting.counts[route.waiting_row] += change
 
     cdef int _handler_failed(self, Message message, object error) except -1:
         self._counters[HANDLER_ERRORS] += 1
@@ -151,4 +173,5 @@ cdef Route new_route(object handler, bint is_batched, bint is_coroutine):
     route.handler = handler
     route.pending = [] if is_batched else None
     route.is_coroutine = is_coroutine
+    route.max_waiting = NO_LIMIT
     return route

@@ -121,6 +121,7 @@ cdef class DatagramLoop:
         on_handler_error,
         *,
         coroutine_handlers=None,
+        max_waiting=None,
         on_icmp_error=None,
         on_replies_dropped=None,
         bint gro=True,
@@ -137,7 +138,7 @@ cdef class DatagramLoop:
         self._on_icmp_error = on_icmp_error
         self._on_replies_dropped = on_replies_dropped
         self._dispatcher = Dispatcher(
-            handlers, batch_handlers, coroutine_handlers or {}, on_handler_error
+            handlers, batch_handlers, coroutine_handlers or {}, max_waiting or {}, on_handler_error
         )
         self._rx_buffers = RX_BATCH
         linger_open(&self._linger, <int64_t>(linger_s * 1e9))
@@ -217,14 +218,20 @@ cdef class DatagramLoop:
     def queued_replies(self):
         return self._outbox.tx.queued
 
-    def attach(self, new_spare, continue_):
-        self._dispatcher.attach(new_spare, continue_)
+    def attach(self, event_loop, new_task, on_suspended, on_ended):
+        self._dispatcher.attach(event_loop, new_task, on_suspended, on_ended)
+
+    def detach(self):
+        self._dispatcher.detach()
 
     def answer(self, Message message not None, result):
         self._dispatcher.answer(message, result)
 
     def flush(self):
         self._flush()
+
+    def take_dropped(self):
+        return self._dispatcher.take_dropped()
 
     def set_reading(self, bint is_reading):
         self._stats.waiting.not_reading_since_ns = 0 if is_reading else monotonic_ns()

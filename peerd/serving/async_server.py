@@ -1,145 +1,200 @@
-"""Turns a DatagramLoop from an event loop, for apps with coroutine handlers.
+"""Drives a DatagramLoop from an event loop, for apps with coroutine handlers.
 
-The event loop says when the socket can be read; one turn takes a bounded batch, and what is left is
-told again at the next iteration, so the app's own timers and tasks run between turns.
+The event loop calls when the socket can be read; one turn takes a bounded batch, and the event loop calls
+again in its next iteration if datagrams are left. So the app's own timers and tasks run between turns.
+ext/peerd/_coroutines.pyx steps the coroutines; this module has the tasks of those that wait.
 
-The core steps each coroutine at once, and most end in that step. Meanwhile a spare task is the current
-one, and its context is what the coroutine runs in. A coroutine that waits for something takes the
-spare with it: the spare hands what is awaited to its event loop, as if the coroutine had been its own
-from the beginning, and steps it from there on. The next coroutine gets a new spare. (Python 3.12's
-eager tasks do the same with a task for each; here a handler that does not wait costs none.)
+Waiting coroutines are bounded: from MAX_WAITING on the socket is not read, and datagrams wait in the
+kernel's buffer, until half of the coroutines have ended. That holds during a drain, too.
 
-Coroutines that wait are bounded: above MAX_SUSPENDED the socket is not read, and datagrams wait in the
-kernel's buffer, until half of them have ended. That holds in a drain, too.
+The event loop is given an epoll descriptor that holds the socket, not the socket: libuv (uvloop) stops
+polling a descriptor that reports POLLERR, and with IP_RECVERR every ICMP error does that. The epoll
+descriptor is readable then, and the turn reads the error queue.
 
-The end of a worker waits for jobs in the event loop's executor, even for those that nobody awaits.
+When a worker stops, it waits for the jobs in the event loop's executor, even for those that no coroutine
+awaits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
+import logging
+import select
 import signal
 import time
-from asyncio.tasks import _enter_task, _leave_task
-from collections.abc import Callable, Coroutine, Generator
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextvars import Context
+from dataclasses import dataclass
+from typing import Any
 
 from peerd._envelope import Message, Reply
 from peerd._loop import DatagramLoop
 from peerd.signals import HAND_OVER
 
-if TYPE_CHECKING:
-    from peerd._loop import _Spare
+log = logging.getLogger(__name__)
 
-MAX_SUSPENDED = 10_000
+MAX_WAITING = 10_000
 
-HEARTBEAT_S = 0.25
-"""How often an idle loop is turned, so that its heartbeat goes on."""
+HEARTBEAT_INTERVAL_S = 0.25
+"""An idle loop makes a turn this often, so that its heartbeat is written."""
 
-FLUSH_S = 0.5
-"""What the last replies have beyond the end of a drain."""
+FLUSH_TIMEOUT_S = 0.5
+"""The time that the last replies have beyond the end of a drain."""
 
-BLOCKED_RETRY_S = 0.001
-"""How soon a reply that the kernel did not take is tried again."""
+BLOCKED_RETRY_INTERVAL_S = 0.001
+"""The time until a reply that the kernel did not take is tried again."""
+
+DROPPED_LOG_INTERVAL_S = 1.0
+FULL_LOG_INTERVAL_S = 60.0
 
 
-def run(core: DatagramLoop, on_serving: Callable[[], None], drain_timeout_s: float) -> None:
+def run(
+    core: DatagramLoop,
+    on_serving: Callable[[], None],
+    drain_timeout_s: float,
+    timeouts_s: Mapping[str, float] | None = None,
+) -> None:
     """Serve in an event loop of this thread until SIGTERM; then drain, for ``drain_timeout_s``.
 
-    HAND_OVER ends it as well, and leaves the queue to a successor.
+    HAND_OVER ends it as well, and leaves the queue to a successor. ``timeouts_s``: by magic code, how
+    long a handler may wait before it is cancelled.
 
-    uvloop's event loop when it is installed, else asyncio's. Raises what ends the core: OSError, or
-    what a handler raises beside Exception.
+    The event loop is uvloop's if that is installed, else asyncio's. Raises what ends the core: OSError,
+    or an exception of a handler that is no Exception.
     """
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
-        runner.run(AsyncServer(core).serve(on_serving, drain_timeout_s))
+        runner.run(AsyncServer(core, timeouts_s or {}).serve(on_serving, drain_timeout_s))
+
+
+class SpareTask(asyncio.Task[None]):
+    """Records that one of its attributes was read or set; ext/peerd/_coroutines.pyx says why."""
+
+    def __getattribute__(self, name: str) -> Any:
+        read = super().__getattribute__
+        read("get_coro")().was_seen = True
+        return read(name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self.get_coro()
+        super().__setattr__(name, value)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A coroutine handler that waits."""
+
+    magic: str
+    timeout: asyncio.TimerHandle | None
+    has_timed_out: bool = False
 
 
 class AsyncServer:
     """See the head of this file."""
 
-    def __init__(self, core: DatagramLoop) -> None:
+    def __init__(self, core: DatagramLoop, timeouts_s: Mapping[str, float]) -> None:
         self._core = core
+        self._timeouts_s = timeouts_s
         self._events: asyncio.AbstractEventLoop
         self._end: asyncio.Future[None]
         self._heartbeat: asyncio.TimerHandle
-        self._spare: _SpareTask | None = None
-        self._continued: set[asyncio.Task[None]] = set()
-        self._reading = False
-        self._flushing = False
+        self._waiting: dict[asyncio.Task[None], _Waiting] = {}
+        self._poll = select.epoll()
+        self._is_reading = False
+        self._is_flush_due = False
         self._leaves_queue = False
         self._is_over = False
         self._room = asyncio.Event()
-        """There are no more coroutines than may wait."""
+        """Set while more coroutines may wait."""
 
         self._room.set()
+        self._full_since_s = 0.0
+        self._next_full_log_s = 0.0
+        self._next_dropped_log_s = 0.0
 
     async def serve(self, on_serving: Callable[[], None], drain_timeout_s: float) -> None:
-        """See :func:`run`. ``on_serving`` is called when the loop has turned once."""
+        """See :func:`run`. ``on_serving`` is called after the first turn."""
         self._events = asyncio.get_running_loop()
         self._end = self._events.create_future()
-        self._core.attach(self._take_spare, self._continue)
+        self._core.attach(self._events, self._new_task, self._on_suspended, self._on_ended)
         self._events.add_signal_handler(signal.SIGTERM, self._stop)
         self._events.add_signal_handler(HAND_OVER, self._hand_over)
-        self._heartbeat = self._events.call_later(HEARTBEAT_S, self._keep_heartbeat)
+        self._heartbeat = self._events.call_later(HEARTBEAT_INTERVAL_S, self._on_heartbeat)
+        self._poll.register(self._core.fileno(), select.EPOLLIN)
         try:
             await self._turn_in_callback()
-            self._read()
+            self._start_reading()
             on_serving()
             await self._end
             await self._drain(time.monotonic() + drain_timeout_s)
         finally:
-            self._do_not_read()
+            self._stop_reading()
+            self._poll.close()
             self._heartbeat.cancel()
             self._is_over = True
-            tasks = list(self._continued)
-            if self._spare is not None:
-                tasks.append(self._spare.task)
+            tasks = list(self._waiting)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._core.detach()
             self._core.flush()
 
     def _stop(self) -> None:
         if not self._end.done():
             self._end.set_result(None)
 
+    def _fail(self, error: BaseException) -> None:
+        self._stop_reading()
+        if not self._end.done():
+            self._end.set_exception(error)
+
     def _hand_over(self) -> None:
         self._leaves_queue = True
-        self._do_not_read()
+        self._stop_reading()
         self._room.set()  # a drain that waits for it has nothing more to read
         self._stop()
 
     async def _drain(self, until_s: float) -> None:
         """Serve what the queue holds, then wait for the handlers under way and their replies.
 
-        Where a successor reads on, the queue is left to it, and handlers have all the time that the
-        supervisor gives a loop that does not turn (its stuck clock).
+        After a hand-over the queue is left to the successor, and handlers may take as long as the
+        supervisor lets a loop be blocked (its stuck timeout).
         """
-        self._do_not_read()
+        self._stop_reading()
         while not self._leaves_queue and (left_s := until_s - time.monotonic()) > 0:
             if not self._room.is_set():
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._room.wait(), left_s)
             elif not await self._turn_in_callback():
                 break
-        if self._continued:
+        if self._waiting:
             left_s = max(0.0, until_s - time.monotonic())
-            await asyncio.wait(self._continued, timeout=None if self._leaves_queue else left_s)
-            until_s = max(until_s, time.monotonic() + FLUSH_S)
+            await asyncio.wait(self._waiting, timeout=None if self._leaves_queue else left_s)
+            until_s = max(until_s, time.monotonic() + FLUSH_TIMEOUT_S)
         while self._core.queued_replies and time.monotonic() < until_s:
             self._core.flush()
-            await asyncio.sleep(BLOCKED_RETRY_S)
+            await asyncio.sleep(BLOCKED_RETRY_INTERVAL_S)
 
-    def _keep_heartbeat(self) -> None:
-        self._heartbeat = self._events.call_later(HEARTBEAT_S, self._keep_heartbeat)
+    def _on_heartbeat(self) -> None:
+        self._heartbeat = self._events.call_later(HEARTBEAT_INTERVAL_S, self._on_heartbeat)
         if not self._end.done():
             self._turn()
+        now_s = time.monotonic()
+        if not self._room.is_set():
+            self._log_full(now_s)
+        if now_s >= self._next_dropped_log_s and (dropped := self._core.take_dropped()):
+            self._next_dropped_log_s = now_s + DROPPED_LOG_INTERVAL_S
+            for magic, (count, limit) in dropped.items():
+                log.warning(
+                    "dropped %d messages for %r: %d of its handlers wait, its max_waiting",
+                    count,
+                    magic,
+                    limit,
+                )
 
     async def _turn_in_callback(self) -> int:
-        """Turn once. Not in this task: a handler is stepped in one of its own, and they do not nest."""
+        """Make a turn. Not in this task: handlers are stepped in their own, and tasks do not nest."""
         turned = self._events.create_future()
 
         def turn() -> None:
@@ -147,7 +202,7 @@ class AsyncServer:
                 turned.set_result(self._core.turn())
             except BaseException as error:
                 turned.set_exception(error)
-            self._note_room()
+            self._check_room()
 
         self._events.call_soon(turn)
         taken: int = await turned
@@ -162,155 +217,97 @@ class AsyncServer:
         try:
             self._core.turn()
         except BaseException as error:
-            # An event loop logs what its callbacks raise and goes on, here for ever.
-            self._do_not_read()
-            if not self._end.done():
-                self._end.set_exception(error)
-        self._note_room()
-        self._flush_later()
+            # An event loop would log what its callback raises, and call it again.
+            self._fail(error)
+        self._check_room()
+        self._flush_soon()
 
-    def _note_room(self) -> None:
-        if self._core.suspended >= MAX_SUSPENDED and self._room.is_set():
+    def _start_reading(self) -> None:
+        if not self._is_reading:
+            self._events.add_reader(self._poll.fileno(), self._turn)
+            self._is_reading = True
+
+    def _stop_reading(self) -> None:
+        if self._is_reading:
+            self._events.remove_reader(self._poll.fileno())
+            self._is_reading = False
+
+    def _check_room(self) -> None:
+        if self._core.suspended >= MAX_WAITING and self._room.is_set():
             self._room.clear()
+            self._stop_reading()
             self._core.set_reading(False)
-            self._do_not_read()
-
-    def _read(self) -> None:
-        if not self._reading:
-            self._events.add_reader(self._core.fileno(), self._turn)
-            self._reading = True
-
-    def _do_not_read(self) -> None:
-        if self._reading:
-            self._events.remove_reader(self._core.fileno())
-            self._reading = False
-
-    def _flush_later(self) -> None:
-        """One flush for all replies that are given within an iteration of the event loop."""
-        if self._core.queued_replies and not self._flushing:
-            self._flushing = True
-            self._events.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        self._core.flush()
-        if self._core.queued_replies:
-            self._flushing = True
-            self._events.call_later(BLOCKED_RETRY_S, self._flush)
-
-    def _take_spare(self) -> _SpareTask:
-        if self._spare is None:
-            self._spare = _SpareTask(self._events, self._forget_spare, self._answer)
-        return self._spare
-
-    def _forget_spare(self) -> None:
-        self._spare = None
-
-    def _answer(self, message: Message, result: Reply | BaseException) -> None:
-        """At the end, those that are cancelled stay unfinished: they are lost, and counted so."""
-        if not (self._is_over and isinstance(result, asyncio.CancelledError)):
-            self._core.answer(message, result)
-
-    def _continue(
-        self, spare: _Spare, coroutine: Coroutine[Any, Any, Reply], awaited: Any, message: Message
-    ) -> None:
-        assert isinstance(spare, _SpareTask)
-        self._spare = None
-        self._continued.add(spare.task)
-        spare.task.add_done_callback(self._ended)
-        spare.take_over(coroutine, awaited, message)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._continued.discard(task)
-        self._flush_later()
-        if self._core.suspended < MAX_SUSPENDED // 2 and not self._room.is_set():
+            self._full_since_s = time.monotonic()
+            self._log_full(self._full_since_s)
+        elif self._core.suspended < MAX_WAITING // 2 and not self._room.is_set():
             self._room.set()
             self._core.set_reading(True)
             if not self._end.done():
-                self._read()
+                self._start_reading()
 
+    def _log_full(self, now_s: float) -> None:
+        if now_s < self._next_full_log_s:
+            return
+        self._next_full_log_s = now_s + FULL_LOG_INTERVAL_S
+        counts = Counter(each.magic for each in self._waiting.values()).most_common(8)
+        log.warning(
+            "not reading for %.0f s: %d handlers wait (of %s), and reading continues below %d; "
+            "a timeout= or max_waiting= in @app.handler bounds them",
+            now_s - self._full_since_s,
+            self._core.suspended,
+            ", ".join(f"{magic!r}: {count}" for magic, count in counts),
+            MAX_WAITING // 2,
+        )
 
-class _SpareTask(Coroutine[Any, Any, None]):
-    """A task, and what it steps: nothing at first, then the rest of a handler's coroutine.
+    def _flush_soon(self) -> None:
+        """One flush for all replies of an iteration of the event loop."""
+        if self._core.queued_replies and not self._is_flush_due:
+            self._is_flush_due = True
+            self._events.call_soon(self._flush)
 
-    Written as a Coroutine by hand: an ``async def`` that is cancelled before its first step never
-    gets to see it, and the handler would be lost.
-    """
+    def _flush(self) -> None:
+        self._is_flush_due = False
+        self._core.flush()
+        if self._core.queued_replies:
+            self._is_flush_due = True
+            self._events.call_later(BLOCKED_RETRY_INTERVAL_S, self._flush)
 
-    def __init__(
-        self,
-        events: asyncio.AbstractEventLoop,
-        forget: Callable[[], None],
-        answer: Callable[[Message, Reply | BaseException], None],
+    def _new_task(self, coroutine: Any, context: Context) -> asyncio.Task[None]:
+        return SpareTask(coroutine, loop=self._events, context=context)
+
+    def _on_suspended(self, task: asyncio.Task[None], message: Message) -> None:
+        waiting = _Waiting(message.magic, None)
+        timeout_s = self._timeouts_s.get(message.magic)
+        if timeout_s is not None:
+            waiting.timeout = self._events.call_later(timeout_s, self._on_timeout, task)
+        self._waiting[task] = waiting
+
+    def _on_timeout(self, task: asyncio.Task[None]) -> None:
+        self._waiting[task].has_timed_out = True
+        task.cancel()
+
+    def _on_ended(
+        self, task: asyncio.Task[None], message: Message, result: Reply | BaseException
     ) -> None:
-        self.context = contextvars.copy_context()
-        self.clean_context = self.context.copy()
-        self._events = events
-        self._forget = forget
-        self._answer = answer
-        self._parked: asyncio.Future[None] = events.create_future()
-        self._coroutine: Coroutine[Any, Any, Reply] | None = None
-        self._awaited: Any = None
-        self._message: Message | None = None
-        self.task: asyncio.Task[None] = asyncio.Task(self, loop=events, context=self.context)
-
-    def enter(self) -> None:
-        _enter_task(self._events, self.task)
-
-    def leave(self) -> None:
-        _leave_task(self._events, self.task)
-
-    def discard(self) -> None:
-        self._forget()
-        self.task.cancel()
-
-    def take_over(
-        self, coroutine: Coroutine[Any, Any, Reply], awaited: Any, message: Message
-    ) -> None:
-        self._coroutine, self._awaited, self._message = coroutine, awaited, message
-        if not self._parked.done():
-            self._parked.set_result(None)
-
-    # The protocol of a coroutine, as the task speaks it.
-
-    def send(self, value: Any) -> Any:
-        if self._coroutine is None:
-            # What Future.__await__ does before it yields itself (asyncio/futures.py).
-            self._parked._asyncio_future_blocking = True
-            return self._parked
-        if self._awaited is not _NOTHING:
-            awaited, self._awaited = self._awaited, _NOTHING
-            return awaited
-        return self._step(self._coroutine.send, value)
-
-    def throw(self, error: Any, *_rest: Any) -> Any:
-        if self._coroutine is None:
-            raise error
-        self._awaited = _NOTHING
-        return self._step(self._coroutine.throw, error)
-
-    def close(self) -> None:
-        if self._coroutine is not None:
-            self._coroutine.close()
-
-    def __await__(self) -> Generator[Any, None, None]:
-        raise TypeError("only a task steps this")
-
-    def _step(self, step: Callable[[Any], Any], value: Any) -> Any:
-        assert self._message is not None
+        waiting = self._waiting.pop(task)
+        if waiting.timeout is not None:
+            waiting.timeout.cancel()
+        if isinstance(result, asyncio.CancelledError):
+            if self._is_over:
+                return  # the server cancels what it cannot wait for: the message counts as lost
+            if waiting.has_timed_out:
+                timeout_s = self._timeouts_s[message.magic]
+                cancelled, result = (
+                    result,
+                    TimeoutError(f"it waited for longer than {timeout_s:g} s"),
+                )
+                result.__cause__ = cancelled
         try:
-            return step(value)
-        except StopIteration as end:
-            self._answer(self._message, end.value)
-        except asyncio.CancelledError as error:
-            self._answer(self._message, error)
-            raise
-        except Exception as error:
-            self._answer(self._message, error)
-        raise StopIteration
-
-
-_NOTHING = object()
+            self._core.answer(message, result)
+        except BaseException as error:
+            self._fail(error)
+        self._check_room()
+        self._flush_soon()
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:

@@ -8,14 +8,18 @@ import contextvars
 import os
 import signal
 import socket
+import statistics
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
-from harness import raw_client
+from harness import forged_icmp, raw_client
 from harness.eventually import eventually
 from harness.supervised import Supervised, send_signal
 from peerd import App, Message, decode, encode
@@ -47,6 +51,8 @@ def serve(
     app: App,
     test: Callable[[Client], Coroutine[Any, Any, None]],
     before: Callable[[Client], object] = lambda client: None,
+    server: type[AsyncServer] = AsyncServer,
+    new_event_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> Client:
     """Run a test against a server in the same event loop, then stop it with its SIGTERM."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -66,15 +72,15 @@ def serve(
         async def main() -> None:
             async with asyncio.timeout(100), asyncio.TaskGroup() as group:
                 serving = asyncio.Event()
-                group.create_task(AsyncServer(core).serve(serving.set, 5.0))
+                group.create_task(server(core, {}).serve(serving.set, 5.0))
                 await serving.wait()
                 try:
                     await test(client)
                 finally:
                     os.kill(os.getpid(), signal.SIGTERM)
 
-        with client.sock:
-            asyncio.run(main())
+        with client.sock, asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(main())
         assert core.suspended == 0
         return client
 
@@ -187,6 +193,260 @@ def test_each_message_has_context_variables_of_its_own() -> None:
     serve(app, test)
 
 
+def task() -> asyncio.Task[Any]:
+    current = asyncio.current_task()
+    assert current is not None
+    return current
+
+
+SEEN = contextvars.ContextVar[object]("SEEN", default=None)
+
+
+def cancel_oneself(kept: list[object]) -> None:
+    task().cancel()
+
+
+def cancel_twice_and_once_back(kept: list[object]) -> None:
+    task().cancel()
+    task().cancel()
+    task().uncancel()
+
+
+def name_oneself(kept: list[object]) -> None:
+    task().set_name("mine")
+
+
+def be_called_back(kept: list[object]) -> None:
+    task().add_done_callback(kept.append)
+
+
+def keep_oneself(kept: list[object]) -> None:
+    kept.append(task())
+
+
+def keep_a_weak_reference(kept: list[object]) -> None:
+    kept.append(weakref.ref(task()))
+
+
+def keep_an_attribute(kept: list[object]) -> None:
+    task().attribute = 1  # type: ignore[attr-defined]
+
+
+def set_a_variable(kept: list[object]) -> None:
+    SEEN.set(b"seen")
+
+
+def set_a_variable_that_compares_badly(kept: list[object]) -> None:
+    class Incomparable:
+        def __eq__(self, other: object) -> bool:
+            raise ValueError("which element?")
+
+        __hash__ = None  # type: ignore[assignment]
+
+    SEEN.set(Incomparable())
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        cancel_oneself,
+        cancel_twice_and_once_back,
+        name_oneself,
+        be_called_back,
+        keep_oneself,
+        keep_a_weak_reference,
+        keep_an_attribute,
+        set_a_variable,
+        set_a_variable_that_compares_badly,
+    ],
+)
+def test_a_message_leaves_no_mark_on_the_next(mark: Callable[[list[object]], None]) -> None:
+    """Both messages wait in the socket's queue, so one turn dispatches them in a row."""
+    app = App()
+    kept = list[object]()
+    tasks = weakref.WeakKeyDictionary[asyncio.Task[Any], bool]()
+
+    @app.handler("MARK")
+    async def mark_it(message: Message) -> bytes:
+        kept.append(task().get_name())
+        mark(kept)
+        return b"marked"
+
+    @app.handler("QUIET")
+    async def mark_quietly(message: Message) -> bytes:
+        mark(kept)
+        return b"marked"
+
+    @app.handler("NEXT")
+    async def next_one(message: Message) -> bytes:
+        traces = (task() in tasks, task() in kept, task().cancelling(), SEEN.get())
+        assert traces == (False, False, 0, None), traces
+        assert task().get_name() != "mine"
+        assert not hasattr(task(), "attribute")
+        assert all(ref() is not task() for ref in kept if isinstance(ref, weakref.ref))
+        tasks[task()] = True
+        await asyncio.sleep(0)
+        return b"next"
+
+    def send(client: Client) -> None:
+        for magic in ("MARK", "NEXT", "QUIET", "NEXT") * 3:
+            client.send(magic)
+
+    async def test(client: Client) -> None:
+        received = Counter([await client.receive() for _ in range(12)])
+        assert received == {b"marked": 6, b"next": 6}
+
+    client = serve(app, test, send)
+    assert client.errors == []
+    assert client.slot.counters()["handled"] == 12
+    if mark is be_called_back:
+        assert len([each for each in kept if isinstance(each, asyncio.Task)]) == 6
+
+
+def test_a_task_that_a_handler_cancels_later_is_its_own() -> None:
+    app = App()
+    kept = list[asyncio.Task[Any]]()
+
+    @app.handler("KEEP")
+    async def keep(message: Message) -> None:
+        kept.append(task())
+
+    @app.handler("WAIT")
+    async def wait(message: Message) -> bytes:
+        await asyncio.sleep(0.02)
+        return b"waited"
+
+    async def test(client: Client) -> None:
+        for _ in range(5):
+            client.send("KEEP")
+            client.send("WAIT")
+        while len(kept) < 5:
+            await asyncio.sleep(0)
+        cancelled = [each.cancel() for each in kept]
+        assert [await client.receive() for _ in range(5)] == [b"waited"] * 5
+        assert all(each.done() for each in kept)
+        assert len(set(kept)) == len(cancelled) == 5
+
+    assert serve(app, test).errors == []
+
+
+def test_a_worker_serves_after_ten_thousand_that_cancel_themselves() -> None:
+    app = App()
+
+    @app.handler("CANCEL")
+    async def cancel(message: Message) -> None:
+        task().cancel()
+
+    @app.handler("WAIT")
+    async def wait(message: Message) -> bytes:
+        await asyncio.sleep(0)
+        return b"waited"
+
+    async def test(client: Client) -> None:
+        for number in range(5_000):
+            client.send("CANCEL")
+            client.send("WAIT")
+            if number % 20 == 19:
+                for _ in range(20):
+                    assert await client.receive() == b"waited"
+        assert client.slot.waiting == 0
+
+    assert serve(app, test).slot.counters()["handled"] == 10_000
+
+
+def test_cancellation_in_the_first_step_is_that_of_any_task() -> None:
+    """Each of these waits after its task was cancelled, or while its time is over already."""
+    app = App()
+    inner_tasks = list[asyncio.Task[None]]()
+
+    @app.handler("CAUGHT")
+    async def caught(message: Message) -> bytes:
+        task().cancel()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            task().uncancel()
+            await asyncio.sleep(0)
+            return b"caught"
+        return b"slept"
+
+    @app.handler("OVER")
+    async def over(message: Message) -> bytes:
+        try:
+            async with asyncio.timeout(0):
+                await asyncio.sleep(60)
+        except TimeoutError:
+            return b"over %d" % task().cancelling()
+        return b"slept"
+
+    @app.handler("INNER")
+    async def inner(message: Message) -> bytes:
+        inner_tasks.append(asyncio.create_task(asyncio.sleep(60)))
+        task().cancel()
+        try:
+            await inner_tasks[0]
+        except asyncio.CancelledError:
+            return b"inner %d" % inner_tasks[0].cancelled()
+        return b"slept"
+
+    @app.handler("SHIELD")
+    async def shield(message: Message) -> bytes:
+        inner_tasks.append(asyncio.create_task(asyncio.sleep(0.05)))
+        asyncio.get_running_loop().call_soon(task().cancel)
+        try:
+            await asyncio.shield(inner_tasks[1])
+        except asyncio.CancelledError:
+            await inner_tasks[1]
+            return b"shielded %d" % inner_tasks[1].cancelled()
+        return b"slept"
+
+    @app.handler("GROUP")
+    async def group(message: Message) -> bytes:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(asyncio.sleep(60))
+                raise ValueError
+        except ExceptionGroup:
+            return b"group %d" % task().cancelling()
+
+    async def test(client: Client) -> None:
+        for magic, reply in {
+            "CAUGHT": b"caught",
+            "OVER": b"over 0",
+            "INNER": b"inner 1",
+            "SHIELD": b"shielded 0",
+            "GROUP": b"group 0",
+        }.items():
+            client.send(magic)
+            assert await client.receive() == reply
+
+    assert serve(app, test).errors == []
+
+
+def test_handlers_that_do_not_wait_share_a_task() -> None:
+    """What makes them cheap: the spare is used again unless its message could have left a mark."""
+    app = App()
+    made = list[object]()
+
+    class Counting(AsyncServer):
+        def _new_task(self, *args: Any) -> asyncio.Task[None]:
+            made.append(args)
+            return super()._new_task(*args)
+
+    @app.handler("N")
+    async def number(message: Message) -> bytes:
+        asyncio.current_task()
+        return message.body
+
+    async def test(client: Client) -> None:
+        for i in range(100):
+            client.send("N", b"%d" % i)
+            assert await client.receive() == b"%d" % i
+
+    serve(app, test, server=Counting)
+    assert len(made) <= 2
+
+
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_handler_that_raises(waits: bool) -> None:
     app = App()
@@ -296,6 +556,51 @@ def test_what_is_no_exception_ends_the_server(waits: bool) -> None:
     assert raised.group_contains(EndOfTheWorld)
 
 
+@pytest.mark.parametrize("new_event_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("is_forged", [False, True])
+def test_an_icmp_error_does_not_delay_later_messages(
+    new_event_loop: Callable[[], asyncio.AbstractEventLoop], is_forged: bool
+) -> None:
+    """libuv stops polling a descriptor at its first POLLERR: only heartbeats would read then."""
+    app = App()
+
+    @app.handler("NOW")
+    async def now(message: Message) -> bytes:
+        return message.body
+
+    @app.handler("LATER")
+    async def later(message: Message) -> bytes:
+        await asyncio.sleep(0)
+        return message.body
+
+    async def cause_icmp_error(client: Client) -> None:
+        errors = client.slot.counters()["icmp_errors"]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as gone:
+            gone.connect(client.sock.getpeername())
+            if is_forged:
+                with forged_icmp.raw_socket(socket.AF_INET) as raw:
+                    port, other_port = client.sock.getpeername()[1], gone.getsockname()[1]
+                    forged_icmp.forge_icmp_error(raw, 3, 3, port, other_port)
+            else:
+                gone.send(encode("LATER", "1", b"nobody"))
+        while client.slot.counters()["icmp_errors"] == errors:
+            await asyncio.sleep(0)
+
+    async def test(client: Client) -> None:
+        took_s = list[float]()
+        for number in range(20):
+            await cause_icmp_error(client)
+            for magic in ("NOW", "LATER"):
+                begun_s = time.monotonic()
+                client.send(magic, b"%d" % number)
+                assert await client.receive() == b"%d" % number
+                took_s.append(time.monotonic() - begun_s)
+        # A heartbeat would have read each of these after HEARTBEAT_INTERVAL_S.
+        assert statistics.median(took_s) < async_server.HEARTBEAT_INTERVAL_S / 10
+
+    serve(app, test, new_event_loop=new_event_loop)
+
+
 def test_a_message_without_a_reply_is_handled_when_its_handler_ends() -> None:
     app = App()
 
@@ -314,7 +619,7 @@ def test_a_message_without_a_reply_is_handled_when_its_handler_ends() -> None:
 
 def test_a_bounded_number_of_handlers_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """While they do, the heart beats on and the rest is left in the queue; in a drain, too."""
-    monkeypatch.setattr(async_server, "MAX_SUSPENDED", 10)
+    monkeypatch.setattr(async_server, "MAX_WAITING", 10)
     app = App()
     gate = asyncio.Event()
     waiting = [0]
