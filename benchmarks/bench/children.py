@@ -38,7 +38,7 @@ def running(
         pass_fds=pass_fds,
         # Ctrl-C in the terminal reaches this process only, which ends its children.
         process_group=0,
-        env={**os.environ, "PYTHONPATH": str(BENCHMARKS)},
+        env={**os.environ, "PYTHONPATH": f"{BENCHMARKS}:{BENCHMARKS.parent / 'tests'}"},
     ) as child:
         try:
             if cpu is not None:

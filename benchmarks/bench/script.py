@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+from pathlib import Path
 
 
 def run(module: str) -> None:
     """Call ``main()`` of a module, which returns the exit code, and exit with it."""
     # SIGTERM ends it like Ctrl-C, so that it ends its children first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # For the etcd cluster of tests/harness.
+    sys.path.append(str(Path(__file__).parents[2] / "tests"))
     name = sys.argv[0].rpartition("/")[2].removesuffix(".py")
     try:
         benchmark = importlib.import_module(module)

@@ -26,7 +26,7 @@ from contenders.side_by_side import (
     of,
     seconds_to_start,
 )
-from etcd_clients.etcd import Gateway, port_of
+from etcd_clients.etcd import RecordGateway
 
 MANY_PEERS = 256
 MAX_ROUNDS = 3
@@ -154,7 +154,7 @@ def of_peers(results: Sequence[object], contender: Contender, peers: int) -> lis
 
 
 def _measure(bench: Bench, contender: Contender, number: int, peers: int) -> Memory:
-    etcd = Gateway(port_of(bench.etcd))
+    etcd = RecordGateway.of(bench.etcd)
     leases_before = etcd.lease_ids()
     with started(contender, bench.order("memory", peers)) as run:
         seconds = seconds_to_start(contender, run)
@@ -180,7 +180,7 @@ def _measure(bench: Bench, contender: Contender, number: int, peers: int) -> Mem
         )
 
 
-def _wait_until_registered(etcd: Gateway, leases_before: set[str], peers: int) -> None:
+def _wait_until_registered(etcd: RecordGateway, leases_before: set[str], peers: int) -> None:
     """Each record has its own lease."""
     give_up_s = time.monotonic() + ANSWER_TIMEOUT_S
     while len(etcd.lease_ids() - leases_before) < peers:

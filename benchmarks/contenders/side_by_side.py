@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from bench.children import BenchmarkError
-from bench.free_ports import free_ports
 from bench.progress import Progress
 from bench.runner import titled_table
 from contenders.contender import ECHO, Contender, Environment, Order, Run
 from contenders.pid_client import first_answers
+from peerd.free_ports import free_ports
 
 PEERS = 8
 ANSWER_TIMEOUT_S = 20.0
@@ -36,7 +36,8 @@ class Bench:
 
     def order(self, name: str, peers: int, plain: Path = ECHO, app: Path | None = None) -> Order:
         folder = self.folder / f"{name}-{next(self._numbers)}"
-        return Order(folder, free_ports(peers), plain, app, self.etcd, self.environment)
+        first = free_ports.take(peers)
+        return Order(folder, range(first, first + peers), plain, app, self.etcd, self.environment)
 
     def alternating(
         self, progress: Progress, trial: str, contenders: Sequence[Contender], rounds: int

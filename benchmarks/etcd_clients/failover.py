@@ -16,7 +16,9 @@ from bench.progress import Progress
 from bench.runner import Trial, titled_table
 from etcd_clients.client_process import Bench, Child, started, title
 from etcd_clients.clients import CLIENTS, TIMEOUT_S
-from etcd_clients.etcd import Cluster, Member, cluster
+from etcd_clients.etcd import RecordGateway, etcd_binary
+from harness.etcd_cluster import EtcdCluster
+from harness.etcd_process import EtcdProcess
 
 TITLE = "failover: seconds until a read succeeds after the connected member of three has failed"
 CASES = ("follower killed", "follower stopped", "leader killed", "leader stopped")
@@ -45,13 +47,15 @@ def trial(bench: Bench) -> Trial:
     def measure(progress: Progress) -> list[FailoverResult]:
         if not able:
             return []
-        with cluster() as members:
-            members.members[0].gateway.put(_PREFIX, range(_SAMPLE_READS))
+        folder = bench.folder / "cluster"
+        folder.mkdir()
+        with EtcdCluster(etcd_binary(), folder) as members:
+            RecordGateway(members.members[0].client).put_records(_PREFIX, range(_SAMPLE_READS))
             results = []
             for case, name in itertools.product(CASES, able):
                 with (
                     progress.step("failover", f"{title(name)}, {case}"),
-                    started(bench, name, members.endpoints) as child,
+                    started(bench, name, members.endpoints.split(",")) as child,
                 ):
                     results.append(_measure(child, members, case))
             return results
@@ -62,13 +66,13 @@ def trial(bench: Bench) -> Trial:
     return Trial(len(CASES) * len(able), measure, table)
 
 
-def _measure(child: Child, members: Cluster, case: str) -> FailoverResult:
+def _measure(child: Child, members: EtcdCluster, case: str) -> FailoverResult:
     role, fate = case.split()
     before = child.ask("listing", prefix=_PREFIX)
     if "error" in before:
         return FailoverResult(child.name, case, None, error=before["error"])
     member = _connected(child, members)
-    members.make_leader(member if role == "leader" else members.other_than(member))
+    members.move_leader(member if role == "leader" else members.others(member)[0])
     child.ask("listing", prefix=_PREFIX)  # after the election, so that its connection works
     try:
         if fate == "killed":
@@ -81,10 +85,11 @@ def _measure(child: Child, members: Cluster, case: str) -> FailoverResult:
         )
     finally:
         if fate == "killed":
-            members.start(member)
+            member.start()
         else:
-            member.continue_()
-    members.wait_until_healthy()
+            member.cont()
+            member.wait_ready()
+    members.leader()
     if "error" in answer:
         return FailoverResult(
             child.name, case, None, answer.get("errors", {}), error=answer["error"]
@@ -92,14 +97,14 @@ def _measure(child: Child, members: Cluster, case: str) -> FailoverResult:
     return FailoverResult(child.name, case, answer["at_s"] - failed_s, answer["errors"])
 
 
-def _connected(child: Child, members: Cluster) -> Member:
+def _connected(child: Child, members: EtcdCluster) -> EtcdProcess:
     """The member that serves the client's reads, by that member's own count."""
-    before = [member.gateway.calls("Range") for member in members.members]
+    gateways = [RecordGateway(member.client) for member in members.members]
+    before = [gateway.calls("Range") for gateway in gateways]
     for _ in range(_SAMPLE_READS):
         child.ask("listing", prefix=_PREFIX)
     served = [
-        member.gateway.calls("Range") - count
-        for member, count in zip(members.members, before, strict=True)
+        gateway.calls("Range") - count for gateway, count in zip(gateways, before, strict=True)
     ]
     return members.members[served.index(max(served))]
 

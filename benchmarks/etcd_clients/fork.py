@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from bench.progress import Progress
 from bench.runner import Trial, titled_table
 from etcd_clients.client_process import Bench, started, title
-from etcd_clients.etcd import Gateway, loopback, port_of
+from etcd_clients.etcd import RecordGateway, loopback
 from peerd.registry.embedded_etcd import EmbeddedEtcd
 
 RUNS = 3
@@ -33,7 +33,7 @@ class ForkResult:
 def trial(bench: Bench) -> Trial:
     def measure(progress: Progress) -> list[ForkResult]:
         with EmbeddedEtcd() as etcd:
-            Gateway(port_of(etcd.endpoint)).put(_PREFIX, range(10))
+            RecordGateway.of(etcd.endpoint).put_records(_PREFIX, range(10))
             results: list[ForkResult] = []
             for number in range(1, RUNS + 1):
                 with progress.step("fork", f"run {number} of {RUNS}, all clients"):

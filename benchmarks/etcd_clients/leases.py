@@ -17,7 +17,7 @@ from bench.noise import QUIET, Watch
 from bench.progress import Progress
 from bench.runner import Trial, titled_table
 from etcd_clients.client_process import Bench, Child, started, title
-from etcd_clients.etcd import Gateway, loopback, port_of
+from etcd_clients.etcd import RecordGateway, loopback, port_of
 from peerd.registry.embedded_etcd import EmbeddedEtcd
 
 LEASES = 1_000
@@ -103,7 +103,7 @@ def trial(bench: Bench) -> Trial:
 
 
 def _measure(etcd: EmbeddedEtcd, child: Child, seconds: float) -> LeasesResult:
-    gateway = Gateway(port_of(etcd.endpoint))
+    gateway = RecordGateway.of(etcd.endpoint)
     answer = child.ask("hold", _HOLD_TIMEOUT_S, prefix=_PREFIX, count=LEASES, ttl_s=TTL_S)
     if "error" in answer:
         return _failed(child.name, answer["error"])

@@ -16,7 +16,7 @@ from bench.runner import Trial, titled_table
 from bench.tables import ratio, times
 from etcd_clients.client_process import Bench, Child, started, title
 from etcd_clients.clients import BARE, BARE_AND_JSON, CACHE
-from etcd_clients.etcd import Gateway, loopback, port_of
+from etcd_clients.etcd import RecordGateway, loopback
 from peerd.registry.embedded_etcd import EmbeddedEtcd
 
 SIZES = (1_000, 10_000)
@@ -48,9 +48,9 @@ def trial(bench: Bench) -> Trial:
     def measure(progress: Progress) -> list[ListingResult]:
         with contextlib.ExitStack() as stack:
             etcd = stack.enter_context(EmbeddedEtcd())
-            gateway = Gateway(port_of(etcd.endpoint))
+            gateway = RecordGateway.of(etcd.endpoint)
             for size in SIZES:
-                gateway.put(_prefix(size), range(size))
+                gateway.put_records(_prefix(size), range(size))
             children = [
                 stack.enter_context(started(bench, name, [loopback(etcd.endpoint)]))
                 for name in names

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from bench.progress import Progress
 from bench.runner import Trial, titled_table
 from etcd_clients.client_process import Bench, Child, started, title
-from etcd_clients.etcd import Gateway, loopback, port_of, record
+from etcd_clients.etcd import RecordGateway, loopback, record
 from peerd.registry.embedded_etcd import EmbeddedEtcd
 
 PUTS = 8
@@ -82,16 +82,16 @@ def _measure(bench: Bench, progress: Progress) -> list[WatchResult]:
             stack.enter_context(started(bench, name, [loopback(etcd.endpoint)]))
             for name in bench.clients
         ]
-        gateway = Gateway(port_of(etcd.endpoint))
+        gateway = RecordGateway.of(etcd.endpoint)
         watches = [_Watch(child) for child in children]
         time.sleep(_SETTLE_S)
-        gateway.put(_PREFIX, [0])
+        gateway.put_records(_PREFIX, [0])
         _wait(watches, lambda watch: watch.saw(0), _FIRST_EVENT_TIMEOUT_S)
 
         outage_cpus = _outage(etcd, children)
         back_s = time.monotonic()
         for number in range(1, PUTS):
-            gateway.put(_PREFIX, [number])
+            gateway.put_records(_PREFIX, [number])
         _wait(watches, lambda watch: all(map(watch.saw, range(PUTS))), _LAST_EVENT_TIMEOUT_S)
         counts = [(len(watch.events), len(watch.ids), watch.late_s(back_s)) for watch in watches]
         afterwards = _afterwards(gateway, watches)
@@ -113,16 +113,16 @@ def _outage(etcd: EmbeddedEtcd, children: Sequence[Child]) -> list[float]:
     return [(after - before) / OUTAGE_S for before, after in zip(before_s, after_s, strict=True)]
 
 
-def _afterwards(gateway: Gateway, watches: Sequence[_Watch]) -> list[str]:
+def _afterwards(gateway: RecordGateway, watches: Sequence[_Watch]) -> list[str]:
     """Whether each watch continues, and if not, whether its client can start a new one."""
     one_more, for_new_ones = PUTS, PUTS + 1
-    gateway.put(_PREFIX, [one_more])
+    gateway.put_records(_PREFIX, [one_more])
     _wait(watches, lambda watch: watch.saw(one_more), _ONE_MORE_TIMEOUT_S)
     new_ones = {
         watch.child.name: _Watch(watch.child) for watch in watches if not watch.saw(one_more)
     }
     time.sleep(_SETTLE_S)
-    gateway.put(_PREFIX, [for_new_ones])
+    gateway.put_records(_PREFIX, [for_new_ones])
     _wait(
         list(new_ones.values()),
         lambda watch: watch.saw(for_new_ones) or bool(watch.end),

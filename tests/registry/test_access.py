@@ -12,7 +12,8 @@ import pytest
 
 from harness.certificates import CertificateAuthority
 from harness.command import peerd
-from harness.etcd_process import EVERY_ETCD, EtcdProcess, ServerTls
+from harness.etcd_process import EtcdProcess, ServerTls
+from harness.etcd_versions import EVERY_ETCD
 from harness.eventually import eventually
 from harness.ports import free_ports
 from harness.record_writer import RecordWriter

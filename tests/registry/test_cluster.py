@@ -14,7 +14,8 @@ import pytest
 from harness.cluster_network import ClusterNetwork, why_no_networks
 from harness.etcd_cluster import SIZE, EtcdCluster
 from harness.etcd_gateway import Gateway, GatewayError, Item
-from harness.etcd_process import ETCD_VERSIONS, EtcdProcess
+from harness.etcd_process import EtcdProcess
+from harness.etcd_versions import ETCD_VERSIONS
 from harness.eventually import eventually
 from harness.record_writer import RecordWriter
 from harness.watch_recorder import WatchRecorder, check_revisions, every_event, replayed

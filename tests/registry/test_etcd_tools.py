@@ -13,7 +13,8 @@ from harness.certificates import Certificate, CertificateAuthority
 from harness.cluster_network import ClusterNetwork, why_no_networks
 from harness.etcd_cluster import SIZE, EtcdCluster
 from harness.etcd_gateway import Change, Gateway, GatewayError, Item
-from harness.etcd_process import ETCD_VERSIONS, EtcdProcess, ServerTls
+from harness.etcd_process import EtcdProcess, ServerTls
+from harness.etcd_versions import ETCD_VERSIONS
 from harness.eventually import eventually
 from harness.faulty_proxy import Fault, FaultyProxy
 from peerd.address import Address

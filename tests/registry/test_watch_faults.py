@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from harness.etcd_gateway import Gateway
-from harness.etcd_process import ETCD_VERSIONS, EtcdProcess
+from harness.etcd_process import EtcdProcess
+from harness.etcd_versions import ETCD_VERSIONS
 from harness.eventually import eventually
 from harness.faulty_proxy import Fault, FaultyProxy
 from harness.record_writer import RecordWriter
