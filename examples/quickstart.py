@@ -1,8 +1,8 @@
 """The quick start of FaasNet.Discovery.Etcd, in Python.
 
-Launches one unstructured UDP peer with the id "seedId" on port 5001, its information stored in etcd,
-then displays the cluster. It needs an etcd at http://localhost:23790: `peerd etcd` in another
-terminal, or `docker compose up -d --wait`.
+Launches one unstructured UDP peer with the id "seedId" on port 5101, stores its information in etcd, and
+displays the cluster. It needs an etcd at http://localhost:23790, such as that of `make run`, `peerd etcd`
+or `docker compose up -d --wait`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from peerd import Peer, PeerdError
 from peerd.registry import Registry
 
 
-def launch_peer(port: int = 5001, peer_id: str = "peerId", *, etcd: str) -> Peer:
+def launch_peer(port: int = 5101, peer_id: str = "peerId", *, etcd: str) -> Peer:
     """Start one UDP peer whose information is stored in etcd."""
     peer = Peer(host="localhost", port=port, peer_id=peer_id, etcd=etcd)
     peer.start()
@@ -30,7 +30,7 @@ def display_cluster(etcd: str) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    options.add_argument("--port", type=int, default=5001)
+    options.add_argument("--port", type=int, default=5101)
     options.add_argument("--etcd", default="http://localhost:23790")
     chosen = options.parse_args()
     try:

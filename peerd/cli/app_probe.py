@@ -1,7 +1,7 @@
-"""Imports an app in a process of its own for ``peerd check``, and writes down what it found.
+"""Imports an app in a process of its own, for ``peerd check``.
 
-``python -m peerd.cli.app_probe module:attr FD``: the result goes to the descriptor, as JSON, since the
-app may print. Exit code 0 when there is a result, good or bad.
+``python -m peerd.cli.app_probe module:attr FD`` writes its result to a descriptor, as JSON, because the
+app may print. Its exit code is 0 if there is a result, good or bad.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from peerd.serving.app import load_app
 
 @dataclass(frozen=True)
 class FoundApp:
-    """The magic codes that it answers, by the kind of handler."""
+    """The magic codes that an app answers, by kind of handler."""
 
     handlers: list[str]
     coroutine_handlers: list[str]
@@ -33,10 +33,10 @@ class FoundApp:
 
 
 def probe(name: str | None, timeout_s: float) -> FoundApp:
-    """Load the app elsewhere, so that nothing of it stays here.
+    """Load the app in another process, so that it leaves nothing in this one.
 
-    What it prints goes to standard error, and what it started is killed. Raises AppLoadError, whose text
-    ends with the traceback of what the app raised.
+    The app's standard output goes to standard error, and processes that it started are killed. Raises
+    AppLoadError, whose text ends with the traceback if the app raised.
     """
     if name is None:
         return _found(None)
@@ -49,7 +49,7 @@ def probe(name: str | None, timeout_s: float) -> FoundApp:
             process_group=0,
         )
         try:
-            # Not reaped before its group is killed, as the number is its own until then.
+            # Reaped only after its group is killed: until then, its pid cannot belong to another group.
             pidfd = os.pidfd_open(process.pid)
             try:
                 ended = _wait(pidfd, timeout_s)
@@ -60,7 +60,7 @@ def probe(name: str | None, timeout_s: float) -> FoundApp:
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
         if not ended:
-            raise AppLoadError(f"app {name!r} is not loaded within --boot-timeout, {timeout_s:g} s")
+            raise AppLoadError(f"app {name!r} did not load within --boot-timeout, {timeout_s:g} s")
         return _read(result, name, code)
 
 
@@ -99,7 +99,7 @@ def _main(name: str, fd: int) -> None:
         result = {"error": text}
     with open(fd, "wb") as file:
         file.write(orjson.dumps(result))
-    # The app may have started threads or left functions for the exit.
+    # Skips threads and exit handlers of the app.
     sys.stdout.flush()
     os._exit(0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peerd.cli.table import Column
+from peerd.cli.text_output import Column
 
 Report = dict[str, Any]
 Peer = dict[str, Any]

@@ -22,7 +22,7 @@ import click
 
 from peerd import control
 from peerd.cli import status_view
-from peerd.cli.table import build_table, columns_that_fit, left_out, make_console
+from peerd.cli.text_output import build_table, columns_that_fit, left_out, make_console
 from peerd.errors import ControlError, NotRunningError
 
 if TYPE_CHECKING:

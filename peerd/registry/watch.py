@@ -182,6 +182,7 @@ class Watch:
 
     @property
     def is_closed(self) -> bool:
+        """Whether the watch, or its registry, was closed."""
         return self._closed.is_set()
 
     @property

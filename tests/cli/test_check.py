@@ -131,7 +131,7 @@ def test_one_problem_does_not_hide_another(tmp_path: Path) -> None:
         ("1 / 0\n", "broken.py"),
         ("import os\nos._exit(3)\n", "importing it ended the process: exit code 3"),
         ("import os\nos.kill(os.getpid(), 9)\n", "killed by SIGKILL"),
-        ("import time\ntime.sleep(600)\n", "not loaded within --boot-timeout, 0.5 s"),
+        ("import time\ntime.sleep(600)\n", "did not load within --boot-timeout, 0.5 s"),
         ("app = 1\n", "not a peerd.App"),
         (
             "import subprocess, time\nsubprocess.Popen(['sleep', '600'])\n1 / 0\n",
@@ -159,16 +159,16 @@ def test_a_control_socket_that_cannot_be_made_is_a_warning(tmp_path: Path) -> No
     port = f"--base-port={free_ports()}"
     (tmp_path / "file").write_text("")
     for place, why in (
-        (tmp_path / "file", "is something else than a socket"),
-        (tmp_path / "no" / "such" / "c.sock", "is no folder"),
-        (Path("/proc/peerd.sock"), "is not ours to write to"),
+        (tmp_path / "file", "exists and is not a socket"),
+        (tmp_path / "no" / "such" / "c.sock", "is not a folder"),
+        (Path("/proc/peerd.sock"), "is not writable"),
     ):
-        if why == "is not ours to write to" and os.access(place.parent, os.W_OK):
-            continue  # root's, though nobody can
+        if why == "is not writable" and os.access(place.parent, os.W_OK):
+            continue  # access() allows root everything, but no file can be created in /proc
         (warning,) = [
             text
             for text in checked(port, f"--control={place}")["warnings"]
-            if "no 'peerd status' with this control socket" in text
+            if "'peerd status' would not work with this control socket" in text
         ]
         assert why in warning
     assert len(checked(port, f"--control={tmp_path / 'new' / 'c.sock'}")["warnings"]) == 1
@@ -182,7 +182,7 @@ def test_without_an_etcd_it_says_what_supervise_would_do() -> None:
         pytest.skip(f"this machine has an etcd at {DEFAULT_ENDPOINT}")
     done = peerd("check", f"--base-port={free_ports()}")
     assert done.returncode == 0
-    assert f"an etcd would be started at {DEFAULT_ENDPOINT}" in done.stdout
+    assert f"peerd would start an etcd at {DEFAULT_ENDPOINT}" in done.stdout
     assert not embedded_etcd.is_listening(DEFAULT_ENDPOINT)
 
 

@@ -52,7 +52,7 @@ def test_nodes_shows_faasnets_records_and_counts_what_is_none(etcd: str) -> None
         store.close()
     shown = peerd("nodes", "--json", f"--etcd={etcd}", "--prefix=mixed")
     assert [node["port"] for node in orjson.loads(shown.stdout)] == [5009]
-    assert b"skipped under mixed/, no peer records: 1" in shown.stderr
+    assert b"skipped values below mixed/ that are not peer records: 1" in shown.stderr
 
 
 def test_nodes_without_etcd() -> None:
@@ -65,7 +65,7 @@ def test_nodes_without_etcd() -> None:
 def test_no_nodes(etcd: str) -> None:
     shown = peerd("nodes", f"--etcd={etcd}", "--prefix=empty")
     assert shown.returncode == 0
-    assert b"no peers under empty/" in shown.stdout
+    assert b"no peers below empty/" in shown.stdout
 
 
 def test_ping_and_send(supervised: Supervised) -> None:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from peerd.cli import status_view
-from peerd.cli.table import ANY_WIDTH, print_columns
+from peerd.cli.text_output import UNLIMITED_WIDTH, print_columns
 
 
 def peer(slot: int, **values: Any) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_the_table_at_the_widths_of_terminals(width: int) -> None:
     assert all(len(line) <= width for line in table.splitlines() if not line.startswith("(left"))
 
 
-@pytest.mark.parametrize("width", [200, ANY_WIDTH])
+@pytest.mark.parametrize("width", [200, UNLIMITED_WIDTH])
 def test_where_there_is_room_everything_is_shown(width: int) -> None:
     table = shown(report(*PEERS), width)
     titles = "# PEER STATE UP RST RX TX BEAT QUEUE DROP LOST ERR REG PID LAST EXIT MiB CPU%"

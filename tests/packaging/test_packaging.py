@@ -29,6 +29,12 @@ def test_the_sdist_builds_a_wheel(tmp_path: Path) -> None:
     assert {"ext/peerd/_loop.pyx", "ext/peerd/wire.pxd", "tests/conftest.py", "Makefile"} <= names
     assert not [name for name in names if name.endswith(".so") or name == "ext/peerd/_loop.c"]
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"peerd/py.typed", "peerd/_loop.pyi", "peerd/cli/__init__.py"} <= names
-    assert len([name for name in names if name.endswith(".so")]) == 2
+    assert {
+        "peerd/py.typed",
+        "peerd/_loop.pyi",
+        "peerd/cli/__init__.py",
+        "peerd/cli/commands/peerd.service.in",
+    } <= names
+    compiled = {Path(name).name.partition(".")[0] for name in names if name.endswith(".so")}
+    assert compiled == {path.stem for path in ROOT.glob("ext/peerd/*.pyx")}
     assert not [name for name in names if name.endswith((".c", ".pyx", ".pxd"))]

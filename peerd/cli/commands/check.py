@@ -21,8 +21,7 @@ from peerd.cli.setting_options import (
     SupervisorCommand,
     supervisor_options,
 )
-from peerd.cli.table import print_table
-from peerd.cli.wording import counted, ports
+from peerd.cli.text_output import counted, print_table
 from peerd.errors import (
     AppLoadError,
     BindError,
@@ -32,9 +31,6 @@ from peerd.errors import (
     RegistryUnavailableError,
 )
 from peerd.settings import DEFAULT_ENDPOINT, RegistrySettings, SupervisorSettings
-
-EX_CANTCREAT = 73
-EX_CONFIG = 78
 
 
 @dataclass(frozen=True)
@@ -46,19 +42,19 @@ class Problem:
 @dataclass
 class _Findings:
     problems: list[Problem] = field(default_factory=list)
-    """What would keep 'supervise' from running."""
+    """Reasons why 'peerd supervise' would not run."""
 
     warnings: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
-        """One problem does not hide another."""
+        """Record an error and continue, so that one problem does not hide another."""
         try:
             yield
         except BindError as error:
-            self.problems.append(Problem(EX_CANTCREAT, str(error)))
+            self.problems.append(Problem(os.EX_CANTCREAT, str(error)))
         except AppLoadError as error:
-            self.problems.append(Problem(EX_CONFIG, str(error)))
+            self.problems.append(Problem(os.EX_CONFIG, str(error)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +62,15 @@ class _Registry:
     endpoint: str
     prefix: str
     records: int | None
-    """None: no answer."""
+    """None if etcd does not answer."""
 
     starts_etcd: bool
-    """'supervise' would start one."""
+    """Whether 'peerd supervise' would start an etcd."""
 
     def __str__(self) -> str:
         keys = f"keys {self.prefix}/..."
         if self.starts_etcd:
-            return f"an etcd would be started at {self.endpoint}, with throw-away data; {keys}"
+            return f"peerd would start an etcd at {self.endpoint}, with throw-away data; {keys}"
         answer = "no answer" if self.records is None else f"answers, records: {self.records}"
         return f"etcd at {self.endpoint} ({answer}); {keys}"
 
@@ -86,12 +82,18 @@ class _Registry:
 def check(
     ctx: click.Context, settings: SupervisorSettings, launch: LaunchOptions, as_json: bool
 ) -> None:
-    """Try what 'peerd supervise' would run with the same options, and say what it is.
+    """Validate the options of 'peerd supervise' without starting anything, and print what would run.
 
-    The settings are validated, the ports bound and released, the app is imported in a process of its
-    own, and etcd is asked; nothing is changed. Exit code 0 when 'supervise' would run, 73 when
-    something cannot be bound, 78 for a bad app or file, 2 for other settings. An etcd that does not
-    answer is a warning, since peers serve without it.
+    Validates the settings, binds and releases the ports, imports the app in a process of its own, and asks
+    etcd. Prints what would run, and which settings come from a flag, a variable or the file. An etcd that
+    does not answer is a warning, because peers serve without it.
+
+    \b
+    Exit codes:
+      0    'peerd supervise' would run
+      2    bad option
+      73   a port cannot be bound
+      78   bad file, or the app cannot be loaded
     """
     from peerd.cli.commands.supervise import raise_descriptor_limit
 
@@ -143,12 +145,12 @@ def _ask_etcd(settings: RegistrySettings, is_named: bool, findings: _Findings) -
                 records = len(registry.nodes())
         except RegistryError as error:
             is_away = isinstance(error, RegistryUnavailableError)
-            then = "be registered later" if is_away else "not be registered until that is mended"
+            then = "register later" if is_away else "not register until this is corrected"
             findings.warnings.append(f"{error}; the peers would serve, and {then}")
     elif embedded_etcd.find_etcd() is None:
         findings.warnings.append(
-            f"nobody listens at {DEFAULT_ENDPOINT}; the peers would serve, and be registered once "
-            f"somebody does. {embedded_etcd.HOW_TO_GET_ETCD}"
+            f"no etcd listens at {DEFAULT_ENDPOINT}; the peers would serve, and register once one does. "
+            f"{embedded_etcd.HOW_TO_GET_ETCD}"
         )
     else:
         starts = True
@@ -164,25 +166,27 @@ def _ask_control_socket(launch: LaunchOptions, findings: _Findings) -> None:
         report = control.request(launch.control_path, "status", timeout_s=1.0)
     except NotRunningError:
         if trouble := _trouble_with_place(launch.control_path):
-            findings.warnings.append(f"no 'peerd status' with this control socket: {trouble}")
+            findings.warnings.append(
+                f"'peerd status' would not work with this control socket: {trouble}"
+            )
         return
     except ControlError as error:
-        findings.warnings.append(f"no 'peerd status' with this control socket: {error}")
+        findings.warnings.append(f"'peerd status' would not work with this control socket: {error}")
         return
     findings.warnings.append(
-        f"supervisor pid {report['supervisor']['pid']} answers at {launch.control_path}: one more there "
-        "would run without 'peerd status'"
+        f"supervisor pid {report['supervisor']['pid']} answers at {launch.control_path}: 'peerd status' "
+        "would not reach a second supervisor there"
     )
 
 
 def _trouble_with_place(path: Path) -> str:
-    """Why no socket can be made there; nothing when one can. The folder is made, those above it are not."""
+    """Why no socket can be created there, or an empty string. Only the last folder would be created."""
     if path.exists() and not path.is_socket():
-        return f"{path} is something else than a socket"
+        return f"{path} exists and is not a socket"
     folder = path.parent if path.parent.exists() else path.parent.parent
     if not folder.is_dir():
-        return f"{folder} is no folder"
-    return "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} is not ours to write to"
+        return f"{folder} is not a folder"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} is not writable"
 
 
 def _print(
@@ -198,7 +202,7 @@ def _print(
     metrics = f"http://{settings.metrics}/metrics" if settings.metrics else "none"
     click.echo(
         f"peerd {__version__}, supervise {would} run: {counted(settings.peers, 'peer')} on "
-        f"{settings.host}, {ports(settings)}\n"
+        f"{settings.host}, {settings.port_range}\n"
         f"  app       {_describe(settings.app, app)}\n"
         f"  registry  {registry}\n"
         f"  control   {launch.control_path}\n"
@@ -210,7 +214,7 @@ def _print(
             [(setting.name, setting.value, setting.origin) for setting in changed],
         )
     else:
-        click.echo("every setting has its default")
+        click.echo("every setting has its default value")
 
 
 def _describe(name: str | None, app: FoundApp | None) -> str:
@@ -221,7 +225,7 @@ def _describe(name: str | None, app: FoundApp | None) -> str:
         *(f"{magic} (async)" for magic in app.coroutine_handlers),
         *(f"{magic} (batch)" for magic in app.batch_handlers),
     ]
-    return f"{name or 'built in'}: {', '.join(codes) or 'answers nothing: it has no handler'}"
+    return f"{name or 'built-in'}: {', '.join(codes) or 'answers nothing: it has no handler'}"
 
 
 def _as_json(

@@ -12,7 +12,7 @@ import orjson
 from peerd.address import Address
 from peerd.cli import logging_setup
 from peerd.cli.options import access_options, etcd_option, json_option, prefix_option
-from peerd.cli.table import print_table
+from peerd.cli.text_output import print_table
 from peerd.settings import EtcdAccess
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 @etcd_option()
 @access_options
 @prefix_option
-@click.option("--partition-key", metavar="KEY", help="Only the peers that have it.")
-@click.option("--protocol", help="Only the peers that speak it.")
+@click.option("--partition-key", metavar="KEY", help="List only peers with this partition key.")
+@click.option("--protocol", help="List only peers with this protocol.")
 @click.option(
-    "--watch", is_flag=True, help="Go on with what happens: a line for each, until Ctrl-C."
+    "--watch", is_flag=True, help="Print a line for each peer and for each change, until Ctrl-C."
 )
 @json_option
 def nodes(
@@ -40,8 +40,13 @@ def nodes(
 ) -> None:
     """List the peers that are registered in etcd, FaasNet's included.
 
-    Values under the prefix that are no peer record are left out and counted (on standard error).
-    Exit code 69 when etcd does not answer; with --watch it is waited for, and nothing is missed.
+    Values below the prefix that are not peer records are skipped; their number goes to standard error. With
+    --watch, an etcd that does not answer is waited for, and no event is missed.
+
+    \b
+    Exit codes:
+      0    done
+      69   etcd does not answer (without --watch)
     """
     from peerd.registry import Registry
 
@@ -77,13 +82,15 @@ def _print_listing(
         )
     else:
         such = "such " if listing.records else ""
-        click.echo(f"no {such}peers under {folder} in {etcd}")
+        click.echo(f"no {such}peers below {folder} in {etcd}")
     if listing.skipped:
-        click.echo(f"skipped under {folder}, no peer records: {listing.skipped}", err=True)
+        click.echo(
+            f"skipped values below {folder} that are not peer records: {listing.skipped}", err=True
+        )
 
 
 def _print_events(registry: Registry, wanted: Callable[[PeerRecord], bool], as_json: bool) -> None:
-    logging_setup.configure("info")  # when etcd is away, and when it is back
+    logging_setup.configure("info")  # logs when etcd goes away and comes back
     logging_setup.name_process("nodes")
     for event in registry.watch():
         if not wanted(event.record):

@@ -14,8 +14,7 @@ import orjson
 from peerd import control
 from peerd.cli.option_types import SECONDS, integer
 from peerd.cli.options import control_option, json_option, slot_argument
-from peerd.cli.table import print_table
-from peerd.cli.wording import counted
+from peerd.cli.text_output import counted, print_table
 from peerd.errors import ControlError, NotRunningError, PeerdError
 from peerd.settings import MAX_PEERS
 

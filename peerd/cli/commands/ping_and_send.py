@@ -21,7 +21,7 @@ from peerd.errors import NoAnswerError
 from peerd.registry.records import PeerRecord
 from peerd.settings import EtcdAccess
 
-TARGET_HELP = "TARGET is host:port or a peer id, which is looked up in etcd."
+TARGET_HELP = "TARGET is host:port, or a peer id to look up in etcd."
 
 
 def _check_target(_ctx: click.Context, _parameter: click.Parameter, target: str) -> str:
@@ -36,7 +36,7 @@ target_argument = click.argument("target", callback=_check_target)
 @click.command(epilog=TARGET_HELP)
 @target_argument
 @click.option(
-    "-c", "--count", type=click.IntRange(1), default=3, show_default=True, help="How many."
+    "-c", "--count", type=click.IntRange(1), default=3, show_default=True, help="Number of pings."
 )
 @click.option(
     "-i",
@@ -44,7 +44,7 @@ target_argument = click.argument("target", callback=_check_target)
     type=SECONDS,
     default=0.2,
     show_default=True,
-    help="Seconds between.",
+    help="Seconds between two pings.",
 )
 @click.option(
     "-t",
@@ -54,7 +54,7 @@ target_argument = click.argument("target", callback=_check_target)
     show_default=True,
     help="Seconds to wait for each answer.",
 )
-@etcd_option(help="The etcd that knows the peer id.")
+@etcd_option(help="The etcd in which to look up a peer id.")
 @access_options
 @prefix_option
 @json_option
@@ -68,18 +68,22 @@ def ping(
     prefix: str,
     as_json: bool,
 ) -> None:
-    """See whether a peer answers PING with PONG, and how fast.
+    """Check that a peer answers PING with PONG, and measure round trips.
 
-    The built-in app does. An app of your own answers if it has a handler for PING that returns a Message
+    The built-in app answers. An app of your own answers if it has a handler for PING that returns a Message
     with the magic code PONG and the same body.
 
-    Exit code 0 when every ping was answered, 1 otherwise.
+    \b
+    Exit codes:
+      0    every ping was answered
+      1    a ping was not answered
+      69   etcd is needed to look up the peer id, and does not answer
     """
     times_ms: list[float] = []
     with _client(target, etcd, prefix, access) as client:
         address = client.locate(target)
         with failures_named(target, address):
-            # Once: looking up a name is no part of a round trip. Errors go on to name it.
+            # Resolved once, because resolving a name is not part of a round trip.
             numeric = resolve(address).address
             known = PeerRecord(url=numeric.host, port=numeric.port, peer_id=str(address))
         for sequence in range(1, count + 1):
@@ -114,7 +118,7 @@ def ping(
     "version",
     default=DEFAULT_VERSION,
     show_default=True,
-    help="The message's version.",
+    help="Version of the message.",
 )
 @click.option(
     "-t",
@@ -122,9 +126,9 @@ def ping(
     type=SECONDS,
     default=1.0,
     show_default=True,
-    help="Seconds to wait for a reply; 0 sends and leaves.",
+    help="Seconds to wait for a reply; 0 does not wait.",
 )
-@etcd_option(help="The etcd that knows the peer id.")
+@etcd_option(help="The etcd in which to look up a peer id.")
 @access_options
 @prefix_option
 @json_option
@@ -139,9 +143,13 @@ def send(
     prefix: str,
     as_json: bool,
 ) -> None:
-    """Send one message and print the body of its reply. BODY - reads standard input.
+    """Send one message and print the body of its reply. With - as BODY, read it from standard input.
 
-    Exit code 1 when no reply comes in time.
+    \b
+    Exit codes:
+      0    a reply came (or --timeout is 0)
+      1    no reply came in time
+      69   etcd is needed to look up the peer id, and does not answer
     """
     payload = sys.stdin.buffer.read() if body == "-" else body.encode()
     for name, text in (("MAGIC", magic), ("--version", version)):
@@ -169,7 +177,7 @@ def send(
 
 
 class _Listing:
-    """The peers that etcd knows when it is asked."""
+    """The peers that are in etcd at the time of each call."""
 
     def __init__(self, etcd: str, prefix: str, access: EtcdAccess) -> None:
         self._etcd = etcd
@@ -187,7 +195,7 @@ class _Listing:
 
 
 def _client(target: str, etcd: str, prefix: str, access: EtcdAccess) -> PeerClient:
-    # What reads as an address is taken for one, so that pinging it needs no etcd.
+    # An address needs no etcd.
     return PeerClient(None if address_of(target) else _Listing(etcd, prefix, access))
 
 

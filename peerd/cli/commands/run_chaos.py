@@ -16,7 +16,7 @@ import orjson
 from peerd.chaos.schedule import Kind
 from peerd.cli.option_types import SECONDS
 from peerd.cli.options import json_option
-from peerd.cli.table import print_table
+from peerd.cli.text_output import print_table
 from peerd.settings import MAX_PEERS
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class _Kinds(click.ParamType):  # type: ignore[type-arg]
         names = {name.strip() for name in str(value).split(",")}
         if unknown := names - set(Kind):
             self.fail(
-                f"no such action: {', '.join(sorted(unknown))}; there are: {KINDS}", param, ctx
+                f"unknown actions: {', '.join(sorted(unknown))}; known actions: {KINDS}", param, ctx
             )
         return frozenset(Kind(name) for name in names)
 
@@ -100,8 +100,13 @@ def chaos(
 
     The command starts a supervisor and an etcd. Workers and the registrar are killed, stopped and
     replaced, peers are added and removed, etcd stops and dies, at random times that the seed decides.
-    Afterwards every peer must be ready again, every loss be reported, and nothing be left over.
-    Otherwise the exit code is 1, and the supervisor's log is kept.
+    Afterwards every peer must be ready again, every loss must be reported, and nothing may be left over.
+    Otherwise the supervisor's log is kept.
+
+    \b
+    Exit codes:
+      0    every guarantee holds
+      1    a guarantee does not hold
     """
     # Not imported at the top, so that --help is fast.
     from peerd.chaos.drive import ChaosSettings, run

@@ -22,28 +22,35 @@ from peerd.settings import DEFAULT_ENDPOINT
     type=click.IntRange(1, 65535),
     default=23790,
     show_default=True,
-    help="Client port, on loopback.",
+    help="Port for clients, on loopback.",
 )
 @click.option(
     "--data-dir",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Keep the data here. Without it, data is thrown away at the end.",
+    help="Keep the data in this folder. Without it, the data is deleted at the end.",
 )
 def etcd(port: int, data_dir: Path | None) -> None:
-    """Run a single etcd on loopback, in the foreground: the one that 'peerd supervise' would start.
+    """Run one etcd on loopback in the foreground, as 'peerd supervise' would start it.
 
-    For trials and tests. In production, run a real etcd cluster and name it with --etcd.
+    For trials and tests. In production, run an etcd cluster and pass it to peerd with --etcd.
+
+    \b
+    Exit codes:
+      0    stopped by SIGTERM or Ctrl-C
+      1    etcd failed
+      69   no etcd is installed
+      73   the port is taken
     """
     binary = find_etcd()
     if binary is None:
         raise RegistryUnavailableError(HOW_TO_GET_ETCD)
     url = f"http://127.0.0.1:{port}"
     if is_listening(url):
-        raise BindError(f"somebody listens on TCP port {port} already: choose another with --port")
+        raise BindError(f"TCP port {port} is taken: choose another with --port")
     directory = data_dir or Path(tempfile.mkdtemp(prefix="peerd-etcd-"))
-    kept = "" if data_dir else ", data thrown away at the end"
+    kept = "" if data_dir else ", data deleted at the end"
     name = (
-        "this is where peerd looks by default"
+        "peerd uses this endpoint by default"
         if f":{port}" in DEFAULT_ENDPOINT
         else f"use --etcd {url}"
     )
@@ -51,7 +58,7 @@ def etcd(port: int, data_dir: Path | None) -> None:
     try:
         process = subprocess.Popen(command(binary, url, directory, durable=data_dir is not None))
         for number in (signal.SIGTERM, signal.SIGINT):
-            # The terminal sends Ctrl-C to etcd as well; a signal to this process alone is passed on.
+            # The terminal sends Ctrl-C to etcd as well, but kill(1) sends to this process only.
             signal.signal(number, lambda number, _: process.send_signal(number))
         code = process.wait()
     finally:

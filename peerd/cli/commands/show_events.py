@@ -10,8 +10,8 @@ import click
 from peerd.cli.follow import answers, follow_option, show, time_of
 from peerd.cli.options import control_option, json_option
 
-OWN_PLACE = ("number", "age_s", "event", "peer_id", "what", "last_lines")
-"""What of an event is shown elsewhere in its line, or nowhere."""
+COLUMNS_AND_HIDDEN = ("number", "age_s", "event", "peer_id", "what", "last_lines")
+"""Fields that have a place of their own in the line, or none."""
 
 
 @click.command()
@@ -19,11 +19,16 @@ OWN_PLACE = ("number", "age_s", "event", "peer_id", "what", "last_lines")
 @follow_option
 @json_option
 def events(path: Path | None, follow: bool, as_json: bool) -> None:
-    """Show what has happened to the processes of a supervisor: the last thousand events.
+    """Show the last 1,000 events of a supervisor: deaths, replacements, scaling and others.
 
-    A death says how, for how long the worker had been ready, and how many datagrams it had read and not
-    answered; peerd logs has its last lines. With --json, one object a line; "time" is this machine's clock
-    now minus the event's age.
+    A death says how the worker died, how long it had been ready, and how many datagrams it had read but not
+    answered; 'peerd logs' has its last lines. With --json, prints one object per line; "time" is this
+    machine's clock now minus the age of the event.
+
+    \b
+    Exit codes:
+      0    done
+      3    no supervisor runs
     """
     show(answers(path, "events", {}, follow=follow), _as_text, as_json=as_json)
 
@@ -33,7 +38,7 @@ def _as_text(event: dict[str, Any]) -> str:
     details = "  ".join(
         f"{name}={_as_word(value)}"
         for name, value in event.items()
-        if name not in OWN_PLACE and value is not False
+        if name not in COLUMNS_AND_HIDDEN and value is not False
     )
     return f"{time_of(event)}  {event['event']:12}  {who}  {details}".rstrip()
 

@@ -22,14 +22,19 @@ from peerd.cli.options import control_option, json_option, slot_argument
     type=click.IntRange(min=0),
     default=50,
     show_default=True,
-    help="How many of the last ones to begin with.",
+    help="Number of lines to begin with.",
 )
 @json_option
 def logs(slot: int | None, path: Path | None, follow: bool, lines: int, as_json: bool) -> None:
-    """Show the last lines about the peers, or one: what their workers print and log, dead ones included.
+    """Show the last lines that workers printed or logged, those of dead workers included.
 
-    The supervisor keeps 200 lines a peer. With --json, one object a line; "time" is this machine's clock
-    now minus the line's age.
+    SLOT limits this to one peer. The supervisor keeps 200 lines per peer. With --json, prints one object per
+    line; "time" is this machine's clock now minus the age of the line.
+
+    \b
+    Exit codes:
+      0    done
+      3    no supervisor runs
     """
     found = answers(path, "logs", {"slot": slot}, follow=follow)
     show(_from_last(found, lines), _as_text, as_json=as_json)

@@ -22,27 +22,31 @@ Show = Callable[[dict[str, Any]], None]
 @click.option(
     "--watch",
     is_flag=True,
-    help="Every second, until Ctrl-C; the table on a terminal full screen with rates, which q ends too.",
+    help="Repeat every second until Ctrl-C. On a terminal: full screen, with rates; q ends it.",
 )
 @click.option(
     "-o",
     "--fields",
     metavar="FIELD[,FIELD...]",
-    help="For scripts: these fields of the JSON, a line for each peer, with tabs between and '-' for "
-    "nothing. Nested ones have dots: counters.rx_messages.",
+    help="For scripts: print these fields of the JSON, one line per peer, separated by tabs, '-' for null. "
+    "Nested fields have dots: counters.rx_messages.",
 )
 @json_option
 def status(path: Path | None, watch: bool, fields: str | None, as_json: bool) -> None:
-    """Show what a running supervisor and its peers do.
-
-    Exit code 0 when all peers are ready and get on, 1 when some are not, 3 when no supervisor runs.
-    With --watch it is 0; where the output is no screen, it is shown once a second, one below the other.
+    """Show the state of a running supervisor and its peers.
 
     \b
-    peerd status -o slot,pid,state,last_exit.how
+    For scripts:
+      peerd status -o slot,pid,state,last_exit.how
+
+    \b
+    Exit codes:
+      0    all peers are ready and healthy (with --watch: always)
+      1    some are not
+      3    no supervisor runs
     """
     if fields is not None and as_json:
-        raise click.UsageError("-o and --json are two ways to print the same: choose one")
+        raise click.UsageError("give either -o or --json")
     where = path or control.find_running()
     show = _shower(fields, as_json, indent=not watch)
     if watch:
@@ -60,7 +64,7 @@ def status(path: Path | None, watch: bool, fields: str | None, as_json: bool) ->
 
 
 def _has_screen() -> bool:
-    """A terminal whose cursor can be moved."""
+    """Whether standard output is a terminal that can move its cursor."""
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
 
 
@@ -76,7 +80,7 @@ def _shower(fields: str | None, as_json: bool, *, indent: bool) -> Show:
 
 def _show_table(report: dict[str, Any]) -> None:
     from peerd.cli import status_view
-    from peerd.cli.table import print_columns
+    from peerd.cli.text_output import print_columns
 
     for line in status_view.head(report):
         click.echo(line)
@@ -119,4 +123,4 @@ def _as_field(value: Any) -> str:
     if value is None:
         return "-"
     text = value if isinstance(value, str) else orjson.dumps(value).decode()
-    return " ".join(text.split())  # a tab or a newline would be one field or line more
+    return " ".join(text.split())  # a tab or a newline would start another field or line

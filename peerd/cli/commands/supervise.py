@@ -1,4 +1,4 @@
-"""``peerd supervise``: settings, sockets, the first screen, then the supervisor."""
+"""``peerd supervise``: opens the sockets, prints what runs, and starts the supervisor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peerd import __version__
 from peerd._scoreboard import Scoreboard, Slot
 from peerd.cli import logging_setup
 from peerd.cli.setting_options import LaunchOptions, SupervisorCommand, supervisor_options
-from peerd.cli.wording import counted, ports
+from peerd.cli.text_output import counted
 from peerd.errors import SettingsError
 from peerd.registry import registrar
 from peerd.serving import worker
@@ -39,23 +39,33 @@ DISCARD_TRIES = 50
 def supervise(ctx: click.Context, settings: SupervisorSettings, launch: LaunchOptions) -> None:
     """Run peers: one worker process for each UDP port, restarted when it dies, registered in etcd.
 
-    SIGTERM or Ctrl-C stops in order: the records are revoked, the queues served, then it exits. A
-    second one stops at once. Exit code 0 after SIGTERM, 130 after Ctrl-C. SIGHUP is peerd reload.
+    SIGTERM or Ctrl-C stops the supervisor gracefully: it revokes the records, serves the queues, and exits.
+    A second signal stops it without serving the queues, a third kills what is left. SIGHUP does what
+    'peerd reload' does.
 
-    Each option can also come from the environment, as PEERD_SUPERVISE_BASE_PORT or PEERD_BASE_PORT,
-    or from a file: --config peerd.toml, base-port = 6001. 'peerd check' takes the same options, tries
-    everything and says what would run.
+    Each option can also be an environment variable (PEERD_SUPERVISE_BASE_PORT or PEERD_BASE_PORT), or a key
+    in the file that --config names (base-port = 6001). Flags win over variables, variables over the file.
+    'peerd check' takes the same options and validates them.
 
     \b
-    Example: an app of your own on four ports, in an etcd of your own
+    Example: an app of your own on four ports
       peerd supervise --peers 4 --base-port 6001 --app chat:app --etcd http://etcd.example:2379
+
+    \b
+    Exit codes:
+      0    SIGTERM or 'peerd stop'
+      2    bad option
+      70   a worker died too often (with --on-crashloop exit)
+      73   a port cannot be bound
+      78   bad file, or the app cannot be loaded
+      130  Ctrl-C
     """
-    # Here, as below, so that --help does without.
+    # Imported here so that --help stays quick.
     from peerd.supervisor.sockets import listen
     from peerd.supervisor.supervisor import Supervisor
 
     if settings.app is not None:
-        import orjson  # noqa: F401 - an app may use Message.json(), and forked workers share it
+        import orjson  # noqa: F401 - Message.json() needs it, and forked workers share its memory
     log_dropped = logging_setup.configure(launch.log_level, launch.log_format)
     assert isinstance(ctx.command, SupervisorCommand)
     for line in ctx.command.misspelt_variables():
@@ -89,7 +99,7 @@ def supervise(ctx: click.Context, settings: SupervisorSettings, launch: LaunchOp
 
 
 def _open_sockets(settings: SupervisorSettings, notifier: Notifier) -> list[socket.socket]:
-    """One a peer. What systemd has kept of an earlier run is used; what has no peer any more is dropped."""
+    """One per peer. Those that systemd kept from an earlier run are reused, or closed if not needed."""
     from peerd.supervisor.sockets import bind_all, inherited_sockets
 
     inherited = inherited_sockets(settings.host)
@@ -103,7 +113,7 @@ def _open_sockets(settings: SupervisorSettings, notifier: Notifier) -> list[sock
 
 
 def raise_descriptor_limit(peers: int) -> None:
-    """Up to the hard limit: the soft one is low for the sake of select(), which nobody uses here."""
+    """To the hard limit. The soft one is low because of select(), which peerd does not use."""
     from peerd.supervisor.scaler import DESCRIPTORS_PER_PEER, OTHER_DESCRIPTORS
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -112,14 +122,14 @@ def raise_descriptor_limit(peers: int) -> None:
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise SettingsError(
             f"--peers {peers} needs {needed} open files, and the limit is {hard}: "
-            "raise it (ulimit -Hn), or run fewer",
+            "raise it (ulimit -Hn), or run fewer peers",
             "peers",
         )
 
 
 def _own_etcd() -> EmbeddedEtcdSettings | None:
-    """An etcd at the default endpoint, if nobody is there and a binary is."""
-    # What it takes to run an etcd, only where it may have to: the workers wait for all that is imported.
+    """An etcd to run at the default endpoint; None if something listens there, or if no etcd is installed."""
+    # Imported only when needed: the start of the workers waits for every import.
     import tempfile
 
     from peerd.registry import embedded_etcd
@@ -129,12 +139,12 @@ def _own_etcd() -> EmbeddedEtcdSettings | None:
     binary = embedded_etcd.find_etcd()
     if binary is None:
         click.echo(
-            f"peerd: nobody listens at {DEFAULT_ENDPOINT}; the peers serve, and are registered "
-            f"once somebody does. {embedded_etcd.HOW_TO_GET_ETCD}",
+            f"peerd: no etcd listens at {DEFAULT_ENDPOINT}; the peers serve, and will be registered "
+            f"once one does. {embedded_etcd.HOW_TO_GET_ETCD}",
             err=True,
         )
         return None
-    # Only named here: etcd's own process makes it, when there is somebody who will remove it.
+    # The process that runs etcd creates it, once there is a process that will remove it.
     directory = Path(tempfile.gettempdir(), f"peerd-etcd-{os.urandom(8).hex()}")
     command = embedded_etcd.command(binary, DEFAULT_ENDPOINT, directory)
     return EmbeddedEtcdSettings(tuple(command), directory)
@@ -145,17 +155,17 @@ def _print_first_screen(
 ) -> None:
     pid = os.getpid()
     registry = settings.registry
-    started = ", started here with throw-away data" if own_etcd else ""
+    started = ", started by peerd with throw-away data" if own_etcd else ""
     metrics = f"  metrics   http://{settings.metrics}/metrics\n" if settings.metrics else ""
     peers = counted(settings.peers, "peer")
     click.echo(
         f"peerd {__version__}, supervisor pid {pid}: {peers} on {settings.host}, "
-        f"{ports(settings)}\n"
-        f"  app       {settings.app or 'built in: answers PING and ECHO'}\n"
+        f"{settings.port_range}\n"
+        f"  app       {settings.app or 'built-in: answers PING and ECHO'}\n"
         f"  registry  etcd at {registry.endpoint}{started}, keys {registry.prefix}/{settings.peer_id(0)}\n"
         f"  control   {control_path} (peerd status)\n"
         f"{metrics}"
-        f"  stop      Ctrl-C, peerd stop, or kill {pid}; peerd reload loads the app anew"
+        f"  stop      Ctrl-C, peerd stop, or kill {pid}; peerd reload loads the app again"
     )
 
 
@@ -191,7 +201,7 @@ def _registrar_entry(settings: SupervisorSettings, own_etcd: EmbeddedEtcdSetting
     def run_registrar(board: Scoreboard, lifeline_fd: int, report_fd: int) -> int:
         def at_end() -> None:
             if os.getppid() != supervisor_pid:
-                # Killed, so it cannot clean up; etcd was killed with it.
+                # The supervisor was killed and cannot clean up; etcd died with it.
                 _discard(own_etcd)
 
         logging_setup.name_process("registrar")
@@ -205,7 +215,7 @@ def _discard(own_etcd: EmbeddedEtcdSettings | None) -> None:
         return
     import shutil
 
-    # Again while an etcd that was killed a moment ago still writes.
+    # An etcd that was killed a moment ago may still be writing.
     for _ in range(DISCARD_TRIES):
         shutil.rmtree(own_etcd.data_dir, ignore_errors=True)
         if not own_etcd.data_dir.exists():

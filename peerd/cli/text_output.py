@@ -1,4 +1,4 @@
-"""Tables: aligned columns for people, and as wide as they need to be when piped."""
+"""Text for people: tables, which are as wide as they need to be when piped, and counted nouns."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ if TYPE_CHECKING:
 SEPARATOR = 2
 """Spaces between two columns."""
 
-ANY_WIDTH = 10_000
-"""Of a pipe or a file. rich would take 80, and fold there, and a script would see torn words."""
+UNLIMITED_WIDTH = 10_000
+"""The width of a pipe or a file. rich would assume 80 and wrap there, which splits words for scripts."""
 
 
 @dataclass(frozen=True)
 class Column:
     title: str
     cells: Sequence[object]
-    """None is shown as a dash. Numbers go to the right, text to the left."""
+    """None is shown as a dash. Numbers are aligned right, text left."""
 
     style: Callable[[str], str] | None = None
-    """The colour of a cell's text, for terminals; ``rich`` names them."""
+    """Returns the style of a cell's text, in the terms of rich, for terminals."""
 
     @property
     def width(self) -> int:
         return max(len(self.title), *(len(as_text(cell)) for cell in self.cells), 0)
 
 
+def counted(count: int, noun: str) -> str:
+    return f"1 {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """What does not fit the terminal is left out, the last columns first, and that is said."""
+    """Columns that do not fit the terminal are left out, the last ones first, and named below the table."""
     body = [tuple(row) for row in rows]
     columns = [Column(title, [row[index] for row in body]) for index, title in enumerate(head)]
     print_columns(columns)
@@ -48,7 +52,7 @@ def print_columns(columns: Sequence[Column], console: Console | None = None) -> 
 
 
 def make_console() -> Console:
-    """Standard output, as wide as the terminal is."""
+    """Standard output, as wide as the terminal."""
     from rich.console import Console
 
     class PipeConsole(Console):
@@ -56,12 +60,12 @@ def make_console() -> Console:
             """rich would exit with 1."""
             raise BrokenPipeError
 
-    width = None if sys.stdout.isatty() else ANY_WIDTH
+    width = None if sys.stdout.isatty() else UNLIMITED_WIDTH
     return PipeConsole(width=width, markup=False, highlight=False, emoji=False)
 
 
 def columns_that_fit(columns: Sequence[Column], width: int) -> list[Column]:
-    """The first one, and each that has room beside those before it."""
+    """The first column, and each further one that has room beside those chosen before it."""
     shown, used = list(columns[:1]), columns[0].width
     for column in columns[1:]:
         if used + SEPARATOR + column.width <= width:
