@@ -26,7 +26,7 @@ Since = Callable[[Arguments], list[dict[str, object]]]
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisorParts:
-    """What the commands act on."""
+    """The parts that the commands act on."""
 
     loop: Loop
     peers: Peers

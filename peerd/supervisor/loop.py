@@ -21,10 +21,10 @@ Callback = Callable[[], object]
 
 
 class Timer:
-    """A callback that waits for its time. Cancelling it more than once, or too late, is fine."""
+    """A callback that waits for its time. Cancelling it twice, or too late, has no effect."""
 
     def __init__(self, callback: Callback | None = None) -> None:
-        """Without a callback, one whose time is over."""
+        """Without a callback, it is a timer that has run."""
         self._callback = callback
 
     def cancel(self) -> None:
@@ -43,14 +43,14 @@ class Timer:
 class Loop:
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
-        """For servers that wait for writing too: the data are a callback that takes the events."""
+        """For servers, which also wait for writing. The data of a key is a callback that takes the events."""
 
         self._soon: deque[Callback] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._numbers = itertools.count()
 
     def watch(self, fd: int, callback: Callback) -> None:
-        """Call it whenever ``fd`` can be read, or is at its end."""
+        """Call it whenever ``fd`` is readable or at its end."""
         self.selector.register(fd, selectors.EVENT_READ, lambda _events: callback())
 
     def unwatch(self, fd: int) -> None:
@@ -61,9 +61,9 @@ class Loop:
         self._soon.append(callback)
 
     def call_at(self, when_s: float, callback: Callback) -> Timer:
-        """``when_s`` is a monotonic time."""
+        """``when_s``: monotonic time."""
         timer = Timer(callback)
-        # The number keeps those of one time in order, and timers from being compared.
+        # The number keeps timers with the same time in order, and from being compared.
         heapq.heappush(self._timers, (when_s, next(self._numbers), timer))
         return timer
 
@@ -76,8 +76,8 @@ class Loop:
             self._run_soon()
             return
         for key, events in self.selector.select(self._timeout_s()):
-            # A callback may have unregistered what comes later in the same list, or even have
-            # given its descriptor's number to something new.
+            # An earlier callback may have unregistered this descriptor, or closed it and opened another
+            # one with the same number.
             current = self.selector.get_map().get(key.fd)
             if current is not None and current.data is key.data:
                 key.data(events)

@@ -1,13 +1,13 @@
-"""What workers write to standard output and error, line by line, and the last of it for each peer.
+"""The standard output and error of workers, line by line, and the newest lines about each peer.
 
-A worker has one pipe for both, and the supervisor its other end, so that a line can be told apart from
-those of other workers, and the last words of a dead one are known. On the pipe, a log record is a line of
-JSON behind a record separator (the framing of RFC 7464), as its text may have many lines; whatever else
-comes is a line that somebody has printed, and may be forged, since handlers print what clients send.
+Each worker has one pipe for both streams, whose other end the supervisor reads, so that each line is
+attributed to its worker and the last lines of a dead worker are known. On the pipe, a log record is a line
+of JSON behind a record separator (the framing of RFC 7464), because its text may have many lines. Any other
+line was printed; it may be forged, because handlers print what clients send.
 
-Nobody waits for anybody here. The worker drops, and counts, what finds no room in its pipe; the
-supervisor reads a bounded part of each pipe a turn, and hands it to a logging handler that drops, and
-counts, what its own reader has no room for.
+No process waits for another one here. When its pipe is full, the worker drops the line and counts it. The
+supervisor reads a bounded part of each pipe per iteration of its loop, and passes it to a logging handler
+that drops and counts lines when its own reader is too slow.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from peerd._scoreboard import Slot
 SEPARATOR = b"\x1e"
 
 MAX_LINE_BYTES = 32 * 1024
-"""What is longer is cut."""
+"""Longer lines are cut."""
 
-READ_BYTES = 8 * 1024
-"""At once."""
+CHUNK_BYTES = 8 * 1024
+"""Of one read."""
 
 MAX_TIME_S = 253_402_300_799.0
-"""The end of the year 9999: what no calendar has a name for was forged."""
+"""The end of the year 9999: a later time was forged."""
 
-TURN_LINES = 100
-"""Of one worker in one turn: some milliseconds."""
+MAX_LINES_PER_ITERATION = 100
+"""Of one worker: they take some milliseconds."""
 
-LAST_CHARS = 500
-"""Of each of a dead worker's last lines: the history keeps a thousand deaths."""
+MAX_LAST_LINE_CHARS = 500
+"""Of each line in a death certificate: the history keeps a thousand of them."""
 
-KEPT_LINES = 200
-KEPT_BYTES = 256 * 1024
-"""Of each peer."""
+MAX_KEPT_LINES = 200
+MAX_KEPT_BYTES = 256 * 1024
+"""Per peer."""
 
 PRINTED = "output"
-"""The logger of lines that were printed."""
+"""Name of the logger for printed lines."""
 
 _exceptions = logging.Formatter()
 
 
 def record_line(record: logging.LogRecord) -> bytes:
-    """What a worker writes for a log record. Raises TypeError where the message's arguments do not fit."""
-    import orjson  # not at the top, as the first peers would wait for it
+    """A worker's line for a log record. Raises TypeError if the message's arguments do not fit."""
+    import orjson  # not at the top: the first peers would wait for it
 
     exception = None
     if record.exc_info and record.exc_info[0] is not None:
@@ -58,19 +58,19 @@ def record_line(record: logging.LogRecord) -> bytes:
     fields = (record.created, record.levelno, record.name, _plain(record.getMessage()), exception)
     line = orjson.dumps(fields)
     if len(line) >= MAX_LINE_BYTES - 2:
-        most = MAX_LINE_BYTES // 16  # a character takes 6 bytes at most, as an escape of JSON
+        most = MAX_LINE_BYTES // 16  # an escaped character of JSON takes 6 bytes
         cut = (*fields[:3], fields[3][:most], exception and exception[-most:])
         line = orjson.dumps(cut)
     return SEPARATOR + line + b"\n"
 
 
 def _plain(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON cannot have."""
+    """Escape lone surrogates, which JSON cannot represent."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _read_record(line: bytes) -> logging.LogRecord:
-    """Of what ``record_line`` made; anything else is a printed line."""
+    """The record that ``record_line`` wrote, or a record for a printed line."""
     if line.startswith(SEPARATOR):
         import orjson
 
@@ -95,7 +95,7 @@ def _read_record(line: bytes) -> logging.LogRecord:
 
 
 class WorkerOutput:
-    """The supervisor's end of the pipe, closed by ``close``."""
+    """The supervisor's end of a worker's output pipe."""
 
     def __init__(self, fd: int, take: Callable[[logging.LogRecord], None]) -> None:
         os.set_blocking(fd, False)
@@ -107,26 +107,26 @@ class WorkerOutput:
 
     @property
     def has_more(self) -> bool:
-        """Lines that were read, and wait for another turn."""
+        """Whether lines that were read wait for another iteration."""
         return bool(self._lines)
 
     def read(self) -> bool:
-        """Take in a bounded part of what is there. False at the end: it is closed by everybody."""
+        """Take in a bounded part. False at the end of file: every process has closed the pipe."""
         is_open = bool(self._lines) or self._fetch() is not False
-        for _ in range(min(len(self._lines), TURN_LINES)):
+        for _ in range(min(len(self._lines), MAX_LINES_PER_ITERATION)):
             self._take(_read_record(self._lines.popleft()))
         if not is_open:
             self._end_line()
         return is_open
 
     def finish(self) -> int:
-        """The worker is dead: take in the last of what the pipe holds, and close it. How many lines
-        before that were dropped."""
-        # More than a pipe can hold, unless somebody goes on writing: a process that the worker left.
-        for _ in range(1024 * 1024 // READ_BYTES):
+        """The worker is dead: take in the last lines of the pipe, and close it. Returns the number of lines
+        before them that were dropped."""
+        # More than a pipe can hold. A process that the worker has left behind may go on writing.
+        for _ in range(1024 * 1024 // CHUNK_BYTES):
             if not self._fetch():
                 break
-        dropped = max(0, len(self._lines) - KEPT_LINES)
+        dropped = max(0, len(self._lines) - MAX_KEPT_LINES)
         for line in list(self._lines)[dropped:]:
             self._take(_read_record(line))
         self._lines.clear()
@@ -140,16 +140,16 @@ class WorkerOutput:
         self.fd = None
 
     def _fetch(self) -> bool | None:
-        """Whether there was something to read; None: not now."""
+        """Whether there was something to read; None if the pipe is empty."""
         if self.fd is None:
             return False
         try:
-            chunk = os.read(self.fd, READ_BYTES)
+            chunk = os.read(self.fd, CHUNK_BYTES)
         except BlockingIOError:
             return None
         *lines, self._unfinished = (self._unfinished + chunk).split(b"\n")
         for line in lines:
-            # An empty one says nothing, and costs as much as any other.
+            # An empty line costs as much as any other and is worth nothing.
             if line and not self._is_cut:
                 self._lines.append(line)
             self._is_cut = False
@@ -160,7 +160,7 @@ class WorkerOutput:
         return bool(chunk)
 
     def _end_line(self) -> None:
-        """A last line without an end is one, too."""
+        """Take in a last line without a line break."""
         if self._unfinished and not self._is_cut:
             self._take(_read_record(self._unfinished))
         self._unfinished = b""
@@ -176,7 +176,7 @@ class _Kept(NamedTuple):
 
 
 class RecentLines:
-    """The last lines about each peer, those of dead workers included: ``peerd logs``."""
+    """The newest lines about each peer, including those of dead workers: ``peerd logs``."""
 
     def __init__(self) -> None:
         self._last = 0
@@ -192,19 +192,19 @@ class RecentLines:
         kept = self._kept.setdefault(slot, deque())
         kept.append(_Kept(self._last, time.monotonic(), level, pid, generation, text))
         self._bytes[slot] = self._bytes.get(slot, 0) + len(text)
-        while len(kept) > KEPT_LINES or self._bytes[slot] > KEPT_BYTES:
+        while len(kept) > MAX_KEPT_LINES or self._bytes[slot] > MAX_KEPT_BYTES:
             self._bytes[slot] -= len(kept.popleft().text)
 
     def has(self, slot: object) -> bool:
         return type(slot) is int and slot in self._kept
 
     def last_of(self, slot: int, generation: int, count: int) -> list[str]:
-        """The last texts of one worker, oldest first."""
+        """The texts of the last lines of one worker, oldest first."""
         kept = [each for each in self._kept.get(slot, ()) if each.generation == generation]
-        return [each.text[-LAST_CHARS:] for each in kept[-count:]]
+        return [each.text[-MAX_LAST_LINE_CHARS:] for each in kept[-count:]]
 
     def since(self, arguments: Mapping[str, object]) -> list[dict[str, object]]:
-        """Those of ``slot`` (None: all) with a number above ``after``, oldest first, with their ``age_s``."""
+        """Lines of ``slot`` (None: all) with a number above ``after``, oldest first, with their ``age_s``."""
         after, slot = arguments.get("after", 0), arguments.get("slot")
         if type(after) is not int:
             after = 0
@@ -233,7 +233,7 @@ class RecentLines:
 
 
 class PeerLog:
-    """Everything that is logged about one peer: by its workers, and of them."""
+    """All that is logged about one peer, by its workers and by the supervisor."""
 
     def __init__(self, slot: Slot, peer_id: str, port: int, recent: RecentLines) -> None:
         self._slot = slot
@@ -244,7 +244,7 @@ class PeerLog:
     def log(
         self, level: int, message: str, *args: object, pid: int = 0, generation: int = 0
     ) -> None:
-        """A line of the supervisor about a worker; the one that serves, unless another is named."""
+        """A line of the supervisor about a worker: the current one, unless another one is given."""
         if not logging.getLogger(__name__).isEnabledFor(level):
             return
         record = logging.LogRecord("peerd.supervisor", level, "", 0, message, args, None)
@@ -266,7 +266,7 @@ class PeerLog:
             text,
         )
         root = logging.getLogger()
-        # What is printed has no level. A record that is forged may have one that a worker would not write.
+        # Printed lines have no level. A forged record may have a level below the configured one.
         if record.name == PRINTED or root.isEnabledFor(record.levelno):
             root.handle(record)
 

@@ -2,18 +2,18 @@
 
 Facts this file rests on:
 
-- A child is known by its pidfd (pidfd_open(2)), never by its bare pid: a pid can be reused, and a
-  signal to it can hit a stranger. The pidfd is opened before the child can have been reaped.
-- Signals are blocked over the fork. A signal to the child before it has dropped the supervisor's
-  handlers would run them in the child; before it has dropped the supervisor's wake-up fd, it would
-  wake the supervisor.
-- PR_SET_PDEATHSIG follows the forking thread (the supervisor has one), survives execve, is not
-  inherited, and comes too late when the parent is dead already: so getppid() is compared with the
-  pid that the parent had, not with 1 (prctl(2); a subreaper's pid is not 1).
-- SIGKILL is the death signal because it also ends a worker that is stopped.
-- A child is in a process group of its own: Ctrl-C in the terminal reaches the supervisor alone, and what
-  a handler has started can be ended with its worker. While the dead worker is not reaped, its pid names
-  its group and nothing else, so the group is killed between waitid(WNOWAIT) and waitid.
+- A child is identified by its pidfd (pidfd_open(2)), never by its bare pid: a pid can be reused, and the
+  signal would hit an unrelated process. The pidfd is opened before the child can have been reaped.
+- Signals are blocked across the fork. A signal that the child gets before it has removed the supervisor's
+  handlers would run them in the child; before it has removed the supervisor's wake-up fd, it would wake
+  the supervisor.
+- PR_SET_PDEATHSIG follows the forking thread (the supervisor has one), survives execve, is not inherited, and
+  has no effect if the parent is dead already. So getppid() is compared with the parent's pid, not with 1
+  (prctl(2); a subreaper's pid is not 1).
+- SIGKILL is the death signal because it also ends a stopped worker.
+- Each child has its own process group: Ctrl-C in the terminal reaches the supervisor only, and processes
+  that a handler has started can be ended with its worker. Until a dead worker is reaped, its pid can name no
+  other group, so the group is killed between waitid(WNOWAIT) and waitid.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ from typing import NamedTuple, NoReturn
 log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
-# What the shell says for "cannot even start" and BSD's sysexits.h for an internal software error.
-EX_SOFTWARE = 70
 
 _own_pids: set[int] = set()
-"""Children that are not reaped yet."""
+"""Children that have not been reaped."""
 
 _ALL_SIGNALS = signal.valid_signals()
 
@@ -43,7 +41,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Exit(NamedTuple):
-    """How a process ended: with a code, or by a signal."""
+    """How a process ended: with an exit code or by a signal. The other field is None."""
 
     code: int | None
     signal: int | None
@@ -53,7 +51,7 @@ class Exit(NamedTuple):
             return f"exit code {self.code}"
         try:
             return f"killed by {signal.Signals(self.signal).name}"
-        except ValueError:  # the real-time signals between SIGRTMIN and SIGRTMAX have no names
+        except ValueError:  # real-time signals between SIGRTMIN and SIGRTMAX have no names
             return f"killed by signal {self.signal}"
 
 
@@ -62,13 +60,13 @@ class Child(NamedTuple):
     pidfd: int
 
     def send(self, number: int) -> None:
-        """A child that is gone already is no error."""
+        """Does nothing if the child has ended."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
     def wait(self) -> Exit:
-        """The end of the process, once; blocks until it comes. Ends what it has left behind in its process
-        group, and closes the pidfd."""
+        """Wait for the end of the process, once. Kills what is left of its process group, and closes the
+        pidfd."""
         os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOWAIT)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
@@ -84,7 +82,7 @@ class Child(NamedTuple):
 class ChildPipes:
     """Pipes between this process and a child that is about to be forked.
 
-    After the ``with`` block the child's ends are closed here, and ours as well unless ``keep`` was called.
+    The end of the ``with`` block closes the child's ends here, and ours unless ``keep`` was called.
     """
 
     def __enter__(self) -> ChildPipes:
@@ -106,7 +104,7 @@ class ChildPipes:
         return self._close_later(write_fd, read_fd)
 
     def keep(self) -> None:
-        """There is a child: our ends are the caller's."""
+        """The fork has worked: our ends belong to the caller now."""
         self._ours.pop_all()
 
     def _close_later(self, childs_fd: int, our_fd: int) -> tuple[int, int]:
@@ -124,13 +122,12 @@ def spawn(
 ) -> Child:
     """Fork a child that runs ``entry`` and exits with what it returns.
 
-    The child has default signal dispositions and no descriptors but 0 to 2 and ``keep_fds``. With an
-    ``output_fd``, that is its standard output and error, and there is nothing on its standard input.
-    Raises OSError (EAGAIN, ENOMEM, EMFILE) when there is no process to be had; then nothing is left
-    behind.
+    The child has default signal dispositions and no descriptors but 0 to 2 and ``keep_fds``. An ``output_fd``
+    becomes its standard output and error, with an empty standard input. Raises OSError (EAGAIN, ENOMEM,
+    EMFILE) when the machine has no process or descriptor left; then nothing is left behind.
     """
     parent_pid = os.getpid()
-    gc.freeze()  # the child's collector then leaves the parent's pages alone, and they stay shared
+    gc.freeze()  # so the child's collector does not touch the parent's pages, which stay shared
     try:
         with _signals_blocked() as unblocked:
             pid = os.fork()
@@ -140,7 +137,7 @@ def spawn(
     finally:
         gc.unfreeze()
     _own_pids.add(pid)
-    # As the child does: whichever is first, the group is there when either goes on.
+    # The child does the same: whichever is first, the group exists when either of them goes on.
     with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, or called exec
         os.setpgid(pid, pid)
     try:
@@ -153,17 +150,19 @@ def spawn(
 
 
 def reap_stranger() -> None:
-    """As PID 1 of a container: a process whose parent has ended is ours to reap, though it is nobody's child
-    here. One of our own that has ended is seen by its pidfd, and is gone at the next look."""
+    """Reap orphans as PID 1 of a container, which inherits processes whose parent has ended.
+
+    Our own children are left to wait(), after their pidfd has reported the end; a later call goes on then.
+    """
     with contextlib.suppress(ChildProcessError):
         while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if found.si_pid in _own_pids:
                 return
-            os.waitpid(found.si_pid, 0)  # a zombie's pid is nobody else's
+            os.waitpid(found.si_pid, 0)  # a zombie keeps its pid
 
 
 def redirect_output(fd: int) -> None:
-    """Send this process's standard output and error there, and read nothing."""
+    """Make it this process's standard output and error, and its standard input empty."""
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(fd, 1)
@@ -177,16 +176,16 @@ def _run_child(
     parent_pid: int | None,
     output_fd: int | None,
 ) -> NoReturn:
-    code = EX_SOFTWARE
+    code = os.EX_SOFTWARE
     try:
         if parent_pid is not None:
             _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent_pid:
-                os._exit(EX_SOFTWARE)
+                os._exit(os.EX_SOFTWARE)
         os.setpgid(0, 0)
         signal.set_wakeup_fd(-1)
         for number in signal.valid_signals():
-            # SIGKILL and the like refuse; Python's own SIGPIPE and SIGXFSZ stay ignored.
+            # SIGKILL and SIGSTOP cannot be set; SIGPIPE and SIGXFSZ, which Python ignores, stay ignored.
             if callable(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_DFL)
         if output_fd is not None:
@@ -199,7 +198,7 @@ def _run_child(
     except BaseException:
         log.critical("unexpected error", exc_info=True)
     finally:
-        # Not sys.exit: the parent's finally blocks and atexit functions are on this stack as well.
+        # Not sys.exit: the parent's finally blocks and atexit functions are on this stack too.
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()

@@ -1,5 +1,4 @@
-"""What a supervisor gets beside its settings: sockets and other resources opened before it starts, and
-the functions that run in its children."""
+"""Sockets and other resources opened before the supervisor starts, and the entry points of its children."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """When to start a worker again: a pure function of its failures and the monotonic time.
 
-At once after the first failure, then after a delay that doubles up to a cap. What resets it is a
-minute of being ready, never merely having stayed alive: a process that dies 1.2 s after each start
-escapes the usual "up for a second" rule and is restarted for ever (supervisord issue 1285). Past a
-number of failures in a window the peer is parked and retried slowly, until it has been ready for that
-minute, and its siblings go on.
+Immediately after the first failure, then after a delay that doubles up to a cap. The delay is reset by a
+minute of being ready, never by merely being alive: a process that dies 1.2 s after each start escapes the
+usual "up for a second" rule and is restarted without end (supervisord issue 1285). After too many failures in
+a window the peer is parked and retried slowly, until it has been ready for that minute; the other peers are
+not affected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class RestartPolicy(NamedTuple):
     first_delay_s: float = 0.25
     max_delay_s: float = 15.0
     jitter: float = 0.2
-    """Each delay is changed by up to this part of it, so that peers that died together spread out."""
+    """Each delay is changed by up to this share, so that peers that died together spread out."""
     reset_after_ready_s: float = 60.0
     max_failures: int = 5
     window_s: float = 60.0
@@ -27,7 +27,7 @@ class RestartPolicy(NamedTuple):
 class Failure(NamedTuple):
     at_s: float
     ready_for_s: float
-    """How long the worker had been ready when it died; 0 when it never was."""
+    """How long the worker had been ready when it died; 0 if it never was."""
     was_parked: bool = False
     """The peer was in a crash loop when this worker was started."""
 
@@ -38,10 +38,10 @@ class Restart(NamedTuple):
 
 
 def next_restart(policy: RestartPolicy, failures: Sequence[Failure], random_unit: float) -> Restart:
-    """What to do after the last of ``failures`` (oldest first, at least one).
+    """The restart after the last of ``failures`` (oldest first, at least one).
 
-    ``random_unit`` is a random number from 0 to 1. (From os.urandom: the module random takes its time at
-    each fork, for a new seed.)
+    ``random_unit``: a random number from 0 to 1. It comes from os.urandom, because the module random draws a
+    new seed at each fork.
     """
     last = failures[-1]
     now_s = last.at_s
@@ -57,6 +57,6 @@ def next_restart(policy: RestartPolicy, failures: Sequence[Failure], random_unit
         return Restart(policy.parked_delay_s, crashloop=True)
     if streak == 1:
         return Restart(0.0, crashloop=False)
-    # The exponent is bounded so that a streak of thousands does not overflow.
+    # The exponent is bounded, so a streak of thousands does not overflow.
     delay_s = min(policy.first_delay_s * 2.0 ** min(streak - 2, 32), policy.max_delay_s)
     return Restart(delay_s * (1 + policy.jitter * (2 * random_unit - 1)), crashloop=False)

@@ -1,8 +1,8 @@
 """One peer: its slot, its socket, and the workers that read it one after the other. Restart and stop.
 
-A worker that dies is followed by another one, as restart.py says. What it had in hand is counted exactly
-(``Slot.unfinished``), and the socket stays open: what arrives meanwhile waits in the kernel's buffer.
-replacement.py has the other way in which one worker follows another.
+A worker that dies is followed by another one, as restart.py says. The datagrams that it had in hand are
+counted exactly (``Slot.unfinished``), and the socket stays open: datagrams that arrive meanwhile wait in the
+kernel's buffer. replacement.py has the other way in which one worker follows another.
 
 A stop has two steps. stop(): the peer serves on, but nothing new begins, so the registrar can revoke its
 record. drain(): the worker answers what the queue holds, and exits. If there is no worker while the queue
