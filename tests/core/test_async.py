@@ -27,6 +27,10 @@ from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
 from peerd.serving import async_server
 from peerd.serving.async_server import AsyncServer
+from peerd.signals import HAND_OVER
+
+# libuv opens a pipe for signals with its first loop, and keeps it.
+uvloop.new_event_loop().close()
 
 
 class Client:
@@ -81,6 +85,8 @@ def serve(
 
         with client.sock, asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(main())
+        for number in (signal.SIGTERM, HAND_OVER):
+            signal.signal(number, signal.SIG_DFL)  # uvloop leaves its handler, which keeps the loop
         assert core.suspended == 0
         return client
 
