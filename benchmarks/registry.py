@@ -1,4 +1,4 @@
-"""The registry beside other etcd clients. See ``python benchmarks/registry.py --help``."""
+"""The registry compared with other etcd clients. See ``python benchmarks/registry.py --help``."""
 
 from bench.script import run
 

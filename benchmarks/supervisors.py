@@ -1,4 +1,4 @@
-"""The supervisor beside supervisord and circus. See ``python benchmarks/supervisors.py --help``."""
+"""The supervisor compared with supervisord and circus. See ``python benchmarks/supervisors.py --help``."""
 
 import sys
 

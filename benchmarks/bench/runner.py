@@ -54,7 +54,7 @@ def report(
     verdicts: Iterable[Verdict],
     **facts: object,
 ) -> int:
-    """Write the JSON file and check the claims, as far as the options say so; the exit code."""
+    """Write the JSON file and check the claims, if the options say so; returns the exit code."""
     if options.json is not None:
         taken_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         document = {"taken_at": taken_at, "machine": machine, **facts, "results": results}

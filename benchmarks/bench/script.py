@@ -1,4 +1,4 @@
-"""Runs a benchmark as a script: one exit code for each way in which it can end."""
+"""Runs a benchmark as a script, and translates errors and signals to exit codes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""supervisors.py: the supervisor beside supervisord and circus."""
+"""supervisors.py: the supervisor compared with supervisord and circus."""

@@ -53,7 +53,7 @@ class Memory:
     """The sum of the tree."""
 
     pss: int
-    """The sum of the tree: all of its memory, as far as it shares no pages with other programs."""
+    """The sum of the tree: all of its memory, if it shares no pages with other programs."""
 
     supervisor: int
     """USS, like the two below."""

@@ -73,12 +73,12 @@ def _trial(
     measure: Callable[[Progress], Sequence[Start | Help]],
 ) -> Trial:
     def table(results: Sequence[Start | Help]) -> str:
-        beside = times(times_circus(results, kind))
+        against_circus = times(times_circus(results, kind))
         rows = [
             (
                 contender.name,
                 *spread_ms([result.seconds for result in found]),
-                beside if contender is PEERD else "",
+                against_circus if contender is PEERD else "",
             )
             for contender in CONTENDERS.values()
             if (found := of(kind, results, contender))

@@ -1,4 +1,4 @@
-"""peerd's supervisor beside other supervisors of Python: supervisord and circus.
+"""peerd's supervisor compared with other supervisors of Python: supervisord and circus.
 
 How long a killed worker is missed, how long 8 peers and --help take to start, the memory of the whole
 tree, the processes that outlive a killed supervisor, and how often a worker that keeps dying is started.

@@ -1,1 +1,1 @@
-"""registry.py: the registry beside other etcd clients of Python."""
+"""registry.py: the registry compared with other etcd clients of Python."""

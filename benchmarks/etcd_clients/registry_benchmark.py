@@ -1,4 +1,4 @@
-"""peerd's registry beside the other etcd clients of Python.
+"""peerd's registry compared with the other etcd clients of Python.
 
 How many events a watch reports across a kill -9 of etcd, how long a read takes after the connected member
 has failed, what a listing and a thousand kept leases cost, and whether a forked child can read. The etcds

@@ -2,7 +2,7 @@
 
 A user's app could have such a timer. With plain handlers it is a signal (setitimer), whose Python handler
 runs between two iterations of the loop; with coroutine handlers it is a task. It starts with the first
-PING. Each gap is compared with 20 ms, because the figure to look at is its delay.
+PING. Each gap is compared with 20 ms, because the delay is what matters.
 """
 
 from __future__ import annotations

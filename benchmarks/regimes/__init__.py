@@ -1,1 +1,1 @@
-"""throughput.py: rates, CPU time and round trips of peerd beside other receivers."""
+"""throughput.py: rates, CPU time and round trips of peerd and other receivers."""

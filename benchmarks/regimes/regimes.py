@@ -1,4 +1,4 @@
-"""The regimes: how datagrams are sent, the receivers that are compared, and the figure to look at."""
+"""The regimes: how datagrams are sent, which receivers are compared, and which figure matters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Regime:
     title: str
     text: str
     figure: Figure
-    """The figure to look at."""
+    """The figure that matters."""
 
     receivers: dict[str, Receiver]
     measure: Callable[[RunSettings, Subject], Sequence[Result]]
@@ -64,7 +64,7 @@ def regimes(lingers_us: Sequence[int] = (0,)) -> dict[str, Regime]:
     return {
         "stream": Regime(
             "Coalesced stream",
-            f"one sender, {SEGMENTS} datagrams per send (UDP_SEGMENT), as fast as it goes",
+            f"one sender, {SEGMENTS} datagrams per send (UDP_SEGMENT), at full speed",
             "rate",
             COUNTING,
             _one(measure_stream),
@@ -79,14 +79,14 @@ def regimes(lingers_us: Sequence[int] = (0,)) -> dict[str, Regime]:
         "interleaved": Regime(
             f"{PEERS} peers on one core, {THIN_RATE:,}/s",
             f"{PEERS} sockets served on one CPU, plain sends to each in turn, evenly spaced: peerd with "
-            "a process for each, the others with one for all",
+            "a process per socket, the others with one process",
             "cpu",
             with_lingers(ON_MANY_SOCKETS, lingers_us),
             _one(measure_thin),
         ),
         "interleaved-full": Regime(
             f"{PEERS} peers on one core, full speed",
-            "the same, as fast as the sender goes, one datagram for each at a time",
+            "the same at full speed, one datagram per socket at a time",
             "cpu",
             with_lingers(ON_MANY_SOCKETS, lingers_us),
             _one(measure_interleaved),

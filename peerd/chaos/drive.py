@@ -205,7 +205,7 @@ class _Run:
         self._check("scale and reload work afterwards", result == "done", result)
 
     def _stop(self) -> None:
-        """Stop with full queues, which are to be served first."""
+        """Stop with full queues, which must be served first."""
         self._load.pace(self._settings.rate)
         time.sleep(LOAD_BEFORE_STOP_S)
         self._load.pace(0.0)

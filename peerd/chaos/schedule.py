@@ -1,7 +1,7 @@
 """The actions of a run and their times: a function of the seed and nothing else.
 
-So a seed that found a defect finds it again, as far as a machine repeats itself: the schedule says which
-slot is killed when, but not what its worker is doing then.
+So a seed that found a defect probably finds it again. The schedule says which slot is killed when, but not
+what its worker is doing at that time.
 
 The schedule tracks the intended number of peers, so its slots exist. An action on a slot that does not
 exist at that moment, because an earlier command is slow, has no effect.
