@@ -1,4 +1,4 @@
-"""Workers that die again and again: how often they are started, and what their siblings notice."""
+"""Workers that die repeatedly: how often they are started, and whether the other peers are affected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.timeout(3600 if LONG else 300)
 
 
 def starts(folder: Path, running: Running, app: str) -> dict[str, int]:
-    """As the app counts them, as the scoreboard does, and as its lines are in the log."""
+    """The number of starts by the app's count, by the scoreboard, and by the lines in the log."""
     return {
         "app": len((folder / f"{app}.starts").read_text().splitlines()),
         "scoreboard": running.peer(0)["generation"],
@@ -46,8 +46,7 @@ def starts(folder: Path, running: Running, app: str) -> dict[str, int]:
 
 
 def agreed(folder: Path, running: Running, app: str) -> dict[str, int] | None:
-    """A start that is under way is counted by one before the other; a worker that has just died is still to
-    be noticed."""
+    """The three counts, once they agree: they change one after the other."""
     counts = starts(folder, running, app)
     died = events(running, "died")
     is_between = running.peer(0)["restarts"] != len(died)
@@ -57,21 +56,21 @@ def agreed(folder: Path, running: Running, app: str) -> dict[str, int] | None:
 def test_a_worker_that_always_dies_is_started_at_most_ten_times_in_30_s(
     supervised: Supervised,
 ) -> None:
-    """At 10 ms, 1.2 s and 5 s after its start, side by side. Two of them outlive the second that the usual
-    supervisor takes for a good start."""
+    """It dies 10 ms, 1.2 s and 5 s after its start, in three supervisors. Two of them outlive the second
+    after which other supervisors take a start for a good one."""
     lives_s = {"dies_at_10_ms": 0.01, "dies_at_1200_ms": 1.2, "dies_at_5_s": 5.0}
     running = {}
     for app, life_s in lives_s.items():
         (supervised.folder / f"{app}.py").write_text(MORTAL % life_s)
         running[app] = supervised.start(f"--app={app}:app", peers=1, etcd=NO_ETCD)
-    # The time is the test's subject.
+    # The test is about this time.
     time.sleep(30)
     for app, each in running.items():
         assert all(2 <= count <= 10 for count in starts(supervised.folder, each, app).values()), app
     for app, each in running.items():
         counts = eventually(partial(agreed, supervised.folder, each, app))
         assert {event["how"] for event in events(each, "died")} == {"exit code 3"}
-        if app != "dies_at_5_s":  # whose limit takes 34 s to reach
+        if app != "dies_at_5_s":  # whose limit is reached after 34 s
             peer = each.peer(0)
             assert peer["state"] == "crashloop"
             assert counts == {"app": 6, "scoreboard": 6, "log": 6}
@@ -82,8 +81,8 @@ def test_a_worker_that_always_dies_is_started_at_most_ten_times_in_30_s(
 
 
 @pytest.mark.alone
-def test_one_poisoned_peer_of_eight_costs_the_others_nothing(supervised: Supervised) -> None:
-    """It is started by hand once it is parked, to die again at once."""
+def test_one_poisoned_peer_of_eight_does_not_affect_the_others(supervised: Supervised) -> None:
+    """Once parked, it is started by hand and dies again."""
     running = supervised.start("--app=peerd.chaos.chaos_apps:app", peers=PEERS)
     running.wait_registered()
     before = [peer["pid"] for peer in running.status()["peers"]]
@@ -112,7 +111,7 @@ def test_one_poisoned_peer_of_eight_costs_the_others_nothing(supervised: Supervi
             assert peer["pid"] == before[slot]
             assert (peer["restarts"], peer["lost_in_flight"], peer["rx_dropped"]) == (0, 0, 0)
             assert (peer["last_exit"], peer["registered"]) == (None, True)
-    # Each poison was one message in hand.
+    # Each poisonous message was in hand when it killed the worker.
     assert after[POISONED]["lost_in_flight"] == after[POISONED]["restarts"] > 5
 
 

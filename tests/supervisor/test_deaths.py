@@ -1,4 +1,4 @@
-"""The death certificate: how a worker ended, what it cost, what it said last, and what is done about it."""
+"""The death certificate: how a worker ended, what was lost, its last lines, and what happens next."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def start(
 
 
 def check_certificate(running: Running, pid: int) -> dict[str, Any]:
-    """The death of slot 0's first worker: the log, the status and the events say the same."""
+    """Log, status and events agree on the death of slot 0's first worker. Returns the event."""
     died = death_of(running, pid)
     assert died["peer_id"] == f"localhost:{running.ports[0]}"
     assert died["generation"] == 1
@@ -134,10 +134,10 @@ def test_the_last_lines_are_those_of_the_dead_worker(supervised: Supervised) -> 
         (signal.SIGUSR1, "killed by SIGUSR1", "signal"),
         (signal.SIGRTMIN + 5, "killed by signal 39", "signal"),
         (signal.SIGTERM, "exit code 0", "exit"),
-        (signal.SIGRTMIN, "exit code 0", "exit"),  # HAND_OVER, of nobody who takes over
+        (signal.SIGRTMIN, "exit code 0", "exit"),  # HAND_OVER, without a successor
     ],
 )
-def test_a_stranger_ends_a_worker(
+def test_another_process_kills_a_worker(
     supervised: Supervised, number: signal.Signals, how: str, cause: str
 ) -> None:
     running = start(supervised)
@@ -152,7 +152,7 @@ def test_a_stranger_ends_a_worker(
     assert running.peer(0)["restarts"] == 1
 
 
-def test_a_stranger_interrupts_nobody(supervised: Supervised) -> None:
+def test_a_sigint_from_another_process_is_ignored(supervised: Supervised) -> None:
     running = start(supervised)
     before = pids(running)
     for pid in before:
@@ -162,7 +162,7 @@ def test_a_stranger_interrupts_nobody(supervised: Supervised) -> None:
     assert pids(running) == before
 
 
-def test_what_is_next_is_what_happens(supervised: Supervised) -> None:
+def test_the_next_step_in_a_certificate_is_what_happens(supervised: Supervised) -> None:
     running = start(supervised, "--stop-timeout=1.5", peers=1)
     port = running.ports[0]
     plans = []
@@ -198,7 +198,9 @@ def promised_s(plan: str) -> float:
     return 0.0 if plan == "restarted at once" else float(plan.split()[2])
 
 
-def test_a_successor_that_was_starting_is_next(supervised: Supervised) -> None:
+def test_a_successor_that_was_starting_takes_over_from_a_dead_worker(
+    supervised: Supervised,
+) -> None:
     running = start(supervised, peers=1)
     pid = pids(running)[0]
     (supervised.folder / "mortal.py").write_text(f"import time\ntime.sleep(1)\n{APP}")
@@ -223,7 +225,7 @@ def test_a_death_during_a_stop(supervised: Supervised) -> None:
     assert "next: stopping" in running.err
 
 
-def test_a_worker_that_was_told_to_end_gets_no_certificate(supervised: Supervised) -> None:
+def test_a_worker_that_was_asked_to_end_gets_no_certificate(supervised: Supervised) -> None:
     running = start(supervised)
     Asked(running, "reload").answer()
     assert events(running, "died") == []
@@ -270,7 +272,7 @@ def test_peerd_events_shows_deaths(supervised: Supervised) -> None:
 
 
 @pytest.mark.parametrize("how", ["dies", "cannot start"])
-def test_a_crash_loop_may_end_the_supervisor(supervised: Supervised, how: str) -> None:
+def test_a_crash_loop_ends_the_supervisor_if_configured(supervised: Supervised, how: str) -> None:
     running = start(supervised, "--on-crashloop=exit")
     tree = [process.pid for process in running.tree()]
     source = "import os\nos._exit(3)\n" if how == "dies" else "raise ValueError('broken')\n"

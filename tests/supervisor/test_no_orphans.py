@@ -1,7 +1,7 @@
-"""Nobody outlives a supervisor that is killed at any moment, and nothing that a handler has started.
+"""No worker, and no process that a handler has started, outlives a supervisor that is killed at any moment.
 
-The supervisor runs in a session of its own, so whatever descends from it is found by its session, in /proc:
-also what nobody had a chance to count before the kill.
+The supervisor runs in its own session, so all its descendants are found in /proc by their session, including
+those that the test could not count before the kill.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def daemon(message):
 """
 
 STARTED = 5
-"""Processes that START makes: the shell and its two are three of them."""
+"""Processes that START makes; three of them are the shell and its two children."""
 
 
 class Family:
-    """A supervisor and all that descend from it."""
+    """A supervisor and all its descendants."""
 
     def __init__(self, folder: Path, etcd: str, number: int, base_port: int) -> None:
         self.ports = range(base_port, base_port + PEERS)
@@ -82,7 +82,7 @@ class Family:
         self.begun_s = time.monotonic()
 
     def members(self) -> list[int]:
-        """Those that have not ended."""
+        """The processes that have not ended."""
         found = []
         for name in os.listdir("/proc"):
             with suppress(ProcessLookupError):
@@ -101,7 +101,7 @@ class Family:
         return len(self.members()) == members
 
     def kill(self) -> float:
-        """How long it took until there was nobody left, in seconds."""
+        """Kill the supervisor; returns how many seconds passed until no process was left."""
         self.process.kill()
         killed_s = time.monotonic()
         while self.members():
@@ -120,7 +120,7 @@ def folder(tmp_path: Path) -> Path:
 
 @contextmanager
 def family(folder: Path, etcd: str, number: int, base_port: int) -> Iterator[Family]:
-    """Nobody of it is left at the end, whatever happens."""
+    """None of its processes is left at the end, whatever happens."""
     it = Family(folder, etcd, number, base_port)
     try:
         yield it
@@ -141,7 +141,7 @@ def title(pid: int) -> str:
 
 @contextmanager
 def flood(ports: Sequence[int]) -> Iterator[None]:
-    """More than the workers can answer, 60 datagrams a call."""
+    """Send more than the workers can answer, 60 datagrams per call."""
     stop = threading.Event()
     datagram = raw_client.pack(b"PING", b"1", bytes(80))
 
@@ -163,12 +163,12 @@ def flood(ports: Sequence[int]) -> Iterator[None]:
 
 
 def wait_until(moment_s: float) -> None:
-    """Not for a fact: the kill comes whenever it comes."""
+    """This does not wait for a fact on purpose: the kill comes at any moment."""
     time.sleep(max(0.0, moment_s - time.monotonic()))
 
 
 @pytest.mark.timeout(3600 if LONG else 300)
-def test_nobody_outlives_a_killed_supervisor(folder: Path, etcd: str) -> None:
+def test_no_process_outlives_a_killed_supervisor(folder: Path, etcd: str) -> None:
     chance = random.Random(5)
     base_port = free_ports(PEERS)
     took_s = []
@@ -208,7 +208,9 @@ def test_nobody_outlives_a_killed_supervisor(folder: Path, etcd: str) -> None:
 
 
 @pytest.mark.parametrize("end", ["kill", "exit", "reload"])
-def test_what_a_handler_has_started_ends_with_its_worker(folder: Path, etcd: str, end: str) -> None:
+def test_processes_that_a_handler_has_started_end_with_its_worker(
+    folder: Path, etcd: str, end: str
+) -> None:
     with family(folder, etcd, 0, free_ports(PEERS)) as it:
         eventually(it.is_ready)
         before = set(it.members())
@@ -224,13 +226,13 @@ def test_what_a_handler_has_started_ends_with_its_worker(folder: Path, etcd: str
             control.request(it.control, "restart", {"slot": 0}, timeout_s=20)
         eventually(lambda: not started & set(it.members()))
         eventually(it.is_ready)
-        # Of the others there is as much as before: each worker, and what it started at its import.
+        # The other processes are as before: each worker, and the child that it started at its import.
         eventually(lambda: len(it.members()) == len(before))
         assert len(before - set(it.members())) == 2
         it.kill()
 
 
-def test_what_has_a_session_of_its_own_has_meant_to_stay(folder: Path, etcd: str) -> None:
+def test_a_process_in_its_own_session_stays(folder: Path, etcd: str) -> None:
     with family(folder, etcd, 0, free_ports(PEERS)) as it:
         eventually(it.is_ready)
         daemon = int(raw_client.request(it.ports[0], b"DAEMON", b"")[2])
@@ -241,7 +243,7 @@ def test_what_has_a_session_of_its_own_has_meant_to_stay(folder: Path, etcd: str
             os.kill(daemon, signal.SIGKILL)
 
 
-def test_a_stop_in_order_ends_it_all(supervised: Supervised, folder: Path) -> None:
+def test_an_orderly_stop_ends_all_processes(supervised: Supervised, folder: Path) -> None:
     running = supervised.start("--app=family:app", peers=2)
     running.wait_registered()
     before = len(running.tree())

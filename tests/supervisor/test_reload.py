@@ -59,7 +59,7 @@ def start(supervised: Supervised, source: str, *args: str, peers: int = 2) -> Ru
 
 @pytest.mark.parametrize("source", [PLAIN, COROUTINE], ids=["plain", "coroutine"])
 def test_reloads_under_load_lose_nothing(supervised: Supervised, source: str) -> None:
-    running = start(supervised, source, "--recv-buffer=67108864")  # for as long as a command takes
+    running = start(supervised, source, "--recv-buffer=67108864")  # the time that a command takes
     seen = [pids(running)]
     with (
         Registry(running.etcd, running.prefix) as registry,
@@ -103,8 +103,8 @@ def test_a_successor_that_cannot_start_leaves_the_worker_serving(supervised: Sup
     assert all(peer["restarts"] == 0 for peer in running.status()["peers"])
 
 
-def test_a_broken_app_costs_nothing_under_load(supervised: Supervised) -> None:
-    """By SIGHUP and by command: each tries one successor, and its traceback is shown once."""
+def test_a_broken_app_loses_nothing_under_load(supervised: Supervised) -> None:
+    """Both SIGHUP and the command try one successor, and its traceback is logged once."""
     running = start(supervised, PLAIN, peers=8)
     before = pids(running)
     with Load(running.ports, rate=4_000.0) as load:
@@ -140,7 +140,7 @@ def test_sighup_reloads(supervised: Supervised) -> None:
     running.wait_ready()
 
 
-def test_one_slot_is_restarted_and_its_sibling_is_not(supervised: Supervised) -> None:
+def test_a_restart_of_one_slot_leaves_the_other_one_alone(supervised: Supervised) -> None:
     running = start(supervised, PLAIN)
     first, second = pids(running)
     done = peerd("restart", "1", f"--control={running.control}")
@@ -245,10 +245,10 @@ def test_a_stuck_worker_is_killed_and_its_stack_is_in_the_log(
     assert running.peer(0)["lost_in_flight"] == 1
 
 
-def test_a_coroutine_that_holds_up_its_replacement_is_cut_off_when_it_counts_as_stuck(
+def test_a_coroutine_that_blocks_a_replacement_is_cut_off_once_stuck(
     supervised: Supervised,
 ) -> None:
-    """What it had in hand is counted as lost, the queue is not, and its successor takes over."""
+    """The datagrams that it had in hand are counted as lost, its queue is served by the successor."""
     running = start(supervised, WAITS, "--stuck-timeout=1.5")
     before = pids(running)
     with held_up(running) as (client, restart):
@@ -263,8 +263,8 @@ def test_a_coroutine_that_holds_up_its_replacement_is_cut_off_when_it_counts_as_
     assert pids(running)[1] == before[1]
 
 
-def test_a_worker_that_left_its_socket_to_one_that_died_is_no_death(supervised: Supervised) -> None:
-    """Nor a failure that delays the next one."""
+def test_a_hand_over_to_a_successor_that_died_is_no_death(supervised: Supervised) -> None:
+    """Nor is it a failure that delays the next restart."""
     running = start(supervised, WAITS.replace("600", "3"))
     before, registrar = pids(running), running.registrar().pid
     with held_up(running) as (client, restart):
@@ -297,7 +297,7 @@ async def answer(message):
 
 @contextlib.contextmanager
 def held_up(running: Running) -> Iterator[tuple[socket.socket, Asked]]:
-    """A client, and the replacement of its peer, whose worker was told to leave and waits for a handler."""
+    """A client, and the replacement of its peer, whose worker got HAND_OVER and waits for a handler."""
     (pid, *_) = pids(running)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.settimeout(30)
@@ -310,11 +310,11 @@ def held_up(running: Running) -> Iterator[tuple[socket.socket, Asked]]:
 
 
 def waits_to_leave(peer: dict[str, Any], pid: int) -> bool:
-    """Its loop does not turn any more."""
+    """Its loop has stopped."""
     return bool(peer["pid"] == pid and peer["heartbeat_age_s"] > 0.6)
 
 
-def test_events_tell_what_has_happened(supervised: Supervised) -> None:
+def test_events_show_what_has_happened(supervised: Supervised) -> None:
     running = start(supervised, PLAIN)
     first, second = pids(running)
     assert peerd("restart", "1", f"--control={running.control}").returncode == 0

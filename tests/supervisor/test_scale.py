@@ -28,7 +28,7 @@ from peerd.supervisor.stopping import LAST_TIMEOUT_S
 
 SLOW_S = 1.0
 SLOW = f"import time\ntime.sleep({SLOW_S})\nfrom peerd.serving.app import builtin_app\napp = builtin_app()\n"
-"""An app that takes its time to load."""
+"""An app that loads slowly."""
 
 STOP_TIMEOUT_S = 30.0
 """The default."""
@@ -42,7 +42,7 @@ DIES = "import os\nos._exit(3)\n"
 def start(
     supervised: Supervised, *args: str, peers: int, room: int, app: str | None = None
 ) -> Running:
-    """A supervisor with free ports behind its last one for ``room`` peers in all."""
+    """A supervisor with free ports behind its last one, for ``room`` peers in total."""
     if app is not None:
         write_app(supervised, app)
         args = ("--app=scaled:app", *args)
@@ -99,7 +99,7 @@ def test_new_peers_serve_on_the_ports_behind_the_last(supervised: Supervised) ->
     assert "scaled from 2 to 4 peers" in running.err
 
 
-def test_the_highest_go_first_and_their_queues_are_served(supervised: Supervised) -> None:
+def test_the_highest_peers_go_first_and_their_queues_are_served(supervised: Supervised) -> None:
     running = start(supervised, peers=3, room=3)
     base, before = running.base_port, pids(running)
     with (
@@ -115,7 +115,7 @@ def test_the_highest_go_first_and_their_queues_are_served(supervised: Supervised
         asked = Asked(running, "scale", peers=1)
         gone = [next(watch) for _ in range(2)]
         assert [type(event) for event in gone] == [Left, Left]
-        # Revoked first: nobody is sent to a peer that is about to end.
+        # Revoked first, so no client is directed to a peer that is about to end.
         assert asked.is_under_way
         send_signal(before[2], signal.SIGCONT)
         result = asked.answer()
@@ -147,18 +147,18 @@ def test_signals_scale_by_one(supervised: Supervised) -> None:
         running.signal(signal.SIGTTOU)
         eventually(partial(has_peers, running, number))
     running.signal(signal.SIGTTOU)
-    # The answer to this comes after that signal.
+    # This is answered after the signal is handled.
     assert ask(running, "scale", peers=1)["before"] == 1
     assert answers(running.base_port)
     assert "ERROR" not in running.err
 
 
 def test_twenty_signals_in_a_tenth_of_a_second(supervised: Supervised) -> None:
-    """A signal that is pending when another of its kind comes is one (signal(7)), so some may be lost."""
+    """Pending signals of the same kind are merged (signal(7)), so some may be lost."""
     running = start(supervised, peers=1, room=21)
     for _ in range(20):
         running.signal(signal.SIGTTIN)
-        time.sleep(0.005)  # the pace is the test's subject
+        time.sleep(0.005)  # the test is about this pace
     eventually(lambda: "scaled from" in running.err and not is_scaling(running))
     number = len(pids(running))
     assert 2 <= number <= 21
@@ -174,7 +174,7 @@ def test_twenty_signals_in_a_tenth_of_a_second(supervised: Supervised) -> None:
 
 
 def is_scaling(running: Running) -> bool:
-    """A scaling to what is there already waits for those before."""
+    """A scaling to the current number waits for the earlier ones."""
     number = len(pids(running))
     return bool(scale(running, number)["before"] != number)
 
@@ -192,9 +192,7 @@ def is_scaling(running: Running) -> bool:
         (None, "cannot scale to None peers: give a number"),
     ],
 )
-def test_a_number_that_is_none_changes_nothing(
-    running_pair: Running, asked: object, why: str
-) -> None:
+def test_an_invalid_number_changes_nothing(running_pair: Running, asked: object, why: str) -> None:
     before = pids(running_pair)
     with pytest.raises(ControlError, match=why):
         scale(running_pair, asked)
@@ -208,7 +206,7 @@ def running_pair(supervised: Supervised) -> Running:
     return running
 
 
-def test_a_taken_port_changes_nothing(supervised: Supervised) -> None:
+def test_a_port_in_use_changes_nothing(supervised: Supervised) -> None:
     running = start(supervised, peers=1, room=3)
     before, taken = pids(running), running.base_port + 2
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
@@ -224,7 +222,7 @@ def test_a_taken_port_changes_nothing(supervised: Supervised) -> None:
     assert scale(running, 3)["before"] == 2
 
 
-def test_there_are_no_ports_past_the_last(supervised: Supervised) -> None:
+def test_ports_end_at_65535(supervised: Supervised) -> None:
     running = supervised.start(peers=1, base_port=65534)
     running.wait_ready()
     before = pids(running)
@@ -243,7 +241,7 @@ def test_more_than_the_descriptors_allow_changes_nothing(running_pair: Running) 
     assert pids(running_pair) == before
 
 
-def test_an_app_that_is_broken_by_now_leaves_the_old_set(supervised: Supervised) -> None:
+def test_an_app_that_has_become_broken_leaves_the_old_peers(supervised: Supervised) -> None:
     running = start(supervised, peers=2, room=4, app=PLAIN)
     before = pids(running)
     write_app(supervised, BROKEN)
@@ -262,7 +260,7 @@ def test_an_app_that_is_broken_by_now_leaves_the_old_set(supervised: Supervised)
     assert scale(running, 4)["peers"] == 4
 
 
-def test_newcomers_that_die_again_and_again_are_given_up(supervised: Supervised) -> None:
+def test_new_peers_in_a_crash_loop_are_removed(supervised: Supervised) -> None:
     running = start(supervised, peers=1, room=3, app=PLAIN)
     before = pids(running)
     write_app(supervised, DIES)
@@ -306,8 +304,8 @@ def test_a_reload_while_peers_are_added(supervised: Supervised) -> None:
     assert events(running, "died") == []
 
 
-def test_a_reload_while_a_peer_goes_and_another_comes_in_its_place(supervised: Supervised) -> None:
-    """The one that the reload meant is gone, and the new one has the app of today."""
+def test_a_reload_while_a_peer_is_removed_and_added_again(supervised: Supervised) -> None:
+    """The old peer is gone, and the new one has loaded the new app."""
     running = start(supervised, peers=3, room=3, app=SLOW)
     reload = Asked(running, "reload")
     scale(running, 2)
@@ -323,7 +321,7 @@ def test_a_reload_that_waits_for_a_peer_that_is_scaled_away(supervised: Supervis
     eventually(lambda: logged(running, 0).count("loads") == 2)
     write_app(supervised, NEVER_LOADED)
     restart = Asked(running, "restart", slot=1)
-    eventually(lambda: events(running, "replaced"))  # so the reload waits behind the restart by now
+    eventually(lambda: events(running, "replaced"))  # so the reload waits behind the restart
     scale(running, 1)
     with pytest.raises(ControlError, match="stopping"):
         restart.answer()
@@ -338,7 +336,7 @@ def test_a_peer_is_scaled_away_while_it_is_replaced(supervised: Supervised) -> N
     eventually(lambda: len(running.tree()) == 5)
     begun_s = time.monotonic()
     assert scale(running, 1)["peers"] == 1
-    assert time.monotonic() - begun_s < STOP_TIMEOUT_S, "nobody had to be killed for it at the end"
+    assert time.monotonic() - begun_s < STOP_TIMEOUT_S, "no worker had to be killed at the end"
     for restart in restarts:
         with pytest.raises(
             ControlError, match=f"localhost:{running.base_port + 1}:? .*is stopping"
@@ -382,7 +380,7 @@ def test_a_stop_ends_a_scaling_that_waits_for_a_stopped_worker(supervised: Super
     assert not alive(tree)
 
 
-def test_a_worker_that_does_not_end_is_killed(supervised: Supervised) -> None:
+def test_a_worker_that_does_not_end_in_time_is_killed(supervised: Supervised) -> None:
     running = start(supervised, "--stop-timeout=1", peers=2, room=2)
     send_signal(pids(running)[1], signal.SIGSTOP)
     (stopped,) = scale(running, 1)["stopped"]
@@ -391,7 +389,7 @@ def test_a_worker_that_does_not_end_is_killed(supervised: Supervised) -> None:
     assert is_free(running.base_port + 1)
 
 
-def test_counters_go_on_when_a_slot_comes_back(supervised: Supervised) -> None:
+def test_counters_continue_when_a_slot_is_used_again(supervised: Supervised) -> None:
     running = start(supervised, "--recv-buffer=20000", peers=2, room=2)
     port = running.base_port + 1
     for _ in range(10):
@@ -401,7 +399,7 @@ def test_counters_go_on_when_a_slot_comes_back(supervised: Supervised) -> None:
         for _ in range(200):
             client.send(raw_client.pack(b"PING", b"1.0", bytes(1000)))
         send_signal(pids(running)[1], signal.SIGCONT)
-        # Its answer comes when all that was queued is counted.
+        # It is answered once the datagrams before it are counted.
         eventually(lambda: answers(port))
     before = running.peer(1)
     assert before["rx_messages"] + before["rx_dropped"] == 211
@@ -411,15 +409,15 @@ def test_counters_go_on_when_a_slot_comes_back(supervised: Supervised) -> None:
     after = running.peer(1)
     for name in ("rx_messages", "rx_dropped", "rx_bytes"):
         assert after[name] == before[name]
-    assert after["tx_messages"] >= before["tx_messages"]  # counted when they are gone
+    assert after["tx_messages"] >= before["tx_messages"]  # counted after they are sent
     assert after["restarts"] == 0
     assert after["generation"] == before["generation"] + 1
     assert answers(port)
     assert running.peer(1)["rx_messages"] == before["rx_messages"] + 1
 
 
-def test_what_was_dropped_last_is_counted(supervised: Supervised) -> None:
-    """Nobody has looked at the counter between the drops and the end of the socket."""
+def test_the_last_drops_are_counted(supervised: Supervised) -> None:
+    """The counter was not read between the drops and the end of the socket."""
     running = start(supervised, "--recv-buffer=20000", peers=2, room=2)
     send_signal(pids(running)[1], signal.SIGSTOP)
     with client_of(running.base_port + 1) as client:
@@ -437,7 +435,7 @@ def test_what_was_dropped_last_is_counted(supervised: Supervised) -> None:
     assert peer["rx_dropped"] > 100
 
 
-def test_peers_go_without_etcd(supervised: Supervised) -> None:
+def test_peers_are_removed_without_etcd(supervised: Supervised) -> None:
     with EmbeddedEtcd() as etcd:
         running = supervised.start("--ttl=3", etcd=etcd.endpoint, peers=3)
         running.wait_registered()
@@ -445,7 +443,7 @@ def test_peers_go_without_etcd(supervised: Supervised) -> None:
         try:
             begun_s = time.monotonic()
             result = scale(running, 1)
-            # Two seconds for the records, then the queues, which are empty.
+            # Two seconds for the records; the queues are empty.
             assert 1.9 < time.monotonic() - begun_s < STOP_TIMEOUT_S
         finally:
             send_signal(etcd.pid, signal.SIGCONT)
@@ -457,7 +455,7 @@ def test_peers_go_without_etcd(supervised: Supervised) -> None:
         assert running.wait() == 0
 
 
-def test_a_peer_that_was_added_is_restarted_and_logged_like_any_other(
+def test_an_added_peer_is_restarted_and_logged_like_any_other(
     supervised: Supervised,
 ) -> None:
     running = start(supervised, peers=1, room=2)
@@ -470,8 +468,10 @@ def test_a_peer_that_was_added_is_restarted_and_logged_like_any_other(
     assert ask(running, "restart", slot=1)["replaced"][0]["pid"] == pids(running)[1]
 
 
-def test_what_nobody_has_read_when_a_port_is_closed_is_counted(supervised: Supervised) -> None:
-    """By the status, the metrics and an event, as the client has sent it."""
+def test_datagrams_that_are_unread_when_a_port_is_closed_are_counted(
+    supervised: Supervised,
+) -> None:
+    """Status, metrics and an event agree with what the client has sent."""
     metrics = f"127.0.0.1:{free_ports()}"
     running = start(
         supervised,

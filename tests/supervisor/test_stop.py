@@ -1,4 +1,4 @@
-"""The end of a supervisor at bad moments: signals in a row, during a start or a reload, on a terminal."""
+"""Stopping a supervisor at bad moments: repeated signals, during a start or a reload, on a terminal."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def hang(running: Running, slot: int) -> None:
 
 
 QUICK_S = 15.0
-"""On any machine sooner than LATE has workers killed at the end of a stop."""
+"""On any machine sooner than the kill of workers at the end of a stop with LATE."""
 
 LATE = "--stop-timeout=20"
 
@@ -77,7 +77,7 @@ def tree_of(running: Running) -> list[int]:
 
 
 def assert_records_go(running: Running) -> None:
-    """If the supervisor is in a hurry on a busy machine, they go with their leases only."""
+    """On a busy machine, a hurried stop may leave them until their leases run out."""
     eventually(lambda: not has_records(running))
 
 
@@ -96,7 +96,7 @@ def stopped(pid: int) -> Iterator[None]:
             send_signal(pid, signal.SIGCONT)
 
 
-def test_a_third_signal_kills_whatever_is_left(supervised: Supervised) -> None:
+def test_a_third_signal_kills_all_processes_that_are_left(supervised: Supervised) -> None:
     with EmbeddedEtcd() as etcd:
         running = start(supervised, "--ttl=2", etcd=etcd.endpoint)
         tree = tree_of(running)
@@ -137,7 +137,7 @@ def test_two_signals_within_ten_milliseconds(supervised: Supervised) -> None:
     hang(running, 1)
     begun_s = time.monotonic()
     running.signal(signal.SIGTERM)
-    time.sleep(0.005)  # two that are pending at once are one (signal(7))
+    time.sleep(0.005)  # two pending signals are merged (signal(7))
     running.signal(signal.SIGTERM)
     assert running.wait(60) == 0
     assert time.monotonic() - begun_s < QUICK_S
@@ -145,7 +145,7 @@ def test_two_signals_within_ten_milliseconds(supervised: Supervised) -> None:
     assert_records_go(running)
 
 
-def test_ten_signals_at_once(supervised: Supervised) -> None:
+def test_ten_signals_at_the_same_time(supervised: Supervised) -> None:
     running = start(supervised)
     tree = tree_of(running)
     hang(running, 1)
@@ -160,7 +160,7 @@ def test_ten_signals_at_once(supervised: Supervised) -> None:
     assert "Traceback" not in running.err
 
 
-def test_it_is_said_who_is_waited_for_and_what_they_do(supervised: Supervised) -> None:
+def test_the_log_names_the_workers_that_a_stop_waits_for(supervised: Supervised) -> None:
     running = start(supervised, "--stop-timeout=3.5", peers=3)
     first, second, third = running.ports
     tree = tree_of(running)
@@ -172,7 +172,7 @@ def test_it_is_said_who_is_waited_for_and_what_they_do(supervised: Supervised) -
     running.signal(signal.SIGTERM)
     assert running.wait() == 0
     assert not alive(tree)
-    # Once a second, until they are killed 2.5 s after the beginning.
+    # Every second, until the workers are killed after 2.5 s.
     first_notice, last_notice, *_ = (
         line for line in running.err.splitlines() if "waiting for: " in line
     )
@@ -187,12 +187,12 @@ def test_it_is_said_who_is_waited_for_and_what_they_do(supervised: Supervised) -
     for port in (first, second):
         assert f"the worker of localhost:{port} has not stopped in time: SIGKILL" in running.err
     assert f"the worker of localhost:{third}" not in running.err
-    # What nobody has read is lost, and said.
+    # Unread datagrams are lost, and logged.
     assert "datagrams in the queue when its port was closed: 10" in running.err
     assert_records_go(running)
 
 
-def test_the_registrar_is_waited_for_by_name(supervised: Supervised) -> None:
+def test_the_log_names_the_registrar_that_a_stop_waits_for(supervised: Supervised) -> None:
     running = start(supervised, "--stop-timeout=3.5")
     registrar = running.registrar()
     tree = tree_of(running)
@@ -227,11 +227,11 @@ def test_a_signal_at_any_moment_of_the_start(supervised: Supervised) -> None:
     write_app(supervised, HANGS)
     for attempt in range(12):
         running = supervised.start("--app=stopped:app", peers=4, base_port=base_port)
-        # Not waiting for a fact is the point: whenever it comes.
+        # This does not wait for a fact on purpose: the signal comes at any moment.
         time.sleep(0.5 * generator.random())
         tree = tree_of(running)
         running.signal(signal.SIGINT if attempt % 2 else signal.SIGTERM)
-        # Before there is anything to end, a signal does what it does to any process.
+        # Before the supervisor has set its handlers, a signal has its default effect.
         assert running.wait() in ((130, -signal.SIGINT) if attempt % 2 else (0, -signal.SIGTERM))
         assert not alive(tree)
         assert not has_records(running)
@@ -254,7 +254,7 @@ def test_a_signal_while_a_successor_loads(supervised: Supervised) -> None:
 
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_signal_while_a_socket_is_handed_over(supervised: Supervised, goes_on: bool) -> None:
-    """The successor is owed the queue; or the predecessor does not leave it, and both are killed."""
+    """The successor serves the queue; or the predecessor does not leave the socket, and both are killed."""
     running = start(supervised, "--stop-timeout=3", peers=1)
     (pid,) = pids(running)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
@@ -267,31 +267,31 @@ def test_a_signal_while_a_socket_is_handed_over(supervised: Supervised, goes_on:
         before = tree_of(running)
         reload = Asked(running, "reload")
         (successor,) = eventually(lambda: set(tree_of(running)) - set(before))
-        eventually(lambda: waits_for_its_word(successor))
+        eventually(lambda: waits_for_permission(successor))
         running.signal(signal.SIGTERM)
         if goes_on:
             bodies = {raw_client.unpack(client.recv(1 << 16))[2] for _ in range(20)}
             assert len(bodies) == 20
         assert running.wait() == 0
-    with contextlib.suppress(ControlError):  # it had to decide while the supervisor stopped
+    with contextlib.suppress(ControlError):  # the supervisor was stopping already
         reload.answer()
     assert not alive([pid, successor, *before])
     assert_records_go(running)
 
 
-def waits_for_its_word(pid: int) -> bool:
-    """It has loaded the app, and reads the pipe on which it is told to go on."""
+def waits_for_permission(pid: int) -> bool:
+    """It has loaded the app, and waits for the permission to serve."""
     where = Path(f"/proc/{pid}/wchan").read_text()
     if where not in ("", "0"):
         return "pipe_read" in where
-    # Not everybody is shown that. Something else that waits for so long, it does not do.
+    # Not readable for every user. A successor waits this long for nothing else.
     worker = psutil.Process(pid)
     before = worker.cpu_times()
     time.sleep(0.2)
     return worker.status() == psutil.STATUS_SLEEPING and worker.cpu_times() == before
 
 
-def test_a_reload_is_not_held_up_by_a_stopped_worker(supervised: Supervised) -> None:
+def test_a_stopped_worker_does_not_block_a_reload(supervised: Supervised) -> None:
     running = start(supervised)
     first, second = pids(running)
     with stopped(first), pytest.raises(ControlError, match=r"is stopped .*: continue it first"):
@@ -337,8 +337,8 @@ async def late(message: Message) -> bytes:
 """
 
 
-def test_a_client_that_has_gone_is_no_queue(supervised: Supervised) -> None:
-    """The ICMP error about the last reply takes room in the queue, and nobody has to be started for it."""
+def test_an_icmp_error_is_no_queue(supervised: Supervised) -> None:
+    """The ICMP error about the last reply takes room in the queue, but no worker is started for it."""
     (supervised.folder / "late.py").write_text(LATE_REPLY)
     running = supervised.start("--app=late:app", peers=1)
     running.wait_registered()
@@ -352,14 +352,14 @@ def test_a_client_that_has_gone_is_no_queue(supervised: Supervised) -> None:
 
 
 class Terminal:
-    """``peerd supervise`` in the foreground of a terminal, typed at."""
+    """``peerd supervise`` in the foreground of a terminal."""
 
     def __init__(self, supervised: Supervised) -> None:
         write_app(supervised, HANGS)
         self.port = free_ports(2)
         self.control = supervised.folder / "control"
         self._ours, theirs = pty.openpty()
-        # setsid makes it the terminal's session, as a shell has, so that ^C is a signal.
+        # setsid makes it the session of the terminal, as a shell does, so ^C becomes a signal.
         command = ["setsid", "--ctty", sys.executable, "-m", "peerd", "supervise", "--peers=2"]
         command += [f"--base-port={self.port}", f"--etcd={supervised.etcd}", "--prefix=typed"]
         command += ["--app=stopped:app", f"--control={self.control}", LATE]
@@ -374,7 +374,7 @@ class Terminal:
 
     @property
     def screen(self) -> str:
-        with contextlib.suppress(OSError):  # EIO: nobody has it open any more
+        with contextlib.suppress(OSError):  # EIO: no process has it open any more
             while select.select([self._ours], [], [], 0)[0]:
                 self._seen += os.read(self._ours, 1 << 16)
         return self._seen.decode()
@@ -399,7 +399,7 @@ def terminal(supervised: Supervised) -> Iterator[Terminal]:
         terminal.close()
 
 
-def test_ctrl_c_is_clean(terminal: Terminal) -> None:
+def test_ctrl_c_stops_cleanly(terminal: Terminal) -> None:
     tree = terminal.tree()
     assert len(tree) == 4
     terminal.type("\x03")
@@ -411,7 +411,7 @@ def test_ctrl_c_is_clean(terminal: Terminal) -> None:
     assert "KeyboardInterrupt" not in terminal.screen
 
 
-def test_ctrl_c_twice_is_quick(terminal: Terminal) -> None:
+def test_ctrl_c_twice_stops_quickly(terminal: Terminal) -> None:
     tree = terminal.tree()
     raw_client.send(terminal.port, b"HANG")
     with pytest.raises(TimeoutError):
@@ -426,8 +426,8 @@ def test_ctrl_c_twice_is_quick(terminal: Terminal) -> None:
     assert "Traceback" not in terminal.screen
 
 
-def test_a_terminal_that_goes_away_is_no_ctrl_c(terminal: Terminal) -> None:
-    """SIGHUP is a reload; what is then written finds nobody, and harms nothing."""
+def test_a_closed_terminal_is_no_ctrl_c(terminal: Terminal) -> None:
+    """SIGHUP is a reload; writing to the closed terminal afterwards harms nothing."""
     before = terminal.tree()
     os.kill(terminal.process.pid, signal.SIGHUP)
     eventually(lambda: "has taken over" in terminal.screen)

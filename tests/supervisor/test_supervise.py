@@ -38,7 +38,7 @@ def socket_inode(port: int) -> str:
         fields = line.split()
         if int(fields[1].partition(":")[2], 16) == port:
             return fields[9]
-    raise AssertionError(f"nobody is bound to UDP port {port}")
+    raise AssertionError(f"no socket is bound to UDP port {port}")
 
 
 def no_records(running: Running) -> bool:
@@ -69,7 +69,9 @@ def test_eight_peers_are_registered_and_answer(supervised: Supervised) -> None:
     ("host", "reached_at"),
     [("::1", ["::1"]), ("::", ["::1", "127.0.0.1"]), ("0.0.0.0", ["127.0.0.1"])],
 )
-def test_other_hosts(supervised: Supervised, host: str, reached_at: list[str]) -> None:
+def test_hosts_other_than_loopback(
+    supervised: Supervised, host: str, reached_at: list[str]
+) -> None:
     running = supervised.start(f"--host={host}", peers=1)
     running.wait_registered()
     port = running.ports[0]
@@ -101,7 +103,7 @@ def test_each_record_has_a_lease_of_its_own(supervised: Supervised) -> None:
 
 @pytest.mark.alone
 def test_a_killed_worker_is_replaced_on_the_same_socket(supervised: Supervised) -> None:
-    """At 1,000 pings a second, at most what one receive batch held is unanswered."""
+    """At 1,000 pings/s, the unanswered ones are at most those of one receive batch."""
     running = supervised.start(peers=2)
     running.wait_ready()
     port = running.ports[0]
@@ -115,7 +117,7 @@ def test_a_killed_worker_is_replaced_on_the_same_socket(supervised: Supervised) 
         reader.start()
         begun_s = time.monotonic()
         for number in range(sent):
-            # The pace is the test's subject. A busy wait would take the GIL from the reader.
+            # The test is about this pace. A busy wait would take the GIL from the reader.
             time.sleep(max(0.0, begun_s + number / 1000 - time.monotonic()))
             client.send(raw_client.pack(b"PING", b"1.0", b"%d" % number))
             if number == sent // 2:
@@ -131,7 +133,7 @@ def test_a_killed_worker_is_replaced_on_the_same_socket(supervised: Supervised) 
 
 
 def collect(client: socket.socket, answered: set[bytes], sent: int) -> None:
-    """Every PONG until the reply to the last message, which is an ECHO."""
+    """Collect every PONG until the reply to the last message, which is an ECHO."""
     while len(answered) < sent:
         magic, _, body = raw_client.unpack(client.recv(1 << 16))
         if magic == b"ECHO":
@@ -140,7 +142,7 @@ def collect(client: socket.socket, answered: set[bytes], sent: int) -> None:
 
 
 def test_a_killed_supervisor_leaves_nothing(supervised: Supervised) -> None:
-    """At a random moment, the first 50 ms included."""
+    """The kill comes at a random moment, including the first 50 ms."""
     generator = random.Random(5)
     base_port = free_ports(8)
     for attempt in range(20):
@@ -151,7 +153,7 @@ def test_a_killed_supervisor_leaves_nothing(supervised: Supervised) -> None:
             running.wait_registered()
             assert len(records(running)) == 8
         else:
-            # Not waiting for a fact is the point here: the kill comes whenever it comes.
+            # This does not wait for a fact on purpose: the kill comes at any moment.
             time.sleep(generator.choice([0.05, 0.3, 0.6]) * generator.random())
         pids = [process.pid for process in running.tree()]
         running.kill()
@@ -174,7 +176,7 @@ def test_a_signal_stops_it_in_order(
     assert "Traceback" not in running.err
 
 
-def test_what_is_queued_is_served_before_it_exits(supervised: Supervised) -> None:
+def test_queues_are_served_before_it_exits(supervised: Supervised) -> None:
     running = supervised.start(peers=1)
     running.wait_ready()
     send_signal(running.peer(0)["pid"], signal.SIGSTOP)
@@ -192,7 +194,7 @@ def test_what_is_queued_is_served_before_it_exits(supervised: Supervised) -> Non
     assert len(bodies) == 100
 
 
-def test_a_second_signal_stops_at_once(supervised: Supervised, tmp_path: Path) -> None:
+def test_a_second_signal_stops_immediately(supervised: Supervised, tmp_path: Path) -> None:
     (tmp_path / "stuck.py").write_text(
         "import peerd\napp = peerd.App()\n@app.handler('HANG')\ndef hang(message):\n    while True: pass\n"
     )
@@ -212,7 +214,7 @@ def test_a_second_signal_stops_at_once(supervised: Supervised, tmp_path: Path) -
     eventually(lambda: records(running) == [], within_s=20)
 
 
-def test_a_stop_has_a_hard_end(supervised: Supervised, tmp_path: Path) -> None:
+def test_a_stop_ends_at_its_timeout(supervised: Supervised, tmp_path: Path) -> None:
     (tmp_path / "stuck.py").write_text(
         "import peerd\napp = peerd.App()\n@app.handler('HANG')\ndef hang(message):\n    while True: pass\n"
     )
@@ -237,7 +239,7 @@ def test_a_killed_registrar_is_replaced_and_no_record_disappears(supervised: Sup
         before = {record.peer_id: record for record in registry.nodes()}
         assert len(before) == 8
         old.kill()
-        # For longer than it takes the new one to take over: the count never drops.
+        # Longer than the takeover by the new one: the count never drops.
         eventually(lambda: len(registry.nodes()) == 8 and running.registrar().pid != old.pid)
         deadline_s = time.monotonic() + 3
         while time.monotonic() < deadline_s:
@@ -245,7 +247,7 @@ def test_a_killed_registrar_is_replaced_and_no_record_disappears(supervised: Sup
     assert all(peer["registered"] for peer in running.status()["peers"])
 
 
-def test_a_registrar_that_is_killed_again_and_again_comes_back(supervised: Supervised) -> None:
+def test_a_registrar_that_is_killed_repeatedly_comes_back(supervised: Supervised) -> None:
     running = supervised.start(peers=2)
     running.wait_registered()
     for _ in range(7):
@@ -265,7 +267,7 @@ def test_a_stop_while_there_is_no_registrar_leaves_no_record(supervised: Supervi
     assert records(running) == []
 
 
-def test_a_log_that_nobody_reads_stops_nothing(supervised: Supervised, tmp_path: Path) -> None:
+def test_a_log_without_a_reader_stops_nothing(supervised: Supervised, tmp_path: Path) -> None:
     (tmp_path / "angry.py").write_text(
         "import peerd\napp = peerd.App()\n"
         "@app.handler('BAD')\ndef bad(message):\n    raise ValueError('x' * 60000)\n"
@@ -288,7 +290,7 @@ def test_a_log_that_nobody_reads_stops_nothing(supervised: Supervised, tmp_path:
         process.stderr.close()
 
 
-def test_nohup_means_it(supervised: Supervised) -> None:
+def test_nohup_is_respected(supervised: Supervised) -> None:
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         running = supervised.start(peers=1)
@@ -301,7 +303,7 @@ def test_nohup_means_it(supervised: Supervised) -> None:
 
 
 def test_an_adopted_lease_is_kept_alive(supervised: Supervised) -> None:
-    """With the shortest lease, records that nobody keeps alive would be gone within 3 s."""
+    """With the shortest lease, records without keep-alives would be gone within 3 s."""
     running = supervised.start("--ttl=2", peers=2)
     running.wait_registered()
     running.registrar().kill()
@@ -315,7 +317,7 @@ def test_an_adopted_lease_is_kept_alive(supervised: Supervised) -> None:
 def test_a_killed_workers_record_goes_and_comes_back(
     supervised: Supervised, tmp_path: Path
 ) -> None:
-    """The successor imports its app only after the gap was seen."""
+    """The successor imports its app only after the gap was observed."""
     (tmp_path / "slow.py").write_text(
         "import os, time, peerd\nwhile os.path.exists('hold'): time.sleep(0.01)\napp = peerd.App()\n"
     )
@@ -329,7 +331,7 @@ def test_a_killed_workers_record_goes_and_comes_back(
     eventually(lambda: len(records(running)) == 2)
 
 
-def test_others_hear_at_once_of_a_worker_that_dies(supervised: Supervised) -> None:
+def test_watchers_learn_of_a_dead_worker_within_milliseconds(supervised: Supervised) -> None:
     running = supervised.start(peers=2)
     running.wait_registered()
     with Registry(running.etcd, running.prefix) as registry, registry.watch() as watch:
@@ -345,7 +347,7 @@ def test_others_hear_at_once_of_a_worker_that_dies(supervised: Supervised) -> No
 
 
 def test_two_supervisors_that_advertise_the_same_address(supervised: Supervised) -> None:
-    """Each holds its ports, at addresses of their own; the peer ids are the first one's."""
+    """Each has its own address and ports; the first one holds the peer ids."""
     first = supervised.start("--advertise=game.example", peers=2)
     first.wait_registered()
     with Registry(first.etcd, first.prefix) as registry, registry.watch() as watch:
@@ -362,7 +364,7 @@ def test_two_supervisors_that_advertise_the_same_address(supervised: Supervised)
             assert not peer["registered"]
             assert f"'game.example:{first.base_port + slot}' belongs to" in peer["conflict"]
             assert f"process {first.pid} on " in peer["conflict"]
-        first.registrar().kill()  # its successor comes before anyone else does
+        first.registrar().kill()  # its successor registers before any other process
         eventually(lambda: "the registrar, pid" in first.err)
         first.wait_registered()
         first.signal(signal.SIGTERM)
@@ -374,10 +376,10 @@ def test_two_supervisors_that_advertise_the_same_address(supervised: Supervised)
     assert not any(peer["conflict"] for peer in second.status()["peers"])
 
 
-def test_a_supervisor_that_comes_back_takes_over_what_a_dead_one_left(
+def test_a_supervisor_takes_over_the_records_of_its_dead_predecessor(
     supervised: Supervised,
 ) -> None:
-    """Killed with its registrar, so that the leases, of ten minutes here, go on."""
+    """Its registrar is killed too, so the leases, of ten minutes here, remain."""
     running = supervised.start("--ttl=600", peers=2)
     running.wait_registered()
     tree = running.tree()
@@ -393,7 +395,7 @@ def test_a_supervisor_that_comes_back_takes_over_what_a_dead_one_left(
     assert no_records(running)
 
 
-def test_a_hung_worker_loses_its_record_until_it_gets_on(supervised: Supervised) -> None:
+def test_a_hung_worker_has_no_record_until_it_makes_progress(supervised: Supervised) -> None:
     running = supervised.start(peers=2)
     running.wait_registered()
     pid = running.peer(0)["pid"]
@@ -414,7 +416,7 @@ def test_workers_and_supervisor_hold_no_grpc_and_no_thread(supervised: Supervise
             assert process.num_threads() == 1
 
 
-def test_a_worker_has_no_descriptor_that_is_not_its_own(supervised: Supervised) -> None:
+def test_a_worker_holds_its_own_descriptors_only(supervised: Supervised) -> None:
     running = supervised.start()
     running.wait_ready()
     for slot in range(8):
@@ -438,7 +440,7 @@ def test_a_second_supervisor_on_the_same_ports_names_the_first(supervised: Super
         assert raw_client.request(port, b"PING", b"x")[0] == b"PONG"
 
 
-def test_a_port_of_somebody_else_is_named(supervised: Supervised) -> None:
+def test_a_port_in_use_is_named_with_its_process(supervised: Supervised) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
         holder.bind(("127.0.0.1", 0))
         port = holder.getsockname()[1]
@@ -495,7 +497,7 @@ def test_settings_come_from_flags_then_the_environment_then_the_file(
     assert "unknown setting 'peer'" in refused.err
 
 
-def test_an_etcd_that_is_away_stops_nothing(supervised: Supervised) -> None:
+def test_an_unreachable_etcd_stops_nothing(supervised: Supervised) -> None:
     with EmbeddedEtcd() as etcd:
         etcd.kill()
         running = supervised.start(etcd=etcd.endpoint)
@@ -543,7 +545,7 @@ def test_a_handler_that_raises_is_logged_with_peer_and_traceback(
     assert "ValueError: angry" in running.err
 
 
-def test_a_worker_that_always_dies_is_parked_and_its_siblings_go_on(
+def test_a_worker_that_always_dies_is_parked_and_the_others_serve(
     supervised: Supervised, tmp_path: Path
 ) -> None:
     (tmp_path / "dies.py").write_text(
@@ -567,7 +569,7 @@ def test_a_worker_that_always_dies_is_parked_and_its_siblings_go_on(
 
 @pytest.mark.alone  # any test that asks for no etcd would find this one
 def test_the_embedded_etcd_comes_and_goes_with_the_supervisor(tmp_path: Path) -> None:
-    """At the default endpoint, since it is only ever started there."""
+    """At the default endpoint, because it is started there only."""
     from peerd.registry import embedded_etcd
     from peerd.settings import DEFAULT_ENDPOINT
 
@@ -589,7 +591,7 @@ def test_the_embedded_etcd_comes_and_goes_with_the_supervisor(tmp_path: Path) ->
         eventually(lambda: not embedded_etcd.is_listening(DEFAULT_ENDPOINT))
         eventually(lambda: not list(Path(os.environ["TMPDIR"]).glob("peerd-etcd-*")))
     for path in Path(os.environ["XDG_RUNTIME_DIR"]).glob("peerd/*.sock"):
-        path.unlink()  # what the SIGKILL left; a next start on these ports would replace it
+        path.unlink()  # left by the SIGKILL; the next start on these ports would replace it
 
 
 def nodes_json() -> list[int]:
@@ -641,7 +643,7 @@ def test_garbage_on_the_control_socket_harms_nothing(supervised: Supervised) -> 
         client.close()
 
 
-def test_an_unwritable_default_place_is_information(
+def test_an_unwritable_default_directory_is_logged_as_information(
     supervised: Supervised, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/no")
