@@ -1,1 +1,1 @@
-"""The App that a user writes, and what runs it: the worker process, and a peer inside another program."""
+"""The App that a user writes, and what runs it: a worker process, or a peer inside another program."""

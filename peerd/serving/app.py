@@ -1,9 +1,10 @@
-"""What a user writes: an App, which is a table from magic code to handler."""
+"""The App that a user writes: a table of handlers by magic code."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
@@ -20,24 +21,25 @@ BatchHandler = Callable[[list[Message]], None]
 HandlerT = TypeVar("HandlerT", bound=Handler | CoroutineHandler)
 BatchHandlerT = TypeVar("BatchHandlerT", bound=BatchHandler)
 
-# The envelope allows 2 GiB; a magic code is a word.
-MAX_MAGIC_BYTES = 255
+MAX_MAGIC_BYTES = 255  # the envelope allows 2 GiB
 
 
 class App:
     """Handlers by magic code.
 
-    A handler runs in the worker's only thread: while it runs, its peer receives nothing (datagrams
-    wait in the kernel's buffer). So it should not block, or be an ``async def`` and await: an app
-    that has one runs on an event loop (uvloop's when it is installed), and others are served
-    meanwhile. What a handler raises is counted and logged, the message gets no reply, and the peer
-    goes on.
+    A handler runs in the worker's only thread. While it runs, its peer receives nothing, and
+    datagrams wait in the kernel's buffer. A handler that has to wait should be an ``async def``: its
+    app runs on an event loop (uvloop's if that is installed), and the peer serves other messages
+    while the handler waits. If a handler raises, the error is counted and logged, the message gets
+    no reply, and the peer continues.
     """
 
     def __init__(self) -> None:
         self._handlers: dict[str, Handler] = {}
         self._coroutine_handlers: dict[str, CoroutineHandler] = {}
         self._batch_handlers: dict[str, BatchHandler] = {}
+        self._timeouts_s: dict[str, float] = {}
+        self._max_waiting: dict[str, int] = {}
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
@@ -54,18 +56,53 @@ class App:
         """The batch handlers by magic code."""
         return MappingProxyType(self._batch_handlers)
 
-    def handler(self, magic: str) -> Callable[[HandlerT], HandlerT]:
-        """Register a function, or a coroutine function, that is called once a message.
+    @property
+    def timeouts_s(self) -> Mapping[str, float]:
+        """The ``timeout`` of the handlers that have one, by magic code."""
+        return MappingProxyType(self._timeouts_s)
 
-        It returns bytes (the body of a reply with the same magic and version), a Message (a reply
-        of its own) or None (no reply). Raises ValueError when the magic is not 1 to 255 ASCII
-        characters or has a handler already, TypeError for what cannot be called.
+    @property
+    def max_waiting(self) -> Mapping[str, int]:
+        """The ``max_waiting`` of the handlers that have one, by magic code."""
+        return MappingProxyType(self._max_waiting)
+
+    def handler(
+        self, magic: str, *, timeout: float | None = None, max_waiting: int | None = None
+    ) -> Callable[[HandlerT], HandlerT]:
+        """Register a function, or a coroutine function, that is called once per message.
+
+        It returns bytes (the body of a reply with the same magic code and version), a Message (a
+        reply as it is) or None (no reply).
+
+        Of an ``async def`` handler, ``timeout`` limits the seconds that it may wait for one message:
+        then it is cancelled, and a TimeoutError is counted and logged as if the handler had raised
+        it. ``max_waiting`` limits the messages for which it waits at a time: further ones are
+        dropped, counted and logged. Over all handlers, a worker stops reading at 10,000.
+
+        Raises ValueError when the magic code is not 1 to 255 ASCII characters or has a handler
+        already, or when a limit is not positive. Raises TypeError when the object is not callable,
+        and for a limit of a plain function.
         """
+        if timeout is not None and not 0 < timeout < math.inf:
+            raise ValueError(f"the timeout of {magic!r} must be a positive number, not {timeout!r}")
+        if max_waiting is not None and not 0 < int(max_waiting) == max_waiting:
+            raise ValueError(
+                f"max_waiting of {magic!r} must be a positive integer, not {max_waiting!r}"
+            )
 
         def register(function: HandlerT) -> HandlerT:
             self._check(magic, function)
             if inspect.iscoroutinefunction(function):
                 self._coroutine_handlers[magic] = function
+                if timeout is not None:
+                    self._timeouts_s[magic] = timeout
+                if max_waiting is not None:
+                    self._max_waiting[magic] = int(max_waiting)
+            elif timeout is not None or max_waiting is not None:
+                raise TypeError(
+                    f"the handler of {magic!r} is a plain function, which cannot be interrupted: "
+                    "timeout and max_waiting are for async handlers"
+                )
             else:
                 self._handlers[magic] = cast(Handler, function)
             return function
@@ -73,7 +110,7 @@ class App:
         return register
 
     def batch_handler(self, magic: str) -> Callable[[BatchHandlerT], BatchHandlerT]:
-        """Register a function that is called once a wake-up with all messages of it; no replies.
+        """Register a function that is called once per wake-up with all its messages; no replies.
 
         Raises as :meth:`handler` does, and TypeError for a coroutine function.
         """
@@ -100,7 +137,7 @@ class App:
 
 
 def builtin_app() -> App:
-    """The app that runs when no other is named: PING is answered with PONG, ECHO with ECHO."""
+    """The app that runs without ``--app``: PING is answered with PONG, ECHO with ECHO."""
     app = App()
 
     @app.handler("PING")
@@ -117,8 +154,8 @@ def builtin_app() -> App:
 def load_app(name: str | None) -> App:
     """The App that ``module:attr`` names (modules of the current directory included), or the built-in.
 
-    Raises AppLoadError that says which half failed. An error raised inside the module while it is
-    imported is its ``__cause__``, with the traceback.
+    Raises AppLoadError, which names the half that failed. Its ``__cause__`` is the error that the
+    module raised while it was imported, if any.
     """
     if name is None:
         return builtin_app()

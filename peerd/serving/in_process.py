@@ -35,9 +35,9 @@ class Peer:
 
         Peer(app, port=5001).serve_forever()
 
-    On the way out the record is revoked first, then what the socket's queue holds is served. Handlers
-    share the GIL with the rest of the process: for a peer that keeps pace with the kernel and
-    survives its own crash, use ``peerd supervise``.
+    On close the record is revoked first, then what the socket's queue holds is served. Handlers share
+    the GIL with the rest of the process; ``peerd supervise`` runs peers in their own processes, which
+    are restarted after a crash.
     """
 
     def __init__(
@@ -56,13 +56,12 @@ class Peer:
         lease_ttl_s: int = 10,
         recv_buffer_bytes: int = SupervisorSettings.recv_buffer_bytes,
     ) -> None:
-        """Opens nothing yet.
+        """Open nothing yet.
 
         ``app``: None for the built-in one (PING, ECHO). ``etcd``: the endpoint of the registry; None
         to register nowhere. ``access``: its login and certificates. ``advertise``: the host in the
         record; None for ``host``, or this machine's name when that is a wildcard. Raises SettingsError
-        for a port out of range, and for an app with coroutine handlers, which need a worker of their
-        own.
+        for a port out of range, and for an app with coroutine handlers, which need a worker process.
         """
         if app is not None and app.coroutine_handlers:
             raise SettingsError(
@@ -91,8 +90,7 @@ class Peer:
     def start(self) -> None:
         """Bind, serve in a thread, register.
 
-        Raises BindError, and of the registry PeerConflictError or RegistryUnavailableError; nothing
-        is left open then.
+        Raises BindError, PeerConflictError or RegistryUnavailableError, and leaves nothing open then.
         """
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
@@ -117,7 +115,7 @@ class Peer:
             self._loop.stop(drain_s=DRAIN_S)
 
     def close(self) -> None:
-        """Revoke the record, drain, close the socket. May be called again."""
+        """Revoke the record, drain, close the socket. Does nothing when called again."""
         withdraw = self._open.pop_all()
         try:
             withdraw.close()

@@ -1,7 +1,7 @@
 """One peer: an adopted socket, a DatagramLoop, the App and a slot of the scoreboard -> an exit code.
 
-Runs in a process of its own, forked by the supervisor, which owns the socket and learns of everything
-that happens here from the slot, from one report at boot and from the exit code.
+A worker runs in its own process, forked by the supervisor. The supervisor owns the socket; it observes
+the worker through the slot, the boot report and the exit code.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class WorkerSettings:
 
 
 class BootReport(Protocol):
-    """How a worker tells how its start goes."""
+    """A worker's messages to the supervisor while it starts."""
 
     def prepared(self) -> None:
-        """The app is loaded. Returns when this worker may read the socket: a predecessor may still."""
+        """The app is loaded. Returns once the predecessor, if any, has left the socket."""
 
     def ready(self) -> None: ...
 
@@ -54,39 +54,37 @@ class BootReport(Protocol):
 
 
 def run(settings: WorkerSettings, sock: socket.socket, slot: Slot, report: BootReport) -> int:
-    """Serve until SIGTERM, then drain, or until HAND_OVER, and leave the queue to a successor.
+    """Serve until SIGTERM and drain, or until HAND_OVER and leave the queue to a successor.
 
-    EX_CONFIG when the app cannot be loaded.
+    Returns EX_CONFIG when the app cannot be loaded.
     """
     setproctitle(f"peerd: peer {settings.peer_id}")
-    # The terminal's Ctrl-C is the supervisor's to judge.
+    # Ctrl-C reaches every process of the terminal; the supervisor alone acts on it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    faulthandler.enable()  # a crash in C then shows the Python stack among the last lines
-    faulthandler.register(DUMP_STACK)  # first, for an app that hangs while it is imported
+    faulthandler.enable()  # writes the Python stack when C code crashes
+    faulthandler.register(DUMP_STACK)  # before the import of the app, which may block
     try:
         app = load_app(settings.app)
     except AppLoadError as error:
         report.failed(_explain(error))
         return EX_CONFIG
     report.prepared()
-    # Not earlier: the loop counts in the slot from its beginning, as a predecessor does to its end.
+    # Not earlier: the loop writes to the slot, as a predecessor does until its end.
     loop = make_loop(app, sock.fileno(), slot, settings.datagrams)
     try:
-        _serve(loop, bool(app.coroutine_handlers), report, settings.drain_timeout_s)
+        _serve(loop, app, report, settings.drain_timeout_s)
     except SystemExit:
         log.critical("a handler has called sys.exit", exc_info=True)
         raise
     return EX_OK
 
 
-def _serve(
-    loop: DatagramLoop, on_event_loop: bool, report: BootReport, drain_timeout_s: float
-) -> None:
-    if on_event_loop:
+def _serve(loop: DatagramLoop, app: App, report: BootReport, drain_timeout_s: float) -> None:
+    if app.coroutine_handlers:
         # Only an app that has coroutine handlers pays for asyncio.
         from peerd.serving import async_server
 
-        async_server.run(loop, report.ready, drain_timeout_s)
+        async_server.run(loop, report.ready, drain_timeout_s, app.timeouts_s)
         return
     signal.signal(signal.SIGTERM, lambda *_: loop.stop(drain_timeout_s))
     signal.signal(HAND_OVER, lambda *_: loop.stop(drain_timeout_s, hand_over=True))
@@ -99,7 +97,7 @@ def _serve(
 def make_loop(
     app: App, fd: int, slot: Slot, settings: DatagramSettings, about: str = ""
 ) -> DatagramLoop:
-    """The datagram loop of a peer, with its handlers and its logs, whose lines begin with ``about``."""
+    """The datagram loop of a peer; the lines of its logs begin with ``about``."""
     return DatagramLoop(
         fd,
         app.handlers,
@@ -107,6 +105,7 @@ def make_loop(
         slot,
         HandlerErrorLog(about),
         coroutine_handlers=app.coroutine_handlers,
+        max_waiting=app.max_waiting,
         on_icmp_error=IcmpErrorLog(about) if log.isEnabledFor(logging.DEBUG) else None,
         on_replies_dropped=DroppedReplyLog(about),
         gro=settings.offload and not is_kernel_without_gro(),
@@ -116,7 +115,7 @@ def make_loop(
 
 
 class IcmpErrorLog:
-    """Names the clients that cannot be reached."""
+    """Logs the clients that cannot be reached."""
 
     def __init__(self, about: str) -> None:
         self._about = about
@@ -127,7 +126,7 @@ class IcmpErrorLog:
 
 
 class HandlerErrorLog:
-    """Logs what handlers raise: each magic code once a second at most, with how many were left out."""
+    """Logs what handlers raise: at most one line per magic code and second, with the number left out."""
 
     INTERVAL_S = 1.0
 
@@ -156,7 +155,7 @@ class HandlerErrorLog:
 
 
 def _explain(error: AppLoadError) -> str:
-    """One line, and behind it the traceback of what the app itself raised."""
+    """One line, then the traceback of the error that the app itself raised."""
     if error.__cause__ is None:
         return str(error)
     return f"{error}\n{''.join(traceback.format_exception(error.__cause__))}".rstrip()

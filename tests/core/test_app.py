@@ -59,6 +59,31 @@ def test_a_coroutine_function_handles_messages_but_no_batches() -> None:
         app.batch_handler("B")(batch)  # type: ignore[type-var]
 
 
+def test_limits_are_for_async_handlers() -> None:
+    app = App()
+
+    @app.handler("A", timeout=2, max_waiting=3)
+    async def limited(message: Message) -> None: ...
+
+    assert (app.timeouts_s, app.max_waiting) == ({"A": 2}, {"A": 3})
+    with pytest.raises(TypeError, match="async"):
+        app.handler("B", timeout=1.0)(lambda message: None)
+    with pytest.raises(TypeError, match="async"):
+        app.handler("B", max_waiting=1)(lambda message: None)
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf")])
+def test_a_timeout_is_a_positive_number(timeout: float) -> None:
+    with pytest.raises(ValueError, match="timeout of 'A'"):
+        App().handler("A", timeout=timeout)
+
+
+@pytest.mark.parametrize("max_waiting", [0, -1, 1.5])
+def test_max_waiting_is_a_positive_integer(max_waiting: int) -> None:
+    with pytest.raises(ValueError, match="max_waiting of 'A'"):
+        App().handler("A", max_waiting=max_waiting)
+
+
 def test_the_built_in_app() -> None:
     handlers = load_app(None).handlers
     assert handlers["PING"](Message("PING", "2", b"x")) == Message("PONG", "2", b"x")

@@ -71,12 +71,13 @@ def serve(
             slot,
             lambda _magic, _sender, error: client.errors.append(error),
             coroutine_handlers=app.coroutine_handlers,
+            max_waiting=app.max_waiting,
         )
 
         async def main() -> None:
             async with asyncio.timeout(100), asyncio.TaskGroup() as group:
                 serving = asyncio.Event()
-                group.create_task(server(core, {}).serve(serving.set, 5.0))
+                group.create_task(server(core, app.timeouts_s).serve(serving.set, 5.0))
                 await serving.wait()
                 try:
                     await test(client)
@@ -655,6 +656,98 @@ def test_a_bounded_number_of_handlers_waits(monkeypatch: pytest.MonkeyPatch) -> 
     assert client.slot.counters()["handled"] == 200
     assert (client.slot.waiting, client.slot.waiting_by_magic) == (0, {})
     assert client.slot.not_reading_since_ns == 0
+
+
+def test_a_full_server_logs_which_magic_codes_wait(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the limit and once per interval from then on."""
+    monkeypatch.setattr(async_server, "MAX_WAITING", 4)
+    monkeypatch.setattr(async_server, "FULL_LOG_INTERVAL_S", 0.3)
+    app = App()
+    gate = asyncio.Event()
+
+    @app.handler("HANG")
+    async def hang(message: Message) -> None:
+        await gate.wait()
+
+    async def test(client: Client) -> None:
+        for _ in range(10):
+            client.send("HANG")
+        while len(caplog.records) < 2:
+            await asyncio.sleep(0.01)
+        gate.set()
+
+    serve(app, test)
+    assert all("'HANG': " in record.getMessage() for record in caplog.records)
+    assert "max_waiting=" in caplog.text
+
+
+@pytest.mark.parametrize("is_stubborn", [False, True])
+def test_a_timeout_cancels_a_handler(is_stubborn: bool) -> None:
+    app = App()
+
+    @app.handler("SLOW", timeout=0.05)
+    async def slow(message: Message) -> bytes | None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if not is_stubborn:
+                raise
+        return b"late, but here"
+
+    @app.handler("QUICK", timeout=60)
+    async def quick(message: Message) -> bytes:
+        await asyncio.sleep(0)
+        return b"quick"
+
+    async def test(client: Client) -> None:
+        client.send("SLOW")
+        client.send("QUICK")
+        assert await client.receive() == b"quick"
+        if is_stubborn:
+            assert await client.receive() == b"late, but here"
+        while client.slot.unfinished:
+            await asyncio.sleep(0)
+
+    client = serve(app, test)
+    assert [type(error) for error in client.errors] == [TimeoutError] * (not is_stubborn)
+    assert client.slot.counters()["handler_errors"] == (not is_stubborn)
+    assert not is_stubborn or not client.errors
+
+
+def test_messages_above_max_waiting_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    """Those of this magic code; they are counted at once and logged at a limited rate."""
+    app = App()
+    gate = asyncio.Event()
+
+    @app.handler("ASK", max_waiting=3)
+    async def ask(message: Message) -> bytes:
+        await gate.wait()
+        return message.body
+
+    @app.handler("OTHER")
+    async def other(message: Message) -> bytes:
+        await asyncio.sleep(0)
+        return b"other"
+
+    async def test(client: Client) -> None:
+        for number in range(8):
+            client.send("ASK", b"%d" % number)
+        client.send("OTHER")
+        assert await client.receive() == b"other"
+        counters = client.slot.counters()
+        assert (counters["rx_max_waiting"], counters["handled"]) == (5, 6)
+        assert client.slot.waiting_by_magic == {"ASK": 3}
+        while not caplog.records:
+            await asyncio.sleep(0.01)
+        gate.set()
+        assert [await client.receive() for _ in range(3)] == [b"0", b"1", b"2"]
+        client.send("ASK", b"again")
+        assert await client.receive() == b"again"
+
+    serve(app, test)
+    assert "dropped 5 messages for 'ASK'" in caplog.text
 
 
 def test_a_stop_waits_for_handlers_under_way() -> None:
