@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import orjson
 
 from bench.children import ANSWER_TIMEOUT_S, answer, running
-from bench.noise import QUIET, Watch
-from regimes.rates import PEERS, RunSettings, Subject
+from bench.noise import Watch
+from regimes.rates import PEERS, Measured, RunSettings, Subject
 from regimes.receivers import serving
 from udp.envelope import datagram
 from udp.udp_sockets import bound_sockets, dropped, port_of
@@ -34,15 +34,11 @@ WAIT_TIMEOUT_S = 0.2
 """How long the client waits for an answer."""
 
 
-@dataclass(frozen=True)
-class Latency:
-    regime: str
-    receiver: str
-    round: int
+@dataclass(frozen=True, kw_only=True)
+class Latency(Measured):
     per_second: int
     """Requests per second, or CLOSED."""
 
-    sent: int
     answered: int
     client_drops: int
     """Answers that the client's own socket had no room for."""
@@ -52,9 +48,6 @@ class Latency:
     p99_ns: int
     p999_ns: int
     max_ns: int
-    receiver_cpu_s: float
-    others: float
-    """The share of all CPUs that other processes used meanwhile."""
 
     @property
     def lost(self) -> int:
@@ -63,10 +56,6 @@ class Latency:
     @property
     def cpu_ns(self) -> float:
         return self.receiver_cpu_s / max(self.answered, 1) * 1e9
-
-    @property
-    def disturbed(self) -> bool:
-        return self.others > QUIET
 
 
 def measure_latency(run: RunSettings, subject: Subject) -> list[Latency]:

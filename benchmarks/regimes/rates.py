@@ -52,12 +52,25 @@ class Subject:
     round: int
 
 
-@dataclass(frozen=True)
-class Throughput:
+@dataclass(frozen=True, kw_only=True)
+class Measured:
     regime: str
     receiver: str
     round: int
     sent: int
+    receiver_cpu_s: float
+    """User and system time of the receiver's processes."""
+
+    others: float
+    """The share of all CPUs that other processes used meanwhile."""
+
+    @property
+    def disturbed(self) -> bool:
+        return self.others > QUIET
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput(Measured):
     sender_s: float
     sender_cpu_s: float
     send_errors: int
@@ -70,12 +83,6 @@ class Throughput:
     kernel_drops: int
     window_s: float
     """From the first send until the queues were empty, or until the last reply."""
-
-    receiver_cpu_s: float
-    """User and system time of the receiver's processes in that time."""
-
-    others: float
-    """The share of all CPUs that other processes used meanwhile."""
 
     @property
     def counted(self) -> int:
@@ -111,10 +118,6 @@ class Throughput:
             return "receiver"
         # The receiver had time left and lost nothing: a faster sender would show more.
         return "sender" if self.counted == self.sent else "unclear"
-
-    @property
-    def disturbed(self) -> bool:
-        return self.others > QUIET
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,13 @@ def start_workers(
     workers: list[Worker] = []
     try:
         for sock, slot in zip(socks, board.slots, strict=True):
-            workers.append(_start(sock, slot, app, settings, get_result))
+            reading, writing = os.pipe()
+            entry = functools.partial(_run, sock, slot, app, settings, get_result, writing)
+            child = spawn(entry, {sock.fileno(), writing}, die_with_parent=True)
+            os.close(writing)
+            workers.append(Worker(child, slot, reading))
+            if os.read(reading, 1) != b"+":
+                raise BenchmarkError(f"a worker did not start: {os.read(reading, 65536).decode()}")
         yield workers
     finally:
         for each in workers:
@@ -99,19 +105,7 @@ def start_workers(
                 each.child.send(signal.SIGKILL)
 
 
-def _start(
-    sock: socket.socket, slot: Slot, app: str, settings: DatagramSettings, get_result: GetResult
-) -> Worker:
-    reading, writing = os.pipe()
-    entry = functools.partial(_run_worker, sock, slot, app, settings, get_result, writing)
-    child = spawn(entry, {sock.fileno(), writing}, die_with_parent=True)
-    os.close(writing)
-    if os.read(reading, 1) != b"+":
-        raise BenchmarkError(f"a worker did not start: {os.read(reading, 65536).decode()}")
-    return Worker(child, slot, reading)
-
-
-def _run_worker(
+def _run(
     sock: socket.socket,
     slot: Slot,
     app: str,

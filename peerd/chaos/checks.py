@@ -122,7 +122,7 @@ def deaths(
         Invariant(
             "only killed workers have died",
             not unexplained and asked <= asked_to_die,
-            f"{len(certified)} deaths, {asked} of them by request ({asked_to_die} requests); "
+            f"{len(certified)} deaths, {asked} of {asked_to_die} requested; "
             f"unexplained: {', '.join(unexplained) or 'none'}",
         ),
         Invariant(

@@ -47,7 +47,7 @@ def test_a_seed(tmp_path: Path, seconds: int, options: list[str], kinds: set[Kin
     assert (report["holds"], report["seed"]) == (True, SEED)
     assert all(invariant["holds"] for invariant in report["invariants"])
     assert report["done"].keys() >= kinds, err
-    assert f"again: peerd chaos --seed {SEED} --seconds {seconds}" in err
+    assert f"repeat with: peerd chaos --seed {SEED} --seconds {seconds}" in err
     assert (tmp_path / f"seed-{SEED}" / "err").exists()
 
 

@@ -119,7 +119,7 @@ def chaos(
         coroutines=coroutines,
         kinds=kinds,
     )
-    click.echo(f"again: {_command_line(settings)}", err=True)
+    click.echo(f"repeat with: {_command_line(settings)}", err=True)
     if log_dir is None:
         folder = Path(tempfile.mkdtemp(prefix="peerd-chaos-"))
     else:
