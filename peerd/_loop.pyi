@@ -7,6 +7,7 @@ from typing import Any, Final, final
 
 from peerd._envelope import Message, Reply
 from peerd._scoreboard import Slot
+from peerd.settings import DEFAULT_MAX_REPLY_RATE
 
 DROP_REASON_NAMES: Final[tuple[str, ...]]
 """Why a reply was not sent, in the order of the C enum."""
@@ -51,6 +52,11 @@ class DatagramLoop:
         After a batch that was not full, sleep this long before the next recvmmsg, if that was worth
         it before (``ext/peerd/linger.pxd``). 0 for never.
 
+    ``max_reply_rate``
+        Replies per second to one source (address and port); 0 for no limit. The default is for
+        sources below port 32768, where servers listen, and a twentieth of it for replies with the
+        request's magic code; another value is for every source (``ext/peerd/loop_guard.pxd``).
+
     Raises OSError when a system call fails; ICMP errors and a full queue do not count as failures.
     """
 
@@ -70,6 +76,7 @@ class DatagramLoop:
         gro: bool = True,
         gso: bool = True,
         linger_s: float = 0.0,
+        max_reply_rate: int = DEFAULT_MAX_REPLY_RATE,
     ) -> None:
         """Raises ValueError for two handlers of one magic code, or one that is not ASCII."""
 

@@ -24,6 +24,8 @@ DEFAULT_PREFIX = "peerd"
 MAX_PEERS = 4096
 MAX_PREFIX_BYTES = 255
 MAX_LINGER_US = 10_000
+DEFAULT_MAX_REPLY_RATE = 20_000
+MAX_REPLY_RATE = 1_000_000_000
 MAX_RECV_BUFFER_BYTES = 1 << 30
 LINGER_US_PER_PEER = 50
 MAX_DEFAULT_LINGER_US = 400
@@ -204,8 +206,22 @@ class DatagramSettings:
         "else 50 per peer on a core, at most 400]",
         metavar="MICROSECONDS",
     )
+    max_reply_rate: int = setting(
+        DEFAULT_MAX_REPLY_RATE,
+        "max-reply-rate",
+        "Datagrams",
+        "Send at most this many replies per second to one source (address and port); it ends reply "
+        "loops. The default concerns only sources below port 32768, where servers listen, and takes "
+        "20 for a reply with the request's magic code. 0: no limit.",
+    )
 
     def __post_init__(self) -> None:
+        if not 0 <= self.max_reply_rate <= MAX_REPLY_RATE:
+            raise SettingsError(
+                f"--max-reply-rate {self.max_reply_rate}: give replies per second, at most "
+                f"{MAX_REPLY_RATE}; 0 for no limit",
+                "max-reply-rate",
+            )
         if not 0 <= self.linger_us <= MAX_LINGER_US:
             raise SettingsError(
                 f"--linger {self.linger_us}: give microseconds from 0 to {MAX_LINGER_US}", "linger"

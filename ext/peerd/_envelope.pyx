@@ -17,7 +17,9 @@ from libc.string cimport memcmp, memcpy
 cimport peerd.linux_udp as linux
 from peerd._scoreboard cimport DECODE_EMPTY_COUNT, UNKNOWN_MAGIC
 from peerd.outbox cimport Outbox, room
+from peerd.loop_guard cimport is_checked, why_not_reply
 from peerd.sockaddr cimport address_of
+from peerd.transmit cimport DropReason, count_drops
 from peerd.wire cimport DECODE_EMPTY, DECODE_OK, DecodeReason, Envelope, parse_envelope, write_text
 
 from typing import Union
@@ -189,6 +191,8 @@ cdef class Codec:
         if type(result) is bytes:
             body = <bytes>result
             body_bytes = PyBytes_GET_SIZE(body)
+            if not may_reply(outbox, request, request.magic):
+                return 0
             at = room(outbox, header_bytes + body_bytes, &request._address, request._address_bytes)
             if at != NULL:
                 memcpy(at, header, header_bytes)
@@ -198,6 +202,8 @@ cdef class Codec:
             magic = ascii_text(reply.magic, &magic_size)
             version = ascii_text(reply.version, &version_size)
             body_bytes = PyBytes_GET_SIZE(reply.body)
+            if not may_reply(outbox, request, reply.magic):
+                return 0
             at = room(
                 outbox,
                 8 + magic_size + version_size + body_bytes,
@@ -256,6 +262,18 @@ cdef class Codec:
             if len(key) <= HEADER_CACHE_BYTES and len(self._versions) < MAX_CACHED_VERSIONS:
                 self._versions[key] = version
         return version
+
+
+cdef bint may_reply(Outbox *outbox, Message request, str magic) noexcept:
+    """False when the reply could begin a loop (loop_guard.pxd); it is counted then."""
+    cdef int reason
+    if not is_checked(&outbox.guard, &request._address):
+        return True
+    reason = why_not_reply(&outbox.guard, &request._address, magic == request.magic)
+    if reason < 0:
+        return True
+    count_drops(&outbox.tx, <DropReason>reason, 1, 0, &request._address)
+    return False
 
 
 cdef const char *ascii_text(str text, Py_ssize_t *size) except NULL:

@@ -53,9 +53,11 @@ from peerd._scoreboard cimport (
     ICMP_ERRORS,
     LINGERS,
     RX_DATAGRAMS,
+    RX_OWN,
     RX_TRUNCATED,
     TURN_BUCKETS,
     TURNS,
+    Scoreboard,
     Slot,
     SlotData,
 )
@@ -63,12 +65,15 @@ from peerd.clock cimport monotonic_ns
 from peerd.flight cimport RX_BATCH
 from peerd.icmp cimport may_be_icmp
 from peerd.linger cimport Linger, linger_after, linger_open
+from peerd.loop_guard cimport guard_open, is_from_self
 from peerd.outbox cimport Outbox, drop_replies, flush, outbox_close, outbox_open
-from peerd.receive cimport Receiver, is_cut_off, receive, receiver_close, receiver_open, stride_of
+from peerd.receive cimport Receiver, is_cut_off, receive, receiver_close, receiver_open, segments, stride_of
 from peerd.sockaddr cimport address_of
 from peerd.transmit cimport DROP_REASONS, Drops
 
 import os
+
+from peerd.settings import DEFAULT_MAX_REPLY_RATE
 
 # In the order of transmit.DropReason.
 DROP_REASON_NAMES = ("full", "too_big", "refused", "congested", "loop", "rate")
@@ -127,6 +132,7 @@ cdef class DatagramLoop:
         bint gro=True,
         bint gso=True,
         double linger_s=0.0,
+        uint64_t max_reply_rate=DEFAULT_MAX_REPLY_RATE,
     ):
         cdef int on = gro
         cdef int ends[2]
@@ -147,6 +153,15 @@ cdef class DatagramLoop:
             and outbox_open(&self._outbox, fd, gso, self._stats)
         ):
             raise MemoryError
+        guard_open(
+            &self._outbox.guard,
+            fd,
+            slot.data - slot.index,
+            slot.index,
+            &(<Scoreboard>slot._board)._board.slot_count,
+            max_reply_rate,
+            max_reply_rate != <uint64_t>DEFAULT_MAX_REPLY_RATE,
+        )
         self._dispatcher.open(&self._outbox, &self._stats.waiting)
         if linux.pipe2(ends, linux.O_CLOEXEC | linux.O_NONBLOCK) < 0:
             raise OSError(errno, f"pipe2: {os.strerror(errno)}")
@@ -424,6 +439,10 @@ cdef class DatagramLoop:
         if is_cut_off(received):
             self._stats.counters[RX_TRUNCATED] += 1
             self._outbox.processed += 1
+            return 0
+        if is_from_self(&self._outbox.guard, received.msg_hdr.msg_name):
+            self._stats.counters[RX_OWN] += segments(received)
+            self._outbox.processed += segments(received)
             return 0
         stride = stride_of(received)
         while True:

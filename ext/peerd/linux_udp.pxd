@@ -42,6 +42,7 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t recvmsg(int, msghdr *, int)
     int recvmmsg(int, mmsghdr *, unsigned int, int, void *)
     int sendmmsg(int, mmsghdr *, unsigned int, int)
+    int getsockname(int, sockaddr *, socklen_t *)
     int setsockopt(int, int, int, const void *, socklen_t)
 
     int AF_INET
@@ -92,6 +93,14 @@ cdef extern from "<netinet/in.h>" nogil:
 cdef extern from "<arpa/inet.h>" nogil:
     const char *inet_ntop(int, const void *, char *, socklen_t)
     uint16_t ntohs(uint16_t)
+
+cdef extern from "<ifaddrs.h>" nogil:
+    cdef struct ifaddrs:
+        ifaddrs *ifa_next
+        sockaddr *ifa_addr
+
+    int getifaddrs(ifaddrs **)
+    void freeifaddrs(ifaddrs *)
 
 cdef extern from "<poll.h>" nogil:
     cdef struct pollfd:

@@ -10,6 +10,7 @@ from libc.stdint cimport uint8_t, uint64_t
 
 cimport peerd.linux_udp as linux
 from peerd._scoreboard cimport HANDLED, RX_DATAGRAMS, SlotData
+from peerd.loop_guard cimport Guard, guard_close
 from peerd.transmit cimport (
     DROP_FULL,
     DROP_TOO_BIG,
@@ -25,6 +26,7 @@ from peerd.transmit cimport (
 
 cdef struct Outbox:
     Transmitter tx
+    Guard guard
     uint64_t *counters
     uint64_t processed  # datagrams of RX_DATAGRAMS that Python is done with, or that wait as below
     uint64_t batched  # messages in the batches of this turn
@@ -40,6 +42,7 @@ cdef inline bint outbox_open(Outbox *outbox, int fd, bint gso, SlotData *stats) 
 
 cdef inline void outbox_close(Outbox *outbox) noexcept nogil:
     transmitter_close(&outbox.tx)
+    guard_close(&outbox.guard)
 
 
 cdef inline void count_handled(Outbox *outbox) noexcept nogil:

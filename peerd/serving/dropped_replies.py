@@ -16,6 +16,11 @@ INTERVAL_S = 1.0
 _CAUSES = {
     "full": "the send queue is full: clients ask faster than the network takes the replies",
     "too_big": "too large for a datagram, or for this network: make the reply smaller",
+    "loop": (
+        "the sender is a peer of this supervisor, which would answer the answer: reply with a Message "
+        "of another magic code"
+    ),
+    "rate": "this source is beyond --max-reply-rate, as in a reply loop of two peers",
     "congested": (
         "no room on the way to this client: the interface's queue is full, a filter drops, or the "
         "reply is above the MTU of the link's other end"

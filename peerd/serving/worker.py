@@ -111,6 +111,7 @@ def make_loop(
         gro=settings.offload and not is_kernel_without_gro(),
         gso=settings.offload and not is_kernel_with_broken_gso(),
         linger_s=settings.linger_us / 1e6,
+        max_reply_rate=settings.max_reply_rate,
     )
 
 
