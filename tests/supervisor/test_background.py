@@ -1,4 +1,4 @@
-"""A supervisor in the background of a terminal that stops whoever writes to it from there (stty tostop)."""
+"""A supervisor in the background of a terminal that stops background processes that write (stty tostop)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from harness.terminal import Terminal
 from peerd import control
 
 
-def test_log_lines_from_the_background_stop_nobody(supervised: Supervised) -> None:
+def test_log_lines_from_the_background_stop_no_process(supervised: Supervised) -> None:
     path = supervised.folder / "control"
     command = [sys.executable, "-m", "peerd", "supervise", "--peers=2", "--prefix=background"]
     command += [f"--base-port={free_ports(2)}", f"--etcd={supervised.etcd}", f"--control={path}"]
-    # -m: with job control, so that the job has a process group of its own.
+    # -m: with job control, so the job has its own process group.
     script = f"stty tostop; {shlex.join(command)} > {os.devnull} & wait"
     with Terminal(["bash", "-mc", script]) as terminal:
 

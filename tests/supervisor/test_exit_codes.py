@@ -1,4 +1,4 @@
-"""Each exit code that the design names, from a real run."""
+"""Each documented exit code, from a real run."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_128_and_the_number_of_a_signal(supervised: Supervised) -> None:
 
 
 def test_128_and_the_number_of_a_signal_that_cannot_be_caught() -> None:
-    """What a shell reports of a command that was killed."""
+    """A shell reports 128 + n for a command that was killed."""
     with subprocess.Popen(
         ["sh", "-c", '"$@" & kill -9 $!; wait $!', "sh", *command("wait", "--timeout=60")],
         stderr=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""What a supervisor and its workers hold, what they do when there is nothing to be had, and who asks them."""
+"""Descriptors and processes: what is held, and what happens when none is left; hostile clients."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def descriptors(pid: int) -> dict[int, str]:
 
 
 def settled(running: Running) -> dict[int, str]:
-    """The supervisor's descriptors, when it has seen that those who asked it are gone."""
+    """The supervisor's descriptors, once it has closed the connections of former clients."""
 
     def twice() -> dict[int, str] | None:
         first = descriptors(running.pid)
@@ -83,10 +83,10 @@ def udp_inode(port: int) -> str:
         fields = line.split()
         if int(fields[1].partition(":")[2], 16) == port:
             return f"socket:[{fields[9]}]"
-    raise AssertionError(f"nobody is bound to UDP port {port}")
+    raise AssertionError(f"no socket is bound to UDP port {port}")
 
 
-def test_a_worker_holds_its_own_and_nothing_else(supervised: Supervised) -> None:
+def test_a_worker_holds_its_own_resources_only(supervised: Supervised) -> None:
     running = start(supervised, f"--metrics=127.0.0.1:{free_ports()}", peers=3)
     ask(running, "restart", slot=1)
     old = pids(running)[2]
@@ -118,8 +118,8 @@ def test_the_registrar_holds_no_peers_socket(supervised: Supervised) -> None:
     assert {link for link in held & workers if not link.startswith("/dev/null")} == set()
 
 
-def test_descriptors_and_processes_do_not_add_up(supervised: Supervised) -> None:
-    """By default 100 replacements, a thousand with PEERD_LONG_TESTS=1; with kills in between."""
+def test_descriptors_and_processes_do_not_accumulate(supervised: Supervised) -> None:
+    """100 replacements, with PEERD_LONG_TESTS=1 a thousand, with kills in between."""
     running = start(supervised, peers=4)
     ask(running, "restart", slot=0)
     supervisor = psutil.Process(running.pid)
@@ -130,7 +130,7 @@ def test_descriptors_and_processes_do_not_add_up(supervised: Supervised) -> None
         restarts = [Asked(running, "restart", slot=slot) for slot in range(4)]
         for restart in restarts:
             restart.answer()
-        if number % (rounds // 3) == 0:  # more often than five times in a minute is a crash loop
+        if number % (rounds // 3) == 0:  # more than five times per minute is a crash loop
             old = pids(running)
             for pid in old:
                 send_signal(pid, signal.SIGKILL)
@@ -153,7 +153,7 @@ def are_all_new(running: Running, old: list[int]) -> bool:
 
 
 def limit_to(running: Running, unused: int) -> None:
-    """Leave the supervisor so many descriptors that it can still open."""
+    """Limit the number of descriptors that the supervisor can still open."""
     used, limit = set(settled(running)), 0
     while len(set(range(limit)) - used) <= unused:
         limit += 1
@@ -175,7 +175,7 @@ def test_without_descriptors_a_worker_is_started_later(supervised: Supervised) -
     running = start(supervised)
     first, second = pids(running)
     limit_to(running, 3)
-    # A replacement is refused, and leaves the worker as it was.
+    # A replacement is refused, and the worker serves on.
     with pytest.raises(ControlError, match=r"cannot fork a successor: .*Too many open files"):
         ask(running, "restart", slot=0)
     assert pids(running) == [first, second]
@@ -211,28 +211,33 @@ def test_without_descriptors_for_clients_it_does_not_spin(supervised: Supervised
 
 @pytest.fixture
 def everybodys_folder() -> Iterator[Path]:
-    """Unlike tmp_path's, one that another user can enter."""
+    """A directory that other users can enter, unlike tmp_path."""
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="peerd-test-") as name:
         Path(name).chmod(0o777)
         yield Path(name)
 
 
-NOBODY = 65534
+UNPRIVILEGED_UID = 65534
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="runs a supervisor as another user: needs root")
 def test_without_processes_a_worker_is_started_later(everybodys_folder: Path, etcd: str) -> None:
-    """RLIMIT_NPROC is not for root, so it runs as nobody."""
+    """RLIMIT_NPROC does not apply to root, so another user runs it."""
     folder = everybodys_folder
-    as_nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    as_other_user = [
+        "setpriv",
+        f"--reuid={UNPRIVILEGED_UID}",
+        f"--regid={UNPRIVILEGED_UID}",
+        "--clear-groups",
+    ]
     seen = subprocess.run(
-        [*as_nobody, sys.executable, "-c", "import peerd.cli"], cwd=folder, capture_output=True
+        [*as_other_user, sys.executable, "-c", "import peerd.cli"], cwd=folder, capture_output=True
     )
     if seen.returncode:
-        pytest.skip(f"user {NOBODY} cannot read this tree")
+        pytest.skip(f"user {UNPRIVILEGED_UID} cannot read this tree")
     base_port, path = free_ports(2), folder / "control"
-    command = [*as_nobody, sys.executable, "-m", "peerd", "supervise", "--peers=2"]
-    command += [f"--base-port={base_port}", f"--etcd={etcd}", "--prefix=nobody"]
+    command = [*as_other_user, sys.executable, "-m", "peerd", "supervise", "--peers=2"]
+    command += [f"--base-port={base_port}", f"--etcd={etcd}", "--prefix=unprivileged"]
     command += [f"--control={path}", "--log-format=text"]
     with (
         (folder / "err").open("wb") as err,
@@ -250,8 +255,8 @@ def test_without_processes_a_worker_is_started_later(everybodys_folder: Path, et
             eventually(lambda: all(peer["registered"] for peer in peers()))
             first, second = (peer["pid"] for peer in peers())
             assert isinstance(first, int)
-            # By themselves, since root may lack CAP_SYS_RESOURCE in a container.
-            limit = [*as_nobody, "prlimit", f"--pid={process.pid}"]
+            # Under that user, because root may lack CAP_SYS_RESOURCE in a container.
+            limit = [*as_other_user, "prlimit", f"--pid={process.pid}"]
             _, hard = resource.getrlimit(resource.RLIMIT_NPROC)  # inherited
             subprocess.run([*limit, "--nproc=1:"], check=True)
             send_signal(first, signal.SIGKILL)
@@ -275,7 +280,7 @@ def test_without_processes_a_worker_is_started_later(everybodys_folder: Path, et
 
 
 class Sequence:
-    """Sends numbers to a port, one after the other, and notes which come back."""
+    """Sends consecutive numbers to a port, and records which come back."""
 
     def __init__(self, port: int) -> None:
         self.sent = 0
@@ -328,7 +333,7 @@ def test_old_workers_are_replaced_and_nothing_is_lost(supervised: Supervised) ->
     assert [peer["restarts"] for peer in running.status()["peers"]] == [0, 0]
 
 
-def test_recycling_rests_when_the_app_is_broken(supervised: Supervised) -> None:
+def test_recycling_pauses_when_the_app_is_broken(supervised: Supervised) -> None:
     running = start(supervised, "--max-age=1")
     before = pids(running)
     (supervised.folder / "numbers.py").write_text("raise ValueError('broken today')\n")
@@ -355,7 +360,7 @@ def test_large_workers_are_replaced_and_nothing_is_lost(supervised: Supervised) 
     assert events(running, "died") == []
 
 
-def test_a_gigabyte_is_not_taken_in(supervised: Supervised) -> None:
+def test_a_gigabyte_request_is_refused(supervised: Supervised) -> None:
     running = start(supervised)
     supervisor = psutil.Process(running.pid)
     before = supervisor.memory_info().rss
@@ -385,7 +390,7 @@ def test_a_client_that_reads_nothing_costs_one_answer(supervised: Supervised) ->
         assert supervisor.memory_info().rss - before < 1 << 22
 
 
-def test_commands_outlive_the_clients_that_gave_them(supervised: Supervised) -> None:
+def test_commands_outlive_their_clients(supervised: Supervised) -> None:
     running = start(supervised)
     before = pids(running)
     (supervised.folder / "numbers.py").write_text(f"import time\ntime.sleep(0.5)\n{NUMBERS}")
@@ -400,7 +405,7 @@ def test_commands_outlive_the_clients_that_gave_them(supervised: Supervised) -> 
     assert len(ask(running, "reload")["replaced"]) == 2
 
 
-def test_fifty_clients_at_once(supervised: Supervised) -> None:
+def test_fifty_clients_at_the_same_time(supervised: Supervised) -> None:
     running = start(supervised)
     failures: list[Exception] = []
 
@@ -420,7 +425,7 @@ def test_fifty_clients_at_once(supervised: Supervised) -> None:
     for client in clients:
         client.join()
     assert failures == []
-    # Those that ask for the same while nobody has begun are answered by one.
+    # Requests for the same that wait are answered by one reload.
     assert 1 <= len(events(running, "replaced")) <= 5
     assert events(running, "died") == []
 
@@ -468,8 +473,8 @@ def test_garbage_gets_an_error_or_nothing(supervised: Supervised) -> None:
     assert "Traceback" not in running.err
 
 
-def test_as_pid_1_it_reaps_strangers(supervised: Supervised, tmp_path: Path) -> None:
-    """What a handler has sent away comes to PID 1 when its parent has ended."""
+def test_as_pid_1_it_reaps_orphans(supervised: Supervised, tmp_path: Path) -> None:
+    """A process that a handler has detached becomes a child of PID 1 when its parent has ended."""
     if os.geteuid() != 0:
         pytest.skip("a PID namespace takes root")
     (tmp_path / "leaves.py").write_text(LEAVES)

@@ -1,4 +1,4 @@
-"""What workers print and log: who has said it, in which form, and that nobody waits for a reader."""
+"""Lines that workers print and log: attribution, format, and that no process waits for a reader."""
 
 from __future__ import annotations
 
@@ -104,17 +104,17 @@ def start(supervised: Supervised, *args: str, peers: int = 1) -> Running:
 
 
 def tell(port: int, magic: bytes, body: bytes = b"") -> None:
-    """Returns when the handler has returned."""
+    """Returns once the handler has returned."""
     raw_client.request(port, magic, body, timeout_s=5)
 
 
 def json_lines(text: str) -> list[dict[str, Any]]:
-    """Every line is one, whatever it says."""
+    """Every line must be JSON."""
     return [orjson.loads(line) for line in text.splitlines()]
 
 
 def one_of(running: Running, message: str) -> dict[str, Any]:
-    """The only JSON line with this message, once it is there."""
+    """The only JSON line with this message, once it has been written."""
 
     def find() -> list[dict[str, Any]]:
         return [line for line in json_lines(running.err) if line["message"] == message]
@@ -129,7 +129,7 @@ def printed(*args: str) -> str:
     return done.stdout
 
 
-def test_a_line_of_text_says_whose_it_is(supervised: Supervised) -> None:
+def test_a_line_of_text_names_its_worker(supervised: Supervised) -> None:
     running = start(supervised, peers=2)
     port, pid = running.ports[1], pids(running)[1]
     tell(port, b"PRINT", b"printed")
@@ -147,7 +147,7 @@ def test_a_line_of_text_says_whose_it_is(supervised: Supervised) -> None:
     eventually(lambda: f"{who}: by the next one" in running.err)
 
 
-def test_a_line_of_json_says_whose_it_is(supervised: Supervised) -> None:
+def test_a_line_of_json_names_its_worker(supervised: Supervised) -> None:
     running = start(supervised, "--log-format=json", peers=2)
     port, pid = running.ports[1], pids(running)[1]
     whose = {"peer": f"localhost:{port}", "port": port, "pid": pid, "generation": 1}
@@ -169,7 +169,7 @@ def test_a_line_of_json_says_whose_it_is(supervised: Supervised) -> None:
     assert (line["process"], line["pid"]) == ("supervisor", running.pid)
 
 
-def test_the_default_is_json_where_nobody_looks(supervised: Supervised) -> None:
+def test_the_default_is_json_without_a_terminal(supervised: Supervised) -> None:
     running = start(supervised, "--log-format=auto")
     tell(running.ports[0], b"PRINT", b"hello")
     assert one_of(running, "hello")["pid"] == pids(running)[0]
@@ -200,7 +200,7 @@ def on_a_terminal(folder: Path, port: int, etcd: str) -> Iterator[Any]:
 
     def screen() -> str:
         nonlocal seen
-        with contextlib.suppress(OSError):  # EIO: nobody has it open any more
+        with contextlib.suppress(OSError):  # EIO: no process has it open any more
             while select.select([ours], [], [], 0)[0]:
                 seen += os.read(ours, 1 << 16)
         return seen.decode()
@@ -214,9 +214,7 @@ def on_a_terminal(folder: Path, port: int, etcd: str) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("how", ["exit", "restart", "stop"])
-def test_a_line_without_an_end_is_there_when_the_worker_is_gone(
-    supervised: Supervised, how: str
-) -> None:
+def test_a_last_line_without_a_line_break_is_kept(supervised: Supervised, how: str) -> None:
     running = start(supervised, "--log-format=json")
     port, pid = running.ports[0], pids(running)[0]
     tell(port, b"PART", b"half a li")
@@ -232,7 +230,7 @@ def test_a_line_without_an_end_is_there_when_the_worker_is_gone(
     assert one_of(running, "half a line")["pid"] == pid
 
 
-def test_what_comes_past_python_is_there_as_well(supervised: Supervised) -> None:
+def test_output_that_bypasses_python_is_logged(supervised: Supervised) -> None:
     running = start(supervised, "--log-format=json")
     port, pid = running.ports[0], pids(running)[0]
     tell(port, b"RAW", b"first\nsecond\r\n\nlast")
@@ -284,14 +282,14 @@ def test_a_line_that_is_too_long_is_cut(supervised: Supervised) -> None:
     running = start(supervised, "--log-format=json")
     port = running.ports[0]
     tell(port, b"MEGABYTE")
-    # Not "done": the megabyte may have had no room, and its worker did not wait for any.
+    # Not "done": the megabyte may have found a full pipe, and the worker did not wait.
     eventually(lambda: "x" * 1000 in running.err)
     tell(port, b"PRINT", b"and the next")
     one_of(running, "and the next")
     (cut,) = [each for each in json_lines(running.err) if "xxxx" in each["message"]]
     assert cut["message"].endswith("x ...")
     assert len(cut["message"]) < 50_000
-    # A child waits for the supervisor to read, so all of its line goes through the pipe.
+    # A child process waits for the supervisor to read, so its whole line goes through the pipe.
     tell(port, b"CHILD", b"z" * 60_000 + b"\nshort\n")
     one_of(running, "short")
     (cut,) = [each for each in json_lines(running.err) if "zzzz" in each["message"]]
@@ -328,7 +326,7 @@ FORGED = [
 
 
 @pytest.mark.parametrize("log_format", ["json", "text"])
-def test_records_may_be_forged_and_break_nothing(supervised: Supervised, log_format: str) -> None:
+def test_forged_records_break_nothing(supervised: Supervised, log_format: str) -> None:
     running = start(supervised, f"--log-format={log_format}")
     port, pid = running.ports[0], pids(running)[0]
     for forged in FORGED:
@@ -429,7 +427,7 @@ def has_said_last(running: Running, text: str) -> bool:
     return logged(running, 0)[-1] == text
 
 
-def test_nobody_reads_the_supervisors_log(tmp_path: Path, etcd: str) -> None:
+def test_a_supervisors_log_without_a_reader(tmp_path: Path, etcd: str) -> None:
     (tmp_path / "chatty.py").write_text(APP)
     port, path = free_ports(), tmp_path / "control"
     supervise = command("supervise", f"--base-port={port}", "--app=chatty:app", f"--etcd={etcd}")
@@ -451,8 +449,8 @@ def test_nobody_reads_the_supervisors_log(tmp_path: Path, etcd: str) -> None:
         )
         reader.start()
         eventually(lambda: len(lines) > 40)
-        tell(port, b"PRINT", b"now somebody reads")
-        eventually(lambda: any(line["message"] == "now somebody reads" for line in lines))
+        tell(port, b"PRINT", b"now read")
+        eventually(lambda: any(line["message"] == "now read" for line in lines))
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         reader.join()
@@ -468,7 +466,7 @@ def dropped(path: Path) -> int:
 
 
 def is_steady(path: Path) -> int:
-    """The count, once all that was printed has come to the supervisor."""
+    """The count, once all printed lines have reached the supervisor."""
     lines = control.request(path, "logs", {"slot": 0})
     return dropped(path) if lines[-1]["age_s"] > 0.3 else 0
 
@@ -498,7 +496,7 @@ def test_a_worker_does_not_wait_for_a_supervisor_that_does_not_read(
     assert peer["log_dropped"] > 100
     assert running.status()["supervisor"]["log_dropped"] == 0
     assert "no room for this" not in running.err
-    # A line that was begun and found no room for its end spoils no other.
+    # A line that was cut by a full pipe spoils no other line.
     assert {
         line.rpartition(": ")[2].strip("y") for line in running.err.splitlines() if "yy" in line
     } == {""}

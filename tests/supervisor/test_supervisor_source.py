@@ -1,4 +1,4 @@
-"""What the supervisor's own code must not do, whatever it does."""
+"""Calls that the supervisor's code must not contain."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ WALL_CLOCK = {
     "datetime.utcnow",
     "datetime.today",
 }
-"""A step of the clock would be a timeout that is over, or never is."""
+"""A step of the clock would end a timeout early, or never."""
 
 BY_PID = {"os.kill", "os.killpg", "os.waitpid", "os.wait", "os.wait3", "os.wait4"}
-"""A pid may be somebody else's by now; a pidfd cannot be."""
+"""A pid may have been reused; a pidfd cannot be."""
 
 ALLOWED_BY_PID = {
     # Between waitid(WNOWAIT) and waitid: the pid is the dead child's, and so is its group.
     ("processes.py", "wait", "os.killpg"),
-    # There is no pidfd, as it could not be opened; nobody has reaped the child yet.
+    # The pidfd could not be opened, and the child has not been reaped.
     ("processes.py", "spawn", "os.kill"),
     ("processes.py", "spawn", "os.waitpid"),
-    # A zombie that waitid(WNOWAIT) has just shown, so its pid is nobody else's.
+    # A zombie that waitid(WNOWAIT) has just reported, so it still has its pid.
     ("processes.py", "reap_stranger", "os.waitpid"),
 }
 
 
 def calls(path: Path) -> list[tuple[str, str]]:
-    """(the function it stands in, what is called by its full name), aliases of imports resolved."""
+    """(enclosing function, full name of the callee), aliases of imports resolved."""
     tree = ast.parse(path.read_text())
     names: dict[str, str] = {}
     for node in ast.walk(tree):
@@ -44,7 +44,7 @@ def calls(path: Path) -> list[tuple[str, str]]:
             names |= {alias.asname or alias.name: alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
-                # "datetime.datetime.now" and "datetime.now" are one.
+                # "datetime.datetime.now" and "datetime.now" are the same.
                 full = alias.name if node.module == alias.name else f"{node.module}.{alias.name}"
                 names[alias.asname or alias.name] = full
     found = []
@@ -70,7 +70,7 @@ def test_time_is_monotonic(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=[path.name for path in SOURCES])
-def test_nobody_is_signalled_or_reaped_by_a_bare_pid(path: Path) -> None:
+def test_no_process_is_signalled_or_reaped_by_a_bare_pid(path: Path) -> None:
     for function, name in calls(path):
         if name in BY_PID:
             assert (path.name, function, name) in ALLOWED_BY_PID
@@ -81,7 +81,7 @@ def test_the_exceptions_are_still_needed() -> None:
     assert found >= ALLOWED_BY_PID
 
 
-def test_what_is_forbidden_is_found(tmp_path: Path) -> None:
+def test_forbidden_calls_are_found(tmp_path: Path) -> None:
     source = tmp_path / "source.py"
     source.write_text(
         "import os, time as clock\nfrom datetime import datetime as dt\nfrom os import kill as k\n"

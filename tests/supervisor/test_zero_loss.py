@@ -1,6 +1,6 @@
-"""Nothing is lost by what is meant to lose nothing, and what a kill costs is known exactly.
+"""Reloads and scalings lose nothing, and the loss by a kill is counted exactly.
 
-PEERD_LONG_TESTS=1 runs them at the size of a day: 20,000 datagrams a second over 8 peers.
+PEERD_LONG_TESTS=1 runs them at full size: 20,000 datagrams/s over 8 peers.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ RELOADS = 50 if LONG else 5
 SCALINGS = 20 if LONG else 4
 KILLS = 100 if LONG else 12
 UNREAD_S = 30.0 if LONG else 4.0
-# Of the time between two datagrams of a peer; with what the kernel adds to a sleep, it is nearly all of it.
+# A share of the interval between datagrams to the same peer; a sleep has overhead, so nearly all of it.
 HANDLER_S = 0.75 * PEERS / RATE
-RECV_BUFFER = "--recv-buffer=134217728"  # room for what a busy machine leaves undone
+RECV_BUFFER = "--recv-buffer=134217728"  # room for the backlog on a busy machine
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(3600 if LONG else 300)]
 
@@ -45,7 +45,7 @@ app = peerd.App()
 
 @app.handler("SEQ")
 def echo(message):
-    print("a line of what a handler says, which nobody reads", file=sys.stdout, flush=True)
+    print("a line from a handler, without a reader", file=sys.stdout, flush=True)
     print("and another one", file=sys.stderr, flush=True)
     return message.body
 """
@@ -71,14 +71,14 @@ def assert_nothing_is_lost(report: LoadReport, running: Running) -> None:
 
 
 def assert_the_rate_was_kept(load: Load, begun_s: float) -> None:
-    """Beside others, the load itself may have no CPU for it."""
+    """On a busy machine, the load itself may have too little CPU time."""
     if LONG:
         assert load.report().sent >= 0.8 * RATE * (time.monotonic() - begun_s)
 
 
 def test_reloads_and_changes_of_size_lose_nothing(supervised: Supervised) -> None:
     chance = random.Random(9)
-    # With fewer peers each gets more than it can answer, and has it to answer before it goes.
+    # With fewer peers, each gets more than it can answer, and has to answer it before it ends.
     running = start(supervised, "--stop-timeout=60")
     commands = ["reload"] * RELOADS + ["scale"] * SCALINGS
     chance.shuffle(commands)
@@ -93,7 +93,7 @@ def test_reloads_and_changes_of_size_lose_nothing(supervised: Supervised) -> Non
                 assert len(replaced) == peers
                 continue
             wanted = chance.choice([size for size in range(PEERS - 4, PEERS + 1) if size != peers])
-            # Who leaves is still owed what is in its queue.
+            # A worker that leaves still answers its queue.
             load.remove(running.ports[wanted:peers])
             ask(running, "scale", timeout_s=100, peers=wanted)
             load.add(running.ports[peers:wanted])
@@ -104,7 +104,7 @@ def test_reloads_and_changes_of_size_lose_nothing(supervised: Supervised) -> Non
     assert sum(backlog > 0 for backlog in backlogs) > len(backlogs) / 2, backlogs
 
 
-def test_what_kills_cost_is_what_is_missing(supervised: Supervised) -> None:
+def test_the_counted_losses_of_kills_are_the_missing_replies(supervised: Supervised) -> None:
     chance = random.Random(3)
     metrics = f"localhost:{free_ports()}"
     running = start(supervised, f"--metrics={metrics}")
@@ -115,7 +115,7 @@ def test_what_kills_cost_is_what_is_missing(supervised: Supervised) -> None:
             pid = serving(running, chance.randrange(PEERS), killed)
             send_signal(pid, signal.SIGKILL)
             killed.add(pid)
-            # When the next one dies is the test's subject: not always in the same place.
+            # The moments of death are random on purpose.
             time.sleep(chance.uniform(0.0, 0.05))
         for slot in range(PEERS):
             serving(running, slot, killed)
@@ -136,8 +136,8 @@ def test_what_kills_cost_is_what_is_missing(supervised: Supervised) -> None:
     assert sum(float(line.rpartition(" ")[2]) for line in lost) == report.missing
 
 
-def test_nobody_reads_what_it_says(supervised: Supervised, tmp_path: Path) -> None:
-    """Handlers print all the time, and what takes it is full after a moment."""
+def test_output_without_a_reader_loses_no_datagrams(supervised: Supervised, tmp_path: Path) -> None:
+    """Handlers print all the time, and the pipe is full after a moment."""
     (tmp_path / "chattering.py").write_text(CHATTERING)
     path = tmp_path / "control.sock"
     base_port = free_ports(PEERS)
