@@ -2,96 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import random
 import signal
 import socket
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import psutil
 import pytest
 
 from harness.eventually import eventually
+from harness.loop_harness import (
+    SO_RCVMARK,
+    SO_TIMESTAMPNS,
+    SOL_UDP,
+    UDP_GRO,
+    UDP_SEGMENT,
+    LoopHarness,
+)
 from peerd import App, Message, decode, encode
 from peerd._loop import DatagramLoop
-from peerd._scoreboard import Scoreboard, Slot
 from peerd.serving.app import builtin_app
-
-SOL_UDP = 17
-# linux/udp.h and asm-generic/socket.h; the socket module has none of them.
-UDP_SEGMENT = 103
-UDP_GRO = 104
-SO_TIMESTAMPNS = 35
-SO_RCVMARK = 75
-
-
-@dataclass
-class Harness:
-    """A loop on a free port, and a client connected to it."""
-
-    app: App
-    gro: bool = True
-    family: socket.AddressFamily = socket.AF_INET
-    errors: list[tuple[str, tuple[str, int] | None, Exception]] = field(default_factory=list)
-
-    def __enter__(self) -> Harness:
-        with contextlib.ExitStack() as stack:
-            self.sock = stack.enter_context(socket.socket(self.family, socket.SOCK_DGRAM))
-            self.sock.bind(("::1" if self.family == socket.AF_INET6 else "127.0.0.1", 0))
-            self.client = stack.enter_context(socket.socket(self.family, socket.SOCK_DGRAM))
-            for sock in (self.sock, self.client):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-            self.client.connect(self.sock.getsockname())
-            self.client.settimeout(30)
-            self.slot: Slot = Scoreboard(1).slots[0]
-            self.loop = DatagramLoop(
-                self.sock.fileno(),
-                self.app.handlers,
-                self.app.batch_handlers,
-                self.slot,
-                lambda *error: self.errors.append(error),
-                gro=self.gro,
-            )
-            self._open = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        thread = threading.Thread(target=self.loop.run)
-        thread.start()
-        try:
-            yield
-        finally:
-            self.loop.stop()
-            thread.join()
-
-    def turns(self, datagrams: int) -> None:
-        """Turn until so many datagrams are taken."""
-        taken = 0
-        while taken < datagrams:
-            taken += self.loop.turn()
-
-    def receive(self) -> Message:
-        return decode(self.client.recv(1 << 16))
-
-    @property
-    def counters(self) -> dict[str, int]:
-        counters = self.slot.counters()
-        decode_errors = sum(value for name, value in counters.items() if name.startswith("decode_"))
-        assert counters["rx_datagrams"] == (
-            counters["rx_messages"]
-            + counters["rx_truncated"]
-            + decode_errors
-            + counters["unknown_magic"]
-        )
-        return counters
 
 
 def collecting_app() -> tuple[App, list[Message]]:
@@ -101,12 +33,12 @@ def collecting_app() -> tuple[App, list[Message]]:
 
 
 def test_a_message_is_answered_to_its_sender() -> None:
-    with Harness(builtin_app()) as peer:
+    with LoopHarness(builtin_app()) as peer:
         peer.client.send(encode("PING", "1.0", b"hi"))
-        peer.turns(1)
+        peer.take(1)
         assert peer.receive() == Message("PONG", "1.0", b"hi")
         peer.client.send(encode("ECHO", "7", b""))
-        peer.turns(1)
+        peer.take(1)
         assert peer.receive() == Message("ECHO", "7", b"")
         assert peer.counters["tx_messages"] == 2
         assert peer.counters["handled"] == 2
@@ -115,9 +47,9 @@ def test_a_message_is_answered_to_its_sender() -> None:
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 def test_the_sender_is_the_client(family: socket.AddressFamily) -> None:
     app, seen = collecting_app()
-    with Harness(app, family=family) as peer:
+    with LoopHarness(app, family=family) as peer:
         peer.client.send(encode("M", "1", b"x"))
-        peer.turns(1)
+        peer.take(1)
         assert seen[0].sender == peer.client.getsockname()[:2]
 
 
@@ -130,11 +62,11 @@ def test_joined_datagrams_are_taken_apart(gro: bool, segment_bytes: int) -> None
     datagrams = [encode("M", "1", body) for body in bodies]
     datagrams.append(encode("M", "1", b"end"))
     assert {len(datagram) for datagram in datagrams[:-1]} == {segment_bytes - 2}
-    with Harness(app, gro=gro) as peer:
+    with LoopHarness(app, gro=gro) as peer:
         assert peer.loop.gro is gro
         peer.client.setsockopt(SOL_UDP, UDP_SEGMENT, segment_bytes - 2)
         peer.client.send(b"".join(datagrams))
-        peer.turns(len(datagrams))
+        peer.take(len(datagrams))
         assert [message.body for message in seen] == [*bodies, b"end"]
         assert peer.counters["rx_bytes"] == sum(map(len, datagrams))
 
@@ -143,7 +75,7 @@ def test_order_count_and_bytes_of_mixed_sizes() -> None:
     app, seen = collecting_app()
     generator = random.Random(1)
     bodies = [generator.randbytes(generator.choice([0, 1, 50, 1400, 9000])) for _ in range(300)]
-    with Harness(app) as peer, peer.running():
+    with LoopHarness(app) as peer, peer.running():
         for body in bodies:
             peer.client.send(encode("M", "1", body))
         eventually(lambda: len(seen) == len(bodies))
@@ -159,7 +91,7 @@ def test_what_is_no_envelope_is_counted_by_reason_and_the_loop_goes_on() -> None
         "decode_not_ascii": [b"\0\0\0\1\xe9\0\0\0\0"],
         "unknown_magic": [encode("NOPE", "1", b"")],
     }
-    with Harness(builtin_app()) as peer, peer.running():
+    with LoopHarness(builtin_app()) as peer, peer.running():
         for datagrams in bad.values():
             for datagram in datagrams:
                 peer.client.send(datagram)
@@ -172,7 +104,7 @@ def test_what_is_no_envelope_is_counted_by_reason_and_the_loop_goes_on() -> None
 
 def test_random_bytes_change_nothing_but_counters() -> None:
     generator = random.Random(2)
-    with Harness(builtin_app()) as peer, peer.running():
+    with LoopHarness(builtin_app()) as peer, peer.running():
         for _ in range(2000):
             peer.client.send(generator.randbytes(generator.randrange(200)))
         peer.client.send(encode("PING", "1", b"x"))
@@ -183,28 +115,28 @@ def test_random_bytes_change_nothing_but_counters() -> None:
 
 def test_the_largest_datagram_there_and_back() -> None:
     body = random.Random(3).randbytes(65507 - 8 - len("ECHO") - len("1"))
-    with Harness(builtin_app()) as peer:
+    with LoopHarness(builtin_app()) as peer:
         peer.client.send(encode("ECHO", "1", body))
-        peer.turns(1)
+        peer.take(1)
         assert peer.receive().body == body
 
 
 def test_a_reply_that_fits_no_datagram_is_counted() -> None:
     app = App()
     app.handler("M")(lambda message: bytes(65507))
-    with Harness(app) as peer:
+    with LoopHarness(app) as peer:
         peer.client.send(encode("M", "1", b""))
-        peer.turns(1)
+        peer.take(1)
         assert peer.counters["tx_dropped_too_big"] == 1
         assert peer.counters["handled"] == 1
 
 
 def test_a_turn_may_have_more_replies_than_the_arena_holds() -> None:
-    with Harness(builtin_app()) as peer:
+    with LoopHarness(builtin_app()) as peer:
         body = bytes(60_000)
         for _ in range(12):
             peer.client.send(encode("ECHO", "1", body))
-        peer.turns(12)
+        peer.take(12)
         assert [peer.receive().body for _ in range(12)] == [body] * 12
 
 
@@ -219,10 +151,10 @@ def test_a_handler_that_raises_is_reported_and_the_loop_goes_on() -> None:
     def wrong(message: Message) -> bytes:
         return "text"  # type: ignore[return-value]
 
-    with Harness(app) as peer:
+    with LoopHarness(app) as peer:
         for magic in ("BAD", "TYPE", "PING"):
             peer.client.send(encode(magic, "1", b"oh no"))
-        peer.turns(3)
+        peer.take(3)
         assert peer.receive().magic == "PONG"
         assert peer.counters["handler_errors"] == 2
         (magic, sender, error), (_, _, type_error) = peer.errors
@@ -234,10 +166,10 @@ def test_a_batch_handler_gets_all_messages_of_a_turn() -> None:
     app = App()
     batches: list[list[Message]] = []
     app.batch_handler("M")(batches.append)
-    with Harness(app) as peer:
+    with LoopHarness(app) as peer:
         for number in range(10):
             peer.client.send(encode("M", "1", b"%d" % number))
-        peer.turns(10)
+        peer.take(10)
         assert [message.body for batch in batches for message in batch] == [
             b"%d" % number for number in range(10)
         ]
@@ -256,16 +188,16 @@ def test_a_batch_handler_that_raises_or_answers_is_reported() -> None:
             raise result
         return result  # type: ignore[return-value]
 
-    with Harness(app) as peer:
+    with LoopHarness(app) as peer:
         for _ in range(2):
             peer.client.send(encode("M", "1", b""))
-            peer.turns(1)
+            peer.take(1)
         assert [type(error) for _, _, error in peer.errors] == [RuntimeError, TypeError]
 
 
 def test_an_unreachable_client_stops_nothing() -> None:
     """Its ICMP error comes back to the socket that answered it."""
-    with Harness(builtin_app()) as peer, peer.running():
+    with LoopHarness(builtin_app()) as peer, peer.running():
         for _ in range(5):
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as gone:
                 gone.sendto(encode("PING", "1", b""), peer.sock.getsockname())
@@ -274,14 +206,14 @@ def test_an_unreachable_client_stops_nothing() -> None:
 
 
 def test_the_heartbeat_goes_on_while_idle() -> None:
-    with Harness(builtin_app()) as peer, peer.running():
+    with LoopHarness(builtin_app()) as peer, peer.running():
         before = peer.slot.heartbeat_ns
         eventually(lambda: peer.slot.heartbeat_ns > before)
 
 
 def test_stop_drains_what_is_queued() -> None:
     app, seen = collecting_app()
-    with Harness(app) as peer:
+    with LoopHarness(app) as peer:
         for _ in range(500):
             peer.client.send(encode("M", "1", b""))
         peer.loop.stop(drain_s=5)
@@ -291,19 +223,19 @@ def test_stop_drains_what_is_queued() -> None:
 
 def test_stop_without_drain_leaves_the_queue_to_a_successor() -> None:
     app, seen = collecting_app()
-    with Harness(app) as peer:
+    with LoopHarness(app) as peer:
         for _ in range(500):
             peer.client.send(encode("M", "1", b""))
         peer.loop.stop()
         peer.loop.run()
-        successor = DatagramLoop(peer.sock.fileno(), app.handlers, {}, peer.slot, print)
+        successor = peer.new_loop()
         while len(seen) < 500:
             successor.turn()
         assert peer.counters["rx_datagrams"] == 500
 
 
 def test_a_signal_is_seen_while_the_loop_sleeps() -> None:
-    with Harness(builtin_app()) as peer:
+    with LoopHarness(builtin_app()) as peer:
         previous = signal.signal(signal.SIGUSR1, lambda *_: peer.loop.stop())
         previous_fd = signal.set_wakeup_fd(peer.loop.wakeup_fd)
         try:
@@ -321,7 +253,7 @@ def test_what_a_handler_raises_beside_exceptions_ends_the_loop() -> None:
     def leave(message: Message) -> None:
         raise SystemExit(3)
 
-    with Harness(app) as peer:
+    with LoopHarness(app) as peer:
         peer.client.send(encode("M", "1", b""))
         with pytest.raises(SystemExit):
             peer.loop.run()
@@ -334,22 +266,22 @@ def test_replies_queued_before_a_handler_ends_the_loop_reach_their_own_client() 
     def leave(message: Message) -> None:
         raise SystemExit(3)
 
-    with Harness(app) as peer, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+    with LoopHarness(app) as peer, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
         other.connect(peer.sock.getsockname())
         peer.client.send(encode("ECHO", "1", b"first"))
         peer.client.send(encode("LEAVE", "1", b""))
         with pytest.raises(SystemExit):
-            peer.turns(2)
+            peer.take(2)
         assert peer.receive().body == b"first"
         other.send(encode("ECHO", "1", b"second"))
-        peer.turns(1)
+        peer.take(1)
         assert decode(other.recv(1 << 16)).body == b"second"
 
 
 def test_a_socket_that_had_gro_loses_it() -> None:
-    with Harness(builtin_app()) as peer:
+    with LoopHarness(builtin_app()) as peer:
         assert peer.sock.getsockopt(SOL_UDP, UDP_GRO) == 1
-        loop = DatagramLoop(peer.sock.fileno(), {}, {}, peer.slot, print, gro=False)
+        loop = peer.new_loop(gro=False)
         assert not loop.gro
         assert peer.sock.getsockopt(SOL_UDP, UDP_GRO) == 0
 
@@ -357,31 +289,30 @@ def test_a_socket_that_had_gro_loses_it() -> None:
 def test_other_control_messages_do_not_hide_the_split() -> None:
     app, seen = collecting_app()
     datagrams = [encode("M", "1", b"%02d" % number) for number in range(8)]
-    with Harness(app) as peer:
+    with LoopHarness(app) as peer:
         peer.sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         peer.sock.setsockopt(socket.SOL_SOCKET, SO_RCVMARK, 1)
         peer.client.setsockopt(SOL_UDP, UDP_SEGMENT, len(datagrams[0]))
         peer.client.send(b"".join(datagrams))
-        peer.turns(8)
+        peer.take(8)
     assert [message.body for message in seen] == [b"%02d" % number for number in range(8)]
 
 
 def test_a_turn_inside_a_handler_is_refused() -> None:
     app = App()
-    peer = Harness(app)
 
     @app.handler("M")
     def nested(message: Message) -> None:
         peer.loop.turn()
 
-    with peer:
+    with LoopHarness(app) as peer:
         peer.client.send(encode("M", "1", b""))
-        peer.turns(1)
+        peer.take(1)
         assert "is running already" in str(peer.errors[0][2])
 
 
 def test_headers_that_change_with_every_message() -> None:
-    """The last header is remembered: what begins like it, and what does not, are told apart."""
+    """The loop caches the last header: it must distinguish what begins like it from what does not."""
     app = App()
     seen = list[tuple[str, str, bytes]]()
     for magic in ("A", "AB", "B"):
@@ -399,16 +330,16 @@ def test_headers_that_change_with_every_message() -> None:
         ("B", "2", b"z"),
         ("A", "1", b"x"),
     ]
-    with Harness(app) as peer:
+    with LoopHarness(app) as peer:
         sent.extend(("A", f"version {number}", b"%d" % number) for number in range(100))
         for message in sent:
             peer.client.send(encode(*message))
-        peer.turns(len(sent))
+        peer.take(len(sent))
     assert seen == sent
 
 
 def test_a_loop_runs_once_at_a_time() -> None:
-    with Harness(builtin_app()) as peer, peer.running():
+    with LoopHarness(builtin_app()) as peer, peer.running():
         peer.client.send(encode("PING", "1", b""))
         peer.receive()
         with pytest.raises(RuntimeError, match="is running already"):
@@ -416,7 +347,7 @@ def test_a_loop_runs_once_at_a_time() -> None:
 
 
 def test_two_handlers_for_one_magic_code_are_refused() -> None:
-    with Harness(builtin_app()) as peer, pytest.raises(ValueError, match="two handlers"):
+    with LoopHarness(builtin_app()) as peer, pytest.raises(ValueError, match="two handlers"):
         DatagramLoop(peer.sock.fileno(), {"A": print}, {"A": print}, peer.slot, print)
 
 
@@ -425,13 +356,13 @@ def test_memory_stays_flat() -> None:
     app = App()
     app.handler("M")(lambda message: (message.sender, message.version, message.body)[2])
     datagram = encode("M", "1", bytes(100)) * 64
-    with Harness(app) as peer:
+    with LoopHarness(app) as peer:
         peer.client.setsockopt(SOL_UDP, UDP_SEGMENT, len(datagram) // 64)
 
         def rounds(count: int) -> int:
             for _ in range(count):
                 peer.client.send(datagram)
-                peer.turns(64)
+                peer.take(64)
                 for _ in range(64):
                     peer.client.recv(200)
             gc.collect()
