@@ -144,7 +144,7 @@ def as_facts(result: Result) -> dict[str, Any]:
 
 
 def parse_options() -> argparse.Namespace:
-    listed = "\n".join(f"  {name:17} {regime.text}" for name, regime in regimes().items())
+    listed = "\n".join(f"  {name:19} {regime.text}" for name, regime in regimes().items())
     parser = option_parser(__doc__, f"regimes:\n{listed}\n\nREADME.md explains the figures.")
     parser.add_argument("--regimes", metavar="A,B", help="only these (all below except the last)")
     parser.add_argument("--receivers", metavar="A,B", help="only these, as in the JSON file")

@@ -1,12 +1,12 @@
 /* Sends one datagram to 127.0.0.1 repeatedly, at full speed or at a rate per second.
  *
- *     load -s SECONDS [-n COUNT] [-r RATE] [-g SEGMENTS] HEX PORT [PORT ...]
+ *     load -s SECONDS [-r RATE] [-g SEGMENTS] HEX PORT [PORT ...]
  *
  * HEX is the datagram. With one port, each send() carries SEGMENTS copies of it, which UDP_SEGMENT
  * (udp(7)) splits into datagrams. On loopback the receive path runs inside the sender's system call, so a
  * sender with one datagram per call is slower than every receiver and would measure only itself. With
  * more ports, each sendmmsg() carries one plain datagram per port. At a RATE, each datagram has its own
- * call, evenly spaced, like those of independent senders. It ends after SECONDS or COUNT datagrams.
+ * call, evenly spaced, like those of independent senders. It ends after SECONDS.
  *
  * Prints one line of JSON. started_ns is CLOCK_MONOTONIC, which all processes share.
  */
@@ -18,7 +18,7 @@
 #define MAX_PORTS 64
 
 static const char ARGUMENTS[] =
-    "-s SECONDS [-n COUNT] [-r RATE] [-g SEGMENTS] HEX PORT [PORT ...]";
+    "-s SECONDS [-r RATE] [-g SEGMENTS] HEX PORT [PORT ...]";
 
 static uint64_t sent = 0, errors = 0;
 
@@ -52,14 +52,11 @@ int main(int argc, char **argv)
     static struct sockaddr_in to[MAX_PORTS];
     static struct mmsghdr headers[MAX_PORTS];
     double seconds = 0, rate = 0;
-    uint64_t count = UINT64_MAX;
     int segments = 1, option;
 
-    while ((option = getopt(argc, argv, "s:n:r:g:")) != -1) {
+    while ((option = getopt(argc, argv, "s:r:g:")) != -1) {
         if (option == 's')
             seconds = atof(optarg);
-        else if (option == 'n')
-            count = strtoull(optarg, NULL, 10);
         else if (option == 'r')
             rate = atof(optarg);
         else if (option == 'g')
@@ -100,7 +97,7 @@ int main(int argc, char **argv)
     double step_ns = rate > 0 ? segments / rate * 1e9 : 0;
     double due = (double)started;
     int next = 0;
-    for (; now < end && sent < count; now = monotonic_ns()) {
+    for (; now < end; now = monotonic_ns()) {
         if (now < due)
             continue;
         due += step_ns;
