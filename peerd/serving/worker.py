@@ -30,9 +30,6 @@ from peerd.signals import DUMP_STACK, HAND_OVER
 
 log = logging.getLogger(__name__)
 
-EX_OK = 0
-EX_CONFIG = 78
-
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
@@ -56,7 +53,7 @@ class BootReport(Protocol):
 def run(settings: WorkerSettings, sock: socket.socket, slot: Slot, report: BootReport) -> int:
     """Serve until SIGTERM and drain, or until HAND_OVER and leave the queue to a successor.
 
-    Returns EX_CONFIG when the app cannot be loaded.
+    Returns os.EX_CONFIG when the app cannot be loaded.
     """
     setproctitle(f"peerd: peer {settings.peer_id}")
     # Ctrl-C reaches every process of the terminal; the supervisor alone acts on it.
@@ -67,7 +64,7 @@ def run(settings: WorkerSettings, sock: socket.socket, slot: Slot, report: BootR
         app = load_app(settings.app)
     except AppLoadError as error:
         report.failed(_explain(error))
-        return EX_CONFIG
+        return os.EX_CONFIG
     report.prepared()
     # Not earlier: the loop writes to the slot, as a predecessor does until its end.
     loop = make_loop(app, sock.fileno(), slot, settings.datagrams)
@@ -76,7 +73,7 @@ def run(settings: WorkerSettings, sock: socket.socket, slot: Slot, report: BootR
     except SystemExit:
         log.critical("a handler has called sys.exit", exc_info=True)
         raise
-    return EX_OK
+    return os.EX_OK
 
 
 def _serve(loop: DatagramLoop, app: App, report: BootReport, drain_timeout_s: float) -> None:
