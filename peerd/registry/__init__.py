@@ -1,4 +1,4 @@
-"""Who is there: peers in etcd, for any program. Needs no supervisor.
+"""The peers in etcd, for any program. Needs no supervisor.
 
     from peerd.registry import PeerRecord, Registry
 
@@ -7,9 +7,9 @@
         with registry.register(PeerRecord(url="localhost", port=5001, peer_id="seedId")):
             ...
 
-    peerd.registry.nodes()   # the same reading, with PEERD_ETCD, PEERD_PREFIX or the defaults
+    peerd.registry.nodes()   # one listing, with PEERD_ETCD, PEERD_PREFIX or the defaults
 
-Everything but the errors is loaded at its first use: gRPC takes a quarter of a second to import, and a
+Everything except the errors is imported at first use: gRPC takes a quarter of a second to import, and a
 process that has imported it should not fork.
 """
 
@@ -61,7 +61,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = "records" if name == "PeerRecord" else "registry"
     module = importlib.import_module(f"peerd.registry.{home}")
-    globals()[name] = value = getattr(module, name)  # so that the next look-up finds it
+    globals()[name] = value = getattr(module, name)  # for the next look-up
     return value
 
 

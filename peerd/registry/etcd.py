@@ -1,10 +1,10 @@
-"""etcd's operations in our own types.
+"""etcd's operations on keys and leases, in our own types.
 
-The calls go through etcd3's client and its stubs, not through its methods: those have no deadline for
-streams, hide the lease of a key, and lose the cause of an error.
+The calls use the stubs of etcd3's client, not its methods: those have no deadline for streams, hide the
+lease of a key, and lose the cause of an error.
 
-An Etcd is to be used in the process that made it; gRPC's threads do not survive a fork, and a call
-on an inherited channel hangs (``Session`` refuses it before it comes here).
+An Etcd works only in the process that made it: gRPC's threads do not survive a fork, and a call on an
+inherited channel hangs (``Session`` refuses it first).
 """
 
 from __future__ import annotations
@@ -12,21 +12,15 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from operator import attrgetter
-from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 from peerd.errors import RegistryError, RegistryUnavailableError
-from peerd.registry.connection import (
-    CompactedError,
-    Connection,
-    LeaseNotFoundError,
-    Members,
-    TooLargeError,
-    etcd3,
-    rpc,
-)
+from peerd.registry.connection import Connection, Members, etcd3, rpc
+from peerd.registry.etcd_errors import CompactedError, LeaseNotFoundError, TooLargeError
+from peerd.registry.etcd_types import Change, KeyValue, Lease, Range
+from peerd.registry.streams import KeepAliveStream, WatchStream
 from peerd.settings import ANONYMOUS, EtcdAccess
 
 __all__ = [
@@ -42,12 +36,12 @@ __all__ = [
 ]
 
 _PAGE_KEYS = 1000
-"""Of the first page, where nothing is known of the sizes. Others are larger if that fits, since a page
-costs etcd and gRPC a millisecond beside what is in it."""
+"""Of the first page, when the sizes of the values are unknown. Later pages are larger if that fits: each
+page costs etcd and gRPC a millisecond in addition to its content."""
 
 _PAGE_GROWTH = 4
 _PAGE_BYTES = 8 * 1024 * 1024
-"""Aimed at, by what was seen so far; a quarter of what gRPC takes."""
+"""The target, from the sizes seen so far; a quarter of what gRPC accepts."""
 
 _MAX_COMPARED_KEYS = 100
 """Per transaction; etcd's own limit is 128 by default (``--max-txn-ops``)."""
@@ -55,39 +49,8 @@ _MAX_COMPARED_KEYS = 100
 _KEY, _VALUE = attrgetter("key"), attrgetter("value")
 
 
-class KeyValue(NamedTuple):
-    key: bytes
-    value: bytes
-    lease_id: int
-    """0: no lease."""
-
-    mod_revision: int
-
-
-class Lease(NamedTuple):
-    lease_id: int
-    ttl_s: int
-    """As granted: etcd raises what it finds too short."""
-
-
-class Range(NamedTuple):
-    items: list[KeyValue]
-    """In the order of their keys."""
-
-    revision: int
-    """Of the store, the same for all items."""
-
-
-class Change(NamedTuple):
-    item: KeyValue
-    """Without value and lease where it is deleted. Its mod revision is when that happened."""
-
-    deleted: bool
-    """By whoever, or since its lease ran out."""
-
-
 class Etcd:
-    """An etcd of one member or several. Making one neither connects nor blocks.
+    """An etcd with one member or several. The constructor neither connects nor blocks.
 
     Each method raises RegistryUnavailableError when no member answers within ``timeout_s``, and
     another RegistryError when etcd refuses.
@@ -96,8 +59,8 @@ class Etcd:
     def __init__(self, urls: str, timeout_s: float = 5.0, access: EtcdAccess = ANONYMOUS) -> None:
         self._members = Members(urls, access, timeout_s)
         self._first_limit = _PAGE_KEYS
-        self._keeping = threading.Lock()
-        self._keep_alives: _KeepAliveStream | None = None
+        self._keep_alive_lock = threading.Lock()
+        self._keep_alives: KeepAliveStream | None = None
 
     @property
     def urls(self) -> str:
@@ -105,7 +68,7 @@ class Etcd:
 
     @property
     def member_url(self) -> str:
-        """Of the member that is asked first."""
+        """The URL of the member that is asked first."""
         return self._members.url
 
     @property
@@ -113,36 +76,36 @@ class Etcd:
         return self._members.timeout_s
 
     @property
-    def heard_s(self) -> float:
-        """When etcd last answered, on the monotonic clock. Once a second while there is a watch."""
-        return self._members.heard_s
+    def last_answer_s(self) -> float:
+        """When etcd last answered, on the monotonic clock. Every second while a watch is open."""
+        return self._members.last_answer_s
 
     def close(self) -> None:
-        """Ends the connection. Calls under way in other threads raise RegistryUnavailableError."""
+        """Close the connection. Calls under way in other threads raise RegistryUnavailableError."""
         self._end_keep_alives()
         self._members.close()
 
     # Keys
 
     def list(self, prefix: bytes, *, serializable: bool = False) -> Range:
-        """All keys that start with ``prefix``, at one revision, however many pages that takes.
+        """All keys that start with ``prefix``, at one revision, in as many pages as necessary.
 
-        ``serializable``: any member answers from what it has, without asking the others.
+        ``serializable``: any member answers from its own state, without asking the others.
         """
         items: list[KeyValue] = []
 
         def take(page: Any, _values: Collection[bytes]) -> None:
-            items.extend(map(_key_value, page))
+            items.extend(map(KeyValue.of, page))
 
         revision = self._read(prefix, serializable, items.clear, take)
         return Range(items, revision)
 
     def values(self, prefix: bytes, *, serializable: bool = False) -> dict[bytes, bytes]:
-        """As ``list``, but keys and values only. Of ten thousand it is done in half the time."""
+        """Like ``list``, but only keys and values: for 10,000 keys in half the time."""
         found: dict[bytes, bytes] = {}
 
         def take(page: Any, values: Collection[bytes]) -> None:
-            # No tuple of two, which the garbage collector would look at again and again.
+            # No tuple per item, which every run of the garbage collector would visit.
             found.update(zip(map(_KEY, page), values, strict=True))
 
         self._read(prefix, serializable, found.clear, take)
@@ -157,7 +120,7 @@ class Etcd:
     ) -> int:
         """The revision at which all pages were read."""
         for _ in range(2):
-            # Only when the store is compacted between two pages, and then not soon again.
+            # Raised if the store is compacted between two pages, which does not soon happen again.
             with contextlib.suppress(CompactedError):
                 begin()
                 return self._read_pages(prefix, serializable, take)
@@ -174,7 +137,7 @@ class Etcd:
             serializable=serializable,
         )
         keys = size_bytes = 0
-        page = self._page(request, self._members.begin(_range, request))
+        page = self._page(request, self._members.start_call(_range, request))
         request.revision = page.header.revision
         while True:
             kvs, values = page.kvs, list(map(_VALUE, page.kvs))
@@ -185,17 +148,17 @@ class Etcd:
                 break
             request.key = kvs[-1].key + b"\0"  # the next possible key
             request.limit = max(_PAGE_KEYS, min(_PAGE_GROWTH * keys, fit))
-            # etcd looks for the next page while this one is read here.
-            following = self._members.begin(_range, request)
+            # etcd reads the next page while this one is decoded here.
+            following = self._members.start_call(_range, request)
             take(kvs, values)
             page = self._page(request, following)
         take(kvs, values)
-        # Who lists again expects as much, and somewhat more.
+        # The next listing is expected to be as large, with room for a quarter more.
         self._first_limit = max(_PAGE_KEYS, min(keys + keys // 4, fit))
         return int(request.revision)
 
     def _page(self, request: Any, answer: Callable[[], Any]) -> Any:
-        """The answer to the request; with fewer keys where values are larger than those before."""
+        """The answer to the request, with fewer keys if these values are larger than those before."""
         while True:
             try:
                 return answer()
@@ -203,15 +166,15 @@ class Etcd:
                 if request.limit == 1:
                     raise
                 request.limit = max(request.limit // 8, 1)
-                answer = self._members.begin(_range, request)
+                answer = self._members.start_call(_range, request)
 
     def get(self, key: bytes, revision: int = 0) -> KeyValue | None:
-        """What the key holds, or held at a revision. Raises CompactedError for one out of reach."""
+        """The key now, or at a revision. Raises CompactedError for a revision that is not in the store."""
         answer = self._members.call(_range, rpc.RangeRequest(key=key, revision=revision))
-        return _key_value(answer.kvs[0]) if answer.kvs else None
+        return KeyValue.of(answer.kvs[0]) if answer.kvs else None
 
     def put(self, key: bytes, value: bytes, lease_id: int = 0) -> None:
-        """Raises LeaseNotFoundError, as ``create`` and ``replace`` do, when there is no such lease."""
+        """Raises LeaseNotFoundError if there is no such lease, like ``create`` and ``replace``."""
         self._members.call(_put, rpc.PutRequest(key=key, value=value, lease=lease_id))
 
     def create(self, key: bytes, value: bytes, lease_id: int) -> tuple[int, KeyValue | None]:
@@ -222,7 +185,7 @@ class Etcd:
         answer = self._put_if(absent, key, value, lease_id)
         if answer.succeeded:
             return int(answer.header.revision), None
-        return 0, _key_value(answer.responses[0].response_range.kvs[0])
+        return 0, KeyValue.of(answer.responses[0].response_range.kvs[0])
 
     def replace(self, key: bytes, value: bytes, lease_id: int, expected_mod_revision: int) -> int:
         """Put the key if it has that mod revision. Returns the new one; 0 if the key had changed.
@@ -278,28 +241,28 @@ class Etcd:
     def keep_alive(
         self, lease_ids: Collection[int], timeout_s: float | None = None
     ) -> Iterator[Lease]:
-        """Refreshes all leases and yields each with its TTL, 0 for one that is gone.
+        """Refresh all leases and yield each with its TTL, 0 for one that is gone.
 
-        All calls go over one stream, one at a time; it is opened anew only when it broke. A generator,
-        so that the answers that came before a failure are not lost with it.
+        All calls use one stream, one call at a time; it is reopened only if it broke. A generator, so that
+        the answers before a failure are not lost.
         """
         timeout_s = timeout_s or self.timeout_s
-        if not self._keeping.acquire(timeout=timeout_s):
+        if not self._keep_alive_lock.acquire(timeout=timeout_s):
             raise RegistryUnavailableError(
-                f"etcd at {self.urls} has not answered the keep-alives before these"
+                f"etcd at {self.urls} has not answered the previous keep-alives"
             )
-        complete = False
+        is_complete = False
         try:
             if self._keep_alives is not None and not self._keep_alives.is_open:
                 self._end_keep_alives()
             if self._keep_alives is None:
-                self._keep_alives = _KeepAliveStream(self._members, timeout_s)
+                self._keep_alives = KeepAliveStream(self._members, timeout_s)
             yield from self._keep_alives.refresh(lease_ids, timeout_s)
-            complete = True
+            is_complete = True
         finally:
-            if not complete:  # what is still to come would be taken for the next call's answers
+            if not is_complete:  # the next call would take the remaining answers for its own
                 self._end_keep_alives()
-            self._keeping.release()
+            self._keep_alive_lock.release()
 
     def _end_keep_alives(self) -> None:
         stream, self._keep_alives = self._keep_alives, None
@@ -307,12 +270,12 @@ class Etcd:
             stream.close()
 
     def revoke(self, lease_ids: Iterable[int], timeout_s: float | None = None) -> None:
-        """Ends all leases at once, and with them their keys. One that is gone already is fine."""
+        """Revoke all leases in parallel, which deletes their keys. A lease that is gone is no error."""
         members, timeout_s = self._members, timeout_s or self.timeout_s
         deadline_s = time.monotonic() + timeout_s
         failure: RegistryError | None = None
         connection = members.connection()
-        with members.failures(connection, timeout_s):
+        with members.translating_errors(connection, timeout_s):
             metadata = members.metadata(connection, timeout_s)
             answers = [
                 connection.leases.LeaseRevoke.future(
@@ -324,7 +287,7 @@ class Etcd:
             ]
         for answer in answers:
             try:
-                with members.failures(connection, timeout_s):
+                with members.translating_errors(connection, timeout_s):
                     answer.result()
             except LeaseNotFoundError:
                 pass
@@ -336,150 +299,8 @@ class Etcd:
     # Changes
 
     def watch(self, prefix: bytes, from_revision: int) -> WatchStream:
-        """All changes of keys that start with ``prefix``, from a revision on."""
+        """All changes of keys that start with ``prefix``, starting at a revision."""
         return WatchStream(self._members, prefix, from_revision)
-
-
-class _KeepAliveStream:
-    """Keep-alives and their answers, which etcd gives in order."""
-
-    def __init__(self, members: Members, timeout_s: float) -> None:
-        self._members = members
-        self._requests: SimpleQueue[Any] = SimpleQueue()
-        self._connection = members.connection()
-        with members.failures(self._connection, timeout_s):
-            self._call = self._connection.leases.LeaseKeepAlive(
-                iter(self._requests.get, None),
-                metadata=members.metadata(self._connection, timeout_s),
-            )
-
-    @property
-    def is_open(self) -> bool:
-        """False when it broke meanwhile, such as with a member that was left."""
-        return bool(self._call.is_active())
-
-    def refresh(self, lease_ids: Collection[int], timeout_s: float) -> Iterator[Lease]:
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            self._call.cancel()
-
-        # A stream has no deadline for one answer.
-        timer = threading.Timer(timeout_s, give_up)
-        timer.name, timer.daemon = "peerd-registry-deadline", True
-        timer.start()
-        try:
-            with self._members.failures(self._connection, timeout_s):
-                for lease_id in lease_ids:
-                    self._requests.put(rpc.LeaseKeepAliveRequest(ID=lease_id))
-                for _ in lease_ids:
-                    answer = next(self._call, None)
-                    if answer is None:
-                        raise RegistryUnavailableError(
-                            f"etcd at {self._members.urls} ended the keep-alives"
-                        )
-                    yield Lease(answer.ID, answer.TTL)
-        except RegistryUnavailableError:
-            if not late.is_set():
-                raise
-            self._members.leave(self._connection, silent=True)
-            raise RegistryUnavailableError(
-                f"etcd at {self._members.urls} does not answer (no answer within {timeout_s:.2g} s)"
-            ) from None
-        finally:
-            timer.cancel()
-
-    def close(self) -> None:
-        self._requests.put(None)
-        self._call.cancel()
-
-
-class WatchStream:
-    """An iterator over what happens, in the order in which it did; it ends by raising.
-
-    The first item is empty and says that etcd has begun to watch. Each other one has whole revisions.
-
-    Raises CompactedError when some of the changes asked for are no longer known,
-    RegistryUnavailableError when the connection is lost or etcd has no leader, and after ``cancel()``.
-    """
-
-    def __init__(self, members: Members, prefix: bytes, from_revision: int) -> None:
-        self._members = members
-        self._request = rpc.WatchRequest(
-            create_request=rpc.WatchCreateRequest(
-                key=prefix,
-                range_end=etcd3.utils.increment_last_byte(prefix),
-                start_revision=from_revision,
-            )
-        )
-        self._alive = rpc.RangeRequest(key=prefix, limit=1, keys_only=True)
-        self._ended = threading.Event()
-        self._call: Any = None
-        self._batches = self._read()
-
-    def __iter__(self) -> Iterator[list[Change]]:
-        return self._batches
-
-    def __next__(self) -> list[Change]:
-        return next(self._batches)
-
-    def cancel(self) -> None:
-        """From any thread: the iteration ends."""
-        self._ended.set()
-        call = self._call
-        if call is not None:
-            call.cancel()
-
-    def close(self) -> None:
-        """From the thread that reads, which has no more use for it."""
-        self.cancel()
-        self._batches.close()
-
-    def _read(self) -> Generator[list[Change], None, None]:
-        members = self._members
-        try:
-            with members.stream(self._alive) as connection, members.failures(connection, 0.0):
-                self._call = connection.watches.Watch(
-                    _one_and_no_end(self._request, self._ended),
-                    # Or a member without a leader would keep the stream open, and silent.
-                    metadata=(
-                        ("hasleader", "true"),
-                        *members.metadata(connection, members.timeout_s),
-                    ),
-                )
-                if self._ended.is_set():
-                    self._call.cancel()
-                for answer in self._call:
-                    if answer.canceled:
-                        raise self._refusal(answer, connection)
-                    if answer.created or answer.events:
-                        yield [_change(event) for event in answer.events]
-            raise RegistryUnavailableError(f"etcd at {members.urls} ended the watch")
-        finally:
-            self.cancel()
-
-    def _refusal(self, answer: Any, connection: Connection) -> RegistryError:
-        where = f"etcd at {self._members.urls}"
-        if answer.compact_revision:
-            return CompactedError(
-                f"{where} has forgotten what was before {answer.compact_revision}"
-            )
-        reason = answer.cancel_reason
-        if "permission denied" in reason.lower() or (answer.created and not reason):
-            # So etcd calls a token that has ended, too. A read tells which it is.
-            self._members.forget_login()
-            self._members.call(_range, self._alive)
-            return RegistryUnavailableError(f"{where} ended the watch: the login had ended")
-        self._members.leave(connection)
-        return RegistryUnavailableError(f"{where} ended the watch: {reason}")
-
-
-def _one_and_no_end(request: Any, ended: threading.Event) -> Iterator[Any]:
-    """A watch lives as long as its client has more to say. Knows nothing of the stream, or it would
-    live for ever."""
-    yield request
-    ended.wait()
 
 
 def _has_mod_revision(key: bytes, revision: int) -> Any:
@@ -502,11 +323,3 @@ def _txn(connection: Connection) -> Any:
 
 def _grant(connection: Connection) -> Any:
     return connection.leases.LeaseGrant
-
-
-def _key_value(item: Any) -> KeyValue:
-    return KeyValue(item.key, item.value, item.lease, item.mod_revision)
-
-
-def _change(event: Any) -> Change:
-    return Change(_key_value(event.kv), deleted=bool(event.type))

@@ -1,18 +1,16 @@
-"""Imports etcd3 0.12.0, whatever protobuf is installed.
+"""Imports etcd3 0.12.0 with any version of protobuf.
 
-Its message modules (``etcd3/etcdrpc/{kv,auth,rpc}_pb2.py``) were generated for protobuf 3: they build
-their descriptors one by one, which protobuf 4 and newer refuse ("Descriptors cannot be created
-directly"). A pin below 4 would break our users' environments, and generated code of our own would
-have to be kept in step. But each of the three files also holds its whole descriptor as a literal, the
-``serialized_pb`` that protoc wrote. So the literals are read out of the source with ``ast`` (the files
-are found, not imported), they make up a private pool of descriptors, today's ``message_factory``
-builds the classes from it, and modules with these classes stand in ``sys.modules`` under the three
-names before etcd3 asks for them.
+Its message modules (``etcd3/etcdrpc/{kv,auth,rpc}_pb2.py``) were generated for protobuf 3: they build their
+descriptors one by one, which protobuf 4 and newer refuse ("Descriptors cannot be created directly"). A pin
+below 4 would break our users' environments, and generated code in this project would have to be kept in
+step. But each of the three files also contains its complete descriptor as a literal, the ``serialized_pb``
+that protoc wrote. So the literals are read from the source with ``ast`` (the files are located, not
+imported), a private pool is filled with their descriptors, today's ``message_factory`` builds the classes,
+and modules with these classes are placed in ``sys.modules`` under the three names before etcd3 imports them.
 
-The pool is private because the default one holds each file name once in a process, and "kv.proto" and
-"rpc.proto" are names that somebody else may have. Where protobuf still lets etcd3 build its
-descriptors (version 3, or the pure-Python implementation), or where etcd3 was imported already,
-nothing is touched.
+The pool is private because the default pool accepts each file name only once per process, and another
+package may have a "kv.proto" or "rpc.proto" as well. If protobuf still lets etcd3 build its descriptors
+(version 3, or the pure-Python implementation), or if etcd3 has been imported already, nothing is changed.
 """
 
 from __future__ import annotations
@@ -41,18 +39,18 @@ def import_etcd3() -> ModuleType:
     if "etcd3" in sys.modules:
         return sys.modules["etcd3"]
     with warnings.catch_warnings():
-        # protobuf 3.20 lets the old modules build their descriptors and scolds each time.
+        # protobuf 3.20 lets the old modules build their descriptors, with a warning for each.
         warnings.filterwarnings("ignore", "Call to deprecated create function", DeprecationWarning)
         modules = {} if _old_modules_work() else _message_modules()
         sys.modules.update(modules)
         etcd3 = importlib.import_module("etcd3")
-    for name, module in modules.items():  # what importing a submodule does for its package
+    for name, module in modules.items():  # importing a submodule sets this attribute of its package
         setattr(etcd3.etcdrpc, name.rpartition(".")[2], module)
     return etcd3
 
 
 def _old_modules_work() -> bool:
-    """Tries what they do. By version alone one would miss protobuf's pure-Python implementation."""
+    """Tries what they do. A comparison of versions would miss protobuf's pure-Python implementation."""
     try:
         descriptor.EnumValueDescriptor(name="probe", index=0, number=0)
     except TypeError:
@@ -64,9 +62,8 @@ def _message_modules() -> dict[str, ModuleType]:
     spec = importlib.util.find_spec("etcd3")
     if spec is None or not spec.submodule_search_locations:
         return {}
-    # Not find_spec("etcd3.etcdrpc"): that would import etcd3 to ask it.
+    # Not find_spec("etcd3.etcdrpc"), which would import etcd3.
     directory = Path(spec.submodule_search_locations[0], "etcdrpc")
-    # Added as a message, not as bytes: then fields that came after etcd 3.3 can be put in first.
     pool = descriptor_pool.DescriptorPool()
     modules = {}
     for name in _NAMES:
@@ -93,7 +90,7 @@ def _serialized_file(path: Path) -> bytes:
 
 
 def _members(file: Any) -> Iterator[tuple[str, Any]]:
-    """What protoc's module has at its top. Nested messages and enums hang on their classes."""
+    """The top-level names of protoc's module. Nested messages and enums are attributes of their classes."""
     yield "DESCRIPTOR", file
     factory: Any = message_factory
     if hasattr(factory, "GetMessageClass"):

@@ -1,13 +1,13 @@
-"""Who put a record, so that a successor need not wait for the lease of a predecessor that died.
+"""The process on whose behalf a record was put, so that a successor need not wait for the lease of a
+predecessor that died.
 
-A record in etcd names the process on whose behalf it stands, in a member that other readers skip:
+The record names that process in a member that other readers skip:
 
     "Owner": "db7 2f9c77f1-... 4026531836 4711 123456 2026-11-23T14:05:09+00:00"
 
-A pid alone says nothing: it is used again, means another process in another container, and does not
-outlive a boot. With the boot id, the pid namespace and the start time of the process (proc(5)), a
-process on the same machine can tell for sure whether the owner still lives; on another one nobody can,
-and the lease decides.
+A pid alone identifies nothing: pids are reused, differ between containers, and do not outlive a boot. With
+the boot id, the pid namespace and the start time of the process (proc(5)), a process on the same machine
+knows for certain whether the owner is alive; on another machine it cannot know, and the lease decides.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from pathlib import Path
 import orjson
 
 _MEMBER = "Owner"
-_LONGEST = 255
+_MAX_TEXT_LENGTH = 255
 
 
 @dataclass(frozen=True)
 class Owner:
+    """A process, identified across pid reuse, containers and boots."""
+
     host: str
     boot_id: str
     pid_namespace: int
@@ -36,7 +38,7 @@ class Owner:
 
     @classmethod
     def of_process(cls, pid: int) -> Owner:
-        """Raises ProcessLookupError when there is none."""
+        """Raises ProcessLookupError if there is no such process."""
         started_ticks = _started_ticks(pid)
         if started_ticks is None:
             raise ProcessLookupError(pid)
@@ -51,19 +53,19 @@ class Owner:
 
     @classmethod
     def in_value(cls, value: bytes) -> Owner | None:
-        """Of a stored record; None where it names none. Others may have written anything."""
+        """The owner that a stored record names; None if it names none. The value may be anything."""
         try:
             host, boot_id, *numbers, since = orjson.loads(value)[_MEMBER].split(" ")
             pid_namespace, pid, started_ticks = map(int, numbers)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
             return None
-        if not all(text.isprintable() and len(text) <= _LONGEST for text in (host, since)):
+        if not all(text.isprintable() and len(text) <= _MAX_TEXT_LENGTH for text in (host, since)):
             return None
         return cls(host, boot_id, pid_namespace, pid, started_ticks, since)
 
     def put_into(self, value: bytes) -> bytes:
-        """The value of a record with this owner in it."""
-        # One string: a JSON object of six members would take longer to read than the record.
+        """A record's value with this owner added."""
+        # One string: a JSON object with six members would take longer to parse than the record itself.
         owner = " ".join(map(str, astuple(self)))
         return value.removesuffix(b"}") + b"," + orjson.dumps({_MEMBER: owner}).removeprefix(b"{")
 
@@ -71,7 +73,7 @@ class Owner:
         return replace(self, since=other.since) == other
 
     def has_died(self) -> bool:
-        """False where this machine, or this container, cannot know."""
+        """False if this machine, or this container, cannot know."""
         return (
             (self.boot_id, self.pid_namespace) == (_boot_id(), _pid_namespace())
             and self.pid > 0
@@ -88,7 +90,7 @@ def _pid_namespace() -> int:
 
 
 def _started_ticks(pid: int) -> int | None:
-    """Field 22 of /proc/pid/stat; the name in field 2 may hold spaces and brackets. A zombie is dead."""
+    """Field 22 of /proc/pid/stat; the name in field 2 may contain spaces and brackets. A zombie is dead."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""The registry as a program sees it: records in, records out, every failure an error of ours."""
+"""The public interface of the registry. No type of gRPC or etcd3 comes out of it."""
 
 from __future__ import annotations
 
@@ -41,19 +41,22 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Listing:
+    """What ``Registry.scan`` returns."""
+
     records: tuple[PeerRecord, ...]
     """Sorted by peer id."""
 
     skipped: int
-    """Values below the prefix that are no record, or that of another peer id than their key's."""
+    """The number of values below the prefix that are no record, or name another peer id than their key."""
 
 
 def nodes(
     endpoint: str | None = None, prefix: str | None = None, *, access: EtcdAccess = ANONYMOUS
 ) -> list[PeerRecord]:
-    """All peers, sorted by peer id, over a connection of this one call.
+    """All peers, sorted by peer id, over a connection for this one call.
 
-    What is not given comes from ``PEERD_ETCD`` and ``PEERD_PREFIX``, then from the defaults.
+    ``endpoint`` and ``prefix`` default to ``PEERD_ETCD`` and ``PEERD_PREFIX``, then to
+    ``http://localhost:23790`` and ``peerd``. Raises the errors of ``Registry.nodes``.
     """
     endpoint = endpoint or os.environ.get("PEERD_ETCD") or DEFAULT_ENDPOINT
     prefix = prefix or os.environ.get("PEERD_PREFIX") or DEFAULT_PREFIX
@@ -62,17 +65,17 @@ def nodes(
 
 
 class Registry:
-    """The peers below one prefix of one etcd. A context manager; usable from any thread.
+    """The peers below one prefix of one etcd. A context manager; thread-safe.
 
-    ``endpoint`` names one member or several (``http://a:2379,http://b:2379``): whichever answers is
-    asked, and one that stops answering is left within 3 s.
+    ``endpoint`` names one member or several (``http://a:2379,http://b:2379``): any member that answers is
+    used, and one that stops answering is abandoned within 3 s.
 
-    Making one does not connect. Each method but ``close`` raises RegistryUnavailableError when etcd
-    does not answer within ``timeout_s``, another RegistryError when it refuses, and RuntimeError in a
-    forked child or after ``close``.
+    The constructor does not connect. Each method except ``close`` raises RegistryUnavailableError if etcd
+    does not answer within ``timeout_s`` seconds, another RegistryError if etcd refuses, and RuntimeError in
+    a forked child or after ``close``.
 
-    ``on_state`` is told each change of the session's state, in the thread that notices it: it must
-    not block. Without registrations nobody asks etcd, and the state stays as it was.
+    ``on_state`` is called with each new state of the session, in the thread that notices it: it must not
+    block. Without registrations etcd is not asked, and the state does not change.
     """
 
     def __init__(
@@ -88,16 +91,16 @@ class Registry:
     ) -> None:
         """Raises SettingsError for an endpoint, a prefix or a TTL that cannot work.
 
-        ``owner_pid``: on whose behalf this process registers; None: its own. When that one has died
-        without a word, a successor for the same address takes its records over at once.
+        ``owner_pid``: the process on whose behalf this one registers; None: itself. Once the owner has died
+        without closing its registrations, a successor for the same address takes them over immediately.
         """
         RegistrySettings(endpoint=endpoint, access=access, prefix=prefix, lease_ttl_s=lease_ttl_s)
         self._folder = f"{prefix}/".encode()
         self._reader = RecordReader(self._folder)
         self._etcd = Etcd(endpoint, timeout_s, access)
         self._session = Session(self._etcd, lease_ttl_s, on_state, owner_pid or os.getpid())
-        # What the last listing found. Who lists again and again finds most of it unchanged.
-        self._listing = threading.Lock()
+        # The last listing. A program that lists repeatedly finds most of it unchanged.
+        self._listing_lock = threading.Lock()
         self._last_values: dict[bytes, bytes] = {}
         self._last_records: dict[bytes, PeerRecord] = {}
         self._last_listing = Listing((), skipped=0)
@@ -108,12 +111,12 @@ class Registry:
 
     @property
     def endpoint(self) -> str:
-        """The member that is asked now."""
+        """The URL of the member in use."""
         return self._etcd.member_url
 
     @property
     def state(self) -> SessionState:
-        """What is known about the leases of this registry's records."""
+        """Whether etcd answers and this Registry's own records are in etcd."""
         return self._session.state
 
     def nodes(
@@ -124,19 +127,19 @@ class Registry:
         metadata: Mapping[str, Any] | None = None,
         serializable: bool = False,
     ) -> list[PeerRecord]:
-        """All peers, sorted by peer id, or those that have what is given (metadata: each item of it).
+        """All peers that match every argument, sorted by peer id (metadata: each of its items).
 
-        ``serializable``: let any member answer from what it knows, which may be old. It works while a
-        cluster has no majority.
+        ``serializable``: any member may answer from its own state, which may be old. This works also while
+        the cluster has no majority.
         """
         records = self.scan(serializable=serializable).records
         return select(records, partition_key, protocol, metadata)
 
     def scan(self, *, serializable: bool = False) -> Listing:
-        """All peers at one revision of etcd, and how many values were no record."""
+        """All peers at one revision of etcd, and the number of values that are no record."""
         self._session.check_usable()
         values = self._etcd.values(self._folder, serializable=serializable)
-        with self._listing:
+        with self._listing_lock:
             if values != self._last_values:
                 self._last_listing = self._parse(values)
             return self._last_listing
@@ -154,14 +157,14 @@ class Registry:
         return Listing(tuple(in_order), skipped=len(values) - len(records))
 
     def watch(self) -> Watch:
-        """What happens to the peers from now on, after those that are there; see :class:`Watch`."""
+        """The present peers, then every change; see :class:`Watch`."""
         self._session.check_usable()
         watch = Watch(self._etcd, self._folder, self._reader, self._session.check_process)
         self._watches.add(watch)
         return watch
 
     def cache(self) -> Cache:
-        """All peers, kept up to date; see :class:`Cache`. Does not wait for the first list."""
+        """A live copy of all peers; see :class:`Cache`. Does not wait for the first list."""
         self._session.check_usable()
         with self._cache_lock:
             if self._snapshot is None:
@@ -187,29 +190,29 @@ class Registry:
         adopt_lease_id: int = 0,
         on_lease: Callable[[int], None] | None = None,
     ) -> Registration:
-        """Puts the record under a lease and keeps it there until the registration is closed.
+        """Put the record under a lease and keep it in etcd until the registration is closed.
 
-        Raises PeerConflictError, saying who, when the peer id belongs to another's live lease.
+        Raises PeerConflictError, which names the holder, if the peer id belongs to another live lease.
 
-        ``adopt_lease_id``: the lease of a predecessor that died. If it still lives, it goes on being
-        used, so the record does not disappear; if not, a new one is granted. ``on_lease`` is called
-        with the lease id before the record is put under it, now and after each loss: written down,
-        it is what a successor adopts. It is called from the session's thread too, and must not block.
+        ``adopt_lease_id``: the lease of a predecessor that died. If it is alive, it is used further, so that
+        the record does not disappear; if not, a new one is granted. ``on_lease`` is called with the lease
+        id before the record is put under it, now and after each loss: a program that writes it down enables
+        a successor to adopt it. The session's thread calls it, too, so it must not block.
         """
         key = self._folder + record.peer_id.encode()
         claim = self._session.register(key, record, adopt_lease_id, on_lease)
         return Registration(self._session, claim)
 
     def revoke(self, lease_id: int) -> None:
-        """Ends a lease that nobody keeps any more, and its record. One that is gone is fine."""
+        """Revoke an abandoned lease, and with it its record. A lease that is gone is no error."""
         self._session.check_usable()
         self._etcd.revoke([lease_id])
 
     def close(self) -> None:
-        """Removes all records that were registered here, at once, and closes the connection.
+        """Remove all records that were registered here, and close the connection.
 
-        Never raises and takes no longer than about ``timeout_s``: when etcd is away, the TTL removes
-        them. In a forked child it does nothing.
+        Never raises and takes no longer than about ``timeout_s``: if etcd is unreachable, the TTL removes
+        the records. Does nothing in a forked child.
         """
         if self._session.is_of_this_process:
             for watch in [*self._watches]:

@@ -1,8 +1,8 @@
-"""What is wrong with TLS between us and an etcd that has never answered.
+"""Finds out what is wrong with TLS between this client and an etcd that has never answered.
 
-gRPC does not tell: it says "socket closed", "tsi_data_corrupted" or even "ok", by version and by chance.
-So Python's own ssl looks once at the same address, for the words of the error. It is asked only where
-no call has ever worked, since what worked before is not set up wrongly.
+gRPC does not report it: it says "socket closed", "tsi_data_corrupted" or even "ok", depending on its version
+and on timing. So Python's own ssl connects once to the same address, for its error text. This is done only
+if no call has ever succeeded, because a configuration that worked before is not wrong.
 """
 
 from __future__ import annotations
@@ -13,27 +13,25 @@ from pathlib import Path
 
 from peerd.address import Address
 
-LOOK_S = 1.0
+CONNECT_TIMEOUT_S = 1.0
 
-# The client's preface of HTTP/2 and empty SETTINGS (RFC 9113, 3.4): who speaks it answers.
+# The client's preface of HTTP/2 and empty SETTINGS (RFC 9113, 3.4), which every HTTP/2 server answers.
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
 
 def why_https_fails(
     member: Address, ca_file: Path | None, cert_file: Path | None, key_file: Path | None
 ) -> str:
-    """What to change; empty where TLS is not to blame, or nobody is there."""
+    """What to change; empty if TLS is not the cause, or nothing listens there."""
     context = ssl.create_default_context(cafile=ca_file)
     if cert_file is not None:
         try:
             context.load_cert_chain(cert_file, key_file)
         except ssl.SSLError:
-            return (
-                f"{cert_file} and {key_file} do not go together: correct --etcd-cert and --etcd-key"
-            )
+            return f"{cert_file} and {key_file} do not match: correct --etcd-cert and --etcd-key"
     context.set_alpn_protocols(["h2"])
     try:
-        with socket.create_connection(member, LOOK_S) as plain:
+        with socket.create_connection(member, CONNECT_TIMEOUT_S) as plain:
             return _of_handshake(context, plain, member, cert_file)
     except OSError:
         return ""
@@ -56,7 +54,7 @@ def _of_handshake(
         return f"it does not speak TLS there: write http://{member}"
     with secure:
         try:
-            # With TLS 1.3, etcd looks at our certificate when the handshake is over for us.
+            # With TLS 1.3, etcd checks our certificate after the handshake is complete on our side.
             secure.sendall(_HELLO)
             return "" if secure.recv(1) else refused
         except TimeoutError:
@@ -66,7 +64,7 @@ def _of_handshake(
 
 
 def why_http_fails(member: Address) -> str:
-    """The same for plain text: whether TLS is spoken there."""
+    """The same for plain text: whether the server speaks TLS."""
     try:
         if not _answers_plainly(member) and _speaks_tls(member):
             return f"it speaks TLS there: write https://{member}"
@@ -76,7 +74,7 @@ def why_http_fails(member: Address) -> str:
 
 
 def _answers_plainly(member: Address) -> bool:
-    with socket.create_connection(member, LOOK_S) as plain:
+    with socket.create_connection(member, CONNECT_TIMEOUT_S) as plain:
         try:
             plain.sendall(_HELLO)
             return bool(plain.recv(1))
@@ -87,7 +85,7 @@ def _answers_plainly(member: Address) -> bool:
 def _speaks_tls(member: Address) -> bool:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with socket.create_connection(member, LOOK_S) as plain:
+    with socket.create_connection(member, CONNECT_TIMEOUT_S) as plain:
         try:
             context.wrap_socket(plain).close()
         except ssl.SSLError as error:

@@ -1,27 +1,26 @@
-"""What happens to the peers, without a gap, whatever happens to etcd.
+"""Every change of the peers, without a gap, whatever happens to etcd.
 
-A Watch knows each record that it has told of, and the revision up to which it has told everything.
-It lists, tells what is there, and watches from the next revision on. When the stream breaks (etcd is
-restarted, stopped, cut off, has no leader), it goes on at that revision with the next stream, so that
-nothing is lost and nothing comes twice. Two things can make that impossible:
+A Watch keeps each record that it has reported, and the revision up to which it has reported everything.
+It lists, reports what exists, and watches from the next revision on. When the stream breaks (etcd is
+restarted, stopped, cut off, has no leader), it resumes at that revision with the next stream, so nothing
+is lost and nothing is reported twice. Two things can make that impossible:
 
-    compacted       etcd has forgotten some of what happened since. (Or it is more than gRPC takes in
-                    one message, and a list comes in pages.)
-    another store   etcd was wiped, or restored from a backup: what has the same revisions there is
-                    something else. Revisions that went back are not enough to see it, since the new
-                    store may have grown past the old one. So when a new stream is open, and before
-                    what it brings is told, the newest key that this watch knows of is read: it, with
-                    its lease, must be what it was, now or at the revision of then. (A member that
-                    lags is no danger: the read is linearizable.) The stream was opened before, so an
-                    etcd that is wiped afterwards breaks it.
+    compacted       etcd no longer knows some of the changes since then. (Or they are more than gRPC
+                    accepts in one message, whereas a list comes in pages.)
+    another store   etcd was wiped, or restored from a backup: the same revisions mean something else
+                    there. A lower revision is not the only sign, because the new store may have grown
+                    past the old one. So once a new stream is open, and before its events are reported,
+                    the newest key that this watch knows is read: it must be as it was, lease included,
+                    now or at the revision of then. (A member that lags does no harm: the read is
+                    linearizable.) The stream was opened before, so a later wipe breaks it.
 
-Then it lists again, and tells exactly the difference to what it has told before.
+Then the Watch lists again, and reports exactly the difference to what it has reported before.
 
-It never gives up, and raises only what its user can act on: that etcd refuses access. Between two
-attempts it waits, jittered and ever longer, up to LONGEST_PAUSE_S.
+It never gives up, and raises only what its user can act on: that etcd refuses access. Between two attempts
+it waits, with jitter, for up to MAX_PAUSE_S.
 
-A watch does its work in the thread that asks for the next event: nothing is kept for a reader that is
-slow but what gRPC's flow control lets etcd send ahead.
+A watch works in the thread that asks for the next event: it buffers nothing for a slow reader except what
+gRPC's flow control lets etcd send ahead.
 """
 
 from __future__ import annotations
@@ -38,34 +37,28 @@ from dataclasses import dataclass
 from typing import Self
 
 from peerd.errors import RegistryAuthError, RegistryError
-from peerd.registry.etcd import (
-    Change,
-    CompactedError,
-    Etcd,
-    KeyValue,
-    TooLargeError,
-    WatchStream,
-)
+from peerd.registry.etcd import Change, CompactedError, Etcd, KeyValue, TooLargeError, WatchStream
 from peerd.registry.records import PeerRecord, RecordReader
 
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.05
-LONGEST_PAUSE_S = 1.0
+MAX_PAUSE_S = 1.0
+"""Between two attempts: doubled after each, up to this."""
 
 
 @dataclass(frozen=True)
 class Joined:
-    """A peer is there that was not."""
+    """A peer has appeared."""
 
     record: PeerRecord
     revision: int
-    """Of etcd's store: what happened later has a higher one, unless etcd was wiped meanwhile."""
+    """Of etcd's store: a later event has a higher one, unless etcd was wiped in between."""
 
 
 @dataclass(frozen=True)
 class Updated:
-    """A peer's record was put again. It may say the same as before."""
+    """A peer's record was put again, possibly unchanged."""
 
     record: PeerRecord
     revision: int
@@ -76,7 +69,7 @@ class Left:
     """A peer is gone: it left, died, or lost its lease."""
 
     record: PeerRecord
-    """The last one known."""
+    """The last known one."""
 
     revision: int
 
@@ -87,9 +80,9 @@ Event = Joined | Updated | Left
 class Watch:
     """An iterator, and an async iterator, over ``Joined``, ``Updated`` and ``Left``.
 
-    First all peers that are there, as Joined. It ends when it is closed, or its Registry is; closing
-    is all right from any thread. Raises RegistryAuthError when etcd refuses access, nothing else, and
-    RuntimeError in a forked child or when two threads ask at once. A context manager.
+    It starts with all present peers, as Joined, and ends when it or its Registry is closed, which any
+    thread may do. Iterating raises RegistryAuthError if etcd refuses access, and RuntimeError in a forked
+    child or if two threads iterate at the same time; nothing else. A context manager.
     """
 
     def __init__(
@@ -103,19 +96,19 @@ class Watch:
         self._reader = reader
         self._folder = folder
         self._check_process = check_process
-        self._told: dict[bytes, PeerRecord] = {}
+        self._known: dict[bytes, PeerRecord] = {}
         self._skipped: set[bytes] = set()
-        self._revision = 0  # all up to it is told
-        self._newest: KeyValue | None = None  # as it was when it was written
+        self._revision = 0  # everything up to it has been reported
+        self._newest: KeyValue | None = None  # as it was written
         self._is_listed = False
         self._stream: WatchStream | None = None
         self._pending: deque[Event] = deque()
-        self._known_s = -float("inf")
+        self._last_confirmed_s = -float("inf")
         self._pause_s = FIRST_PAUSE_S
         self._closed = threading.Event()
         self._pid = os.getpid()
-        self._asking = threading.Lock()
-        self._warned = False
+        self._reading = threading.Lock()
+        self._has_warned = False
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -132,7 +125,7 @@ class Watch:
         return self._events()
 
     async def _events(self) -> AsyncGenerator[Event, None]:
-        import asyncio  # for those only who are in it already
+        import asyncio  # only an asyncio program gets here, and has imported it already
 
         waiting = ThreadPoolExecutor(1, "peerd-watch")
         try:
@@ -147,38 +140,38 @@ class Watch:
             waiting.shutdown(wait=False)
 
     def take(self) -> list[Event] | None:
-        """Waits for news: what has happened since the last time, in order; None once closed.
+        """Wait for the next events and return them in order; None once closed.
 
-        An empty list says that nothing is new but ``known_s``: the first list may have been empty,
-        or a broken stream goes on.
+        An empty list means that only ``confirmed_at_s`` is new: the first list was empty, or a broken
+        stream was resumed.
         """
         self._check_process()
-        if not self._asking.acquire(blocking=False):
-            raise RuntimeError("two threads ask one Watch: give each its own")
+        if not self._reading.acquire(blocking=False):
+            raise RuntimeError("two threads read one Watch: give each its own")
         try:
             events = None if self._closed.is_set() else self._advance()
             if events is None:
-                self._broken()
+                self._close_stream()
             return events
         finally:
-            self._asking.release()
+            self._reading.release()
 
     def close(self) -> None:
-        """Ends the iteration, one that waits included. Twice is fine; in a forked child too."""
+        """End the iteration, also one that waits in another thread. Idempotent, and safe after a fork."""
         self._closed.set()
         if os.getpid() != self._pid:
             return
-        if self._asking.acquire(blocking=False):
-            self._broken()
-            self._asking.release()
+        if self._reading.acquire(blocking=False):
+            self._close_stream()
+            self._reading.release()
         elif (stream := self._stream) is not None:
             stream.cancel()
 
     def last_known(self, peer_id: str) -> PeerRecord | None:
-        """Of a peer that is there. One that is there twice, such as under FaasNet's key as well, is
-        still there when one of its records is gone."""
-        told = self._told.values()
-        return next((record for record in told if record.peer_id == peer_id), None)
+        """The record of a present peer. A peer with two records, one of them under FaasNet's key, is present
+        until both are gone."""
+        known = self._known.values()
+        return next((record for record in known if record.peer_id == peer_id), None)
 
     @property
     def is_closed(self) -> bool:
@@ -191,14 +184,14 @@ class Watch:
         return len(self._skipped)
 
     @property
-    def known_s(self) -> float:
-        """When all that was known had been told, on the monotonic clock; -inf before the first list.
+    def confirmed_at_s(self) -> float:
+        """When everything in etcd had been reported, on the monotonic clock; -inf before the first list.
 
-        It goes on while the stream is open and etcd answers, about once a second.
+        It advances about every second while the stream is open and etcd answers.
         """
         if self._stream is None:
-            return self._known_s
-        return max(self._known_s, self._etcd.heard_s)
+            return self._last_confirmed_s
+        return max(self._last_confirmed_s, self._etcd.last_answer_s)
 
     def __enter__(self) -> Self:
         return self
@@ -207,30 +200,30 @@ class Watch:
         self.close()
 
     def __del__(self) -> None:
-        self.close()  # or the stream of one that was dropped half way would stay open
+        self.close()  # otherwise a watch that was dropped half way would leave its stream open
 
     def _advance(self) -> list[Event] | None:
-        """One step: a list, or the opening of a stream, or what a stream has brought, or a pause."""
+        """One step: list, open a stream, read from the stream, or pause."""
         try:
             if self._stream is not None:
-                events = self._tell(next(self._stream))
+                events = self._events_of(next(self._stream))
             elif self._is_listed:
                 events = self._open()
             else:
                 events = self._list()
-            self._known_s = time.monotonic()
+            self._last_confirmed_s = time.monotonic()
             return events
         except (CompactedError, TooLargeError) as error:
-            log.info("%s: the peers are listed again", error)
-            self._broken()
+            log.info("%s: listing the peers again", error)
+            self._close_stream()
             return self._list_again()
         except RegistryAuthError:
-            self._broken()
+            self._close_stream()
             if self._closed.is_set():
                 return None
             raise
         except RegistryError as error:
-            self._broken()
+            self._close_stream()
             return self._pause(error)
 
     def _list_again(self) -> list[Event] | None:
@@ -239,8 +232,8 @@ class Watch:
         except RegistryError as error:
             return self._pause(error)
 
-    def _broken(self) -> None:
-        self._known_s = self.known_s
+    def _close_stream(self) -> None:
+        self._last_confirmed_s = self.confirmed_at_s
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
@@ -248,12 +241,12 @@ class Watch:
     def _pause(self, error: RegistryError) -> list[Event] | None:
         if self._closed.is_set():
             return None
-        if not self._warned:
-            self._warned = True
+        if not self._has_warned:
+            self._has_warned = True
             log.warning("the watch waits for etcd: %s", error)
         if self._closed.wait(self._pause_s * random.uniform(0.5, 1.0)):
             return None
-        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
         return []
 
     def _open(self) -> list[Event]:
@@ -262,32 +255,32 @@ class Watch:
             stream.cancel()
         first = next(stream)
         if not self._is_same_store():
-            log.info("etcd has another store than before: the peers are listed again")
-            self._broken()
+            log.info("etcd has another store than before: listing the peers again")
+            self._close_stream()
             return self._list()
         self._pause_s = FIRST_PAUSE_S
-        if self._warned:
-            self._warned = False
-            log.info("the watch goes on, from revision %d", self._revision + 1)
-        return self._tell(first)
+        if self._has_warned:
+            self._has_warned = False
+            log.info("the watch resumes from revision %d", self._revision + 1)
+        return self._events_of(first)
 
     def _is_same_store(self) -> bool:
-        """Whether etcd holds what this watch has seen. Raises CompactedError if it cannot tell.
+        """Whether etcd holds what this watch has seen. Raises CompactedError if that cannot be known.
 
-        The lease tells two stores apart in which the same peers registered in the same order.
+        The lease distinguishes two stores in which the same peers registered in the same order.
         """
         newest = self._newest
-        if newest is None:  # nothing was seen, so nothing that was before may be there
+        if newest is None:  # no key was seen, so none with an older revision may exist
             items, revision = self._etcd.list(self._folder)
             return revision >= self._revision and all(
                 item.mod_revision > self._revision for item in items
             )
-        # The second only where it was written again: it may be compacted.
+        # The second read is only for a key that was written again: its old revision may be compacted.
         return newest == self._etcd.get(newest.key) or (
             newest == self._etcd.get(newest.key, newest.mod_revision)
         )
 
-    def _tell(self, changes: Iterable[Change]) -> list[Event]:
+    def _events_of(self, changes: Iterable[Change]) -> list[Event]:
         events: list[Event] = []
         for change in changes:
             events += self._event(change)
@@ -295,15 +288,15 @@ class Watch:
         return events
 
     def _list(self) -> list[Event]:
-        """What is there now, told as the difference to what was told before."""
+        """List the peers, and return the difference to what was reported before."""
         items, revision = self._etcd.list(self._folder)
         found = {item.key: item for item in items}
         events: list[Event] = [
-            Left(self._told.pop(key), revision) for key in [*self._told] if key not in found
+            Left(self._known.pop(key), revision) for key in [*self._known] if key not in found
         ]
         for item in items:
             record = self._read(item)
-            if record is None or record != self._told.get(item.key):
+            if record is None or record != self._known.get(item.key):
                 events += self._event(Change(item, deleted=False))
         self._skipped &= found.keys()
         self._revision = revision
@@ -313,14 +306,14 @@ class Watch:
 
     def _event(self, change: Change) -> Iterator[Event]:
         item, deleted = change
-        known = self._told.pop(item.key, None)
+        known = self._known.pop(item.key, None)
         self._skipped.discard(item.key)
         record = None
         if not deleted:
             self._newest = item
             record = self._read(item)
         if record is not None:
-            self._told[item.key] = record
+            self._known[item.key] = record
             yield (Joined if known is None else Updated)(record, item.mod_revision)
         elif known is not None:
             yield Left(known, item.mod_revision)

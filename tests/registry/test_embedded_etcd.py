@@ -109,7 +109,7 @@ def test_variables_meant_for_another_etcd_do_no_harm(monkeypatch: pytest.MonkeyP
 def test_a_port_in_use_is_said() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         etcd = EmbeddedEtcd(port=server.getsockname()[1])
-        with pytest.raises(RegistryUnavailableError, match=r"listens at .* already"):
+        with pytest.raises(RegistryUnavailableError, match="another server listens at "):
             etcd.start()
 
 
@@ -140,7 +140,7 @@ def test_its_last_words_are_told(tmp_path: Path) -> None:
     old = tmp_path / "etcd"
     old.write_text("#!/bin/sh\necho flag provided but not defined >&2\nexit 2\n")
     old.chmod(0o755)
-    with pytest.raises(RegistryUnavailableError, match="exit code 2, saying: flag provided"):
+    with pytest.raises(RegistryUnavailableError, match="exit code 2; its log: flag provided"):
         EmbeddedEtcd(binary=old).start()
 
 

@@ -147,7 +147,7 @@ def test_a_watch_that_is_dropped_half_way_closes_itself(registry: Registry) -> N
         assert event.record == SEED
         break
     gc.collect()
-    eventually(lambda: not any("pulse" in thread.name for thread in threading.enumerate()))
+    eventually(lambda: not any("probe" in thread.name for thread in threading.enumerate()))
 
 
 def test_a_stream_that_is_collected_under_the_lock_of_its_connection(
@@ -177,7 +177,7 @@ def test_two_threads_cannot_ask_one_watch(registry: Registry) -> None:
         next(watch)
         reader = threading.Thread(target=lambda: list(watch))
         reader.start()
-        eventually(lambda: watch._asking.locked())
+        eventually(lambda: watch._reading.locked())
         with pytest.raises(RuntimeError, match="two threads"):
             next(watch)
         watch.close()
