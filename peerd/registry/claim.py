@@ -242,6 +242,6 @@ def _describe_holder(record: PeerRecord, found: KeyValue) -> str:
             "choose another one, or wait until that peer is gone"
         )
     return (
-        f"peer id {record.peer_id!r} is overwritten again and again by {who} without a lease: "
+        f"peer id {record.peer_id!r} is repeatedly overwritten, without a lease, by {who}: "
         "find out what else writes this key, or choose another peer id"
     )

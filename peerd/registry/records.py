@@ -9,8 +9,8 @@ names in other cases, so case is ignored.
 
 Anyone may write to the store, so a value is trusted no more than a datagram: its size and its nesting are
 bounded, every field is checked, and text that would control a terminal (control characters, direction
-overrides) is refused. Whatever the bytes are, reading them returns a record or raises InvalidRecordError:
-any other exception would end every listing and every watch for as long as the value is in etcd. Hence the
+overrides) is refused. Reading any bytes returns a record or raises InvalidRecordError: another exception
+would end every listing and every watch for as long as the value is in etcd. Hence the
 bound on nesting comes before anything that recurses (repr, ``==``, orjson.dumps). It is FaasNet's own:
 System.Text.Json reads 64 levels, and one deeper record makes its listing of all peers fail.
 """

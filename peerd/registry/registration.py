@@ -66,7 +66,7 @@ class Registration:
 
     @property
     def conflict(self) -> str:
-        """Who holds the key instead of this registration; empty without a conflict."""
+        """Describes the process that holds the key instead; empty without a conflict."""
         return self._claim.conflict
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ _MAX_NAMES = 8
 
 
 class SessionState(Enum):
-    """What a Registry knows about its own records, as a whole."""
+    """The state of a Registry's own records, as a whole. Passed to its ``on_state``."""
 
     CONNECTED = "connected"
     """etcd answers, and every record is in etcd or in conflict."""

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 _KEY = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
 
-# Of its own, as the system's adds extensions. The gateway in etcd is a client of its own server with
-# the server's certificate, so a certificate serves both ends.
+# Instead of the system's configuration, which adds extensions. etcd's gateway is a client of its own server
+# and uses the server's certificate, so each certificate is valid for both roles.
 _CONFIG = """\
 [req]
 distinguished_name = name
@@ -45,7 +45,7 @@ class CertificateAuthority:
         return self._own.cert_file
 
     def issue(self, name: str) -> Certificate:
-        """``name`` is also the common name, which etcd takes for the user."""
+        """``name`` is also the common name, which etcd uses as the user's name."""
         signer = ["-CA", str(self._own.cert_file), "-CAkey", str(self._own.key_file)]
         return self._make(name, ["-extensions", "leaf", *signer])
 

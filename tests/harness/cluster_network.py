@@ -3,9 +3,8 @@
     test's namespace --- "clients" bridge --- member 0, 1, 2
                           "peers" bridge  --- member 0, 1, 2
 
-A link that is down loses what is sent over it without a word, as a pulled cable does: no connection is
-reset, and none ends. Both bridges live in a namespace of their own, so that deleting namespaces removes
-everything.
+A link that is down silently drops all packets, like a pulled cable: no connection is reset or closed. Both
+bridges are in a namespace of their own, so that deleting the namespaces removes everything.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _SUBNETS = 256 // MAX_WORKERS
 
 @cache
 def why_no_networks() -> str:
-    """Why namespaces cannot be made here; empty where they can."""
+    """Why network namespaces cannot be created here; empty if they can."""
     name = f"peerd-{os.getpid()}-probe"
     try:
         _ip("netns", "add", name)
@@ -53,7 +52,7 @@ class ClusterNetwork:
         self._members = members
         self._hub = f"{self._name}-hub"
         self._link = f"pd{os.getpid()}n{number}"  # at most 15 characters
-        # 198.18.0.0/15 is set aside for tests of networks, so nobody is there.
+        # 198.18.0.0/15 is reserved for benchmarks of networks, so it is in use nowhere.
         self._subnet = WORKER * _SUBNETS + number % _SUBNETS
         self._made = ExitStack()
 
@@ -77,7 +76,7 @@ class ClusterNetwork:
             _ip("-n", self._hub, "link", "set", f"{kind}{number}", "up")
 
     def __enter__(self) -> ClusterNetwork:
-        _remove_what_killed_runs_left()
+        _remove_abandoned_namespaces()
         try:
             self._make()
         except BaseException:
@@ -98,7 +97,7 @@ class ClusterNetwork:
             self._connect(number, "clients", self.client_host(number))
             self._connect(number, "peers", self.peer_host(number))
         _ip("link", "add", self._link, "type", "veth", "peer", "name", "test", "netns", self._hub)
-        # Deleting the hub would remove it too, but the kernel takes its time for that.
+        # Deleting the hub would remove it too, but only some time later.
         self._made.callback(_ip, "link", "del", self._link)
         _ip("-n", self._hub, "link", "set", "test", "master", "clients", "up")
         _ip("addr", "add", f"198.18.{self._subnet}.1/24", "dev", self._link)
@@ -118,8 +117,8 @@ class ClusterNetwork:
         _ip("-n", self._hub, "link", "set", end, "master", kind, "up")
 
 
-def _remove_what_killed_runs_left() -> None:
-    """Namespaces outlive the process that made them; their names say which one that was."""
+def _remove_abandoned_namespaces() -> None:
+    """Namespaces outlive the process that created them; their names contain its pid."""
     for path in Path("/run/netns").glob("peerd-*"):
         match = re.match(r"peerd-(\d+)-", path.name)
         if match and not Path("/proc", match[1]).exists():

@@ -30,21 +30,21 @@ class EtcdCluster:
             )
             for number in range(SIZE)
         ]
-        everybody = ",".join(f"{member.name}=http://{member.peer}" for member in self.members)
+        initial = ",".join(f"{member.name}=http://{member.peer}" for member in self.members)
         for member in self.members:
-            member.flags.append(f"--initial-cluster={everybody}")
-            # etcd's defaults: how long a cluster is without a leader is part of the tests.
+            member.flags.append(f"--initial-cluster={initial}")
+            # etcd's defaults: the time without a leader is part of the tests.
             member.flags += ["--heartbeat-interval=100", "--election-timeout=1000"]
         self._network = network
         self._ids: dict[int, EtcdProcess] = {}
 
     @property
     def endpoints(self) -> str:
-        """Of all members, as ``Registry`` takes them."""
+        """The URLs of all members, as ``Registry`` takes them."""
         return ",".join(member.endpoint for member in self.members)
 
     def leader(self) -> EtcdProcess:
-        """The one that a majority follows now; waits for an election to end."""
+        """The member that a majority follows; waits for an election to end."""
         leader = eventually(self._elected, _ELECTED_WITHIN_S)
         assert leader is not None
         return leader
@@ -67,12 +67,12 @@ class EtcdCluster:
     # Faults, beside those of each process
 
     def cut(self, member: EtcdProcess) -> None:
-        """Nothing gets to it or from it, and nobody is told."""
+        """Drops all packets to and from the member, without an error on either side."""
         self._links().cut_clients(self.members.index(member))
         self._links().cut_peers(self.members.index(member))
 
     def cut_from_peers(self, member: EtcdProcess) -> None:
-        """Clients reach it, but it belongs to no majority any more."""
+        """Clients still reach it, but it is not part of the majority any more."""
         self._links().cut_peers(self.members.index(member))
 
     def mend(self, member: EtcdProcess) -> None:
@@ -117,7 +117,7 @@ class EtcdCluster:
             if status.leader_id == status.member_id:
                 claims.add(status.member_id)
         for number, count in votes.items():
-            # One that was cut off believes for a while that it still leads.
+            # A leader that was cut off continues to believe in its lead for some time.
             if count > SIZE // 2 and number in claims:
                 return self._ids[number]
         return None

@@ -1,7 +1,7 @@
-"""etcd past the registry and past gRPC: its JSON gateway over plain HTTP.
+"""A client for etcd that bypasses the registry and gRPC: its JSON gateway over plain HTTP.
 
-Tests write and read with it what the registry must see or must have written, and set up what only an
-administrator does: compaction, users, the move of the leader.
+Tests use it to write what the registry must see, to read what the registry must have written, and for what
+only an administrator does: compaction, users, a move of the leader.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Item(NamedTuple):
     value: bytes
     lease_id: int
     create_revision: int
-    """Of the last time that the key did not exist before: it changes when a key goes and comes back."""
+    """It changes when a key is deleted and created again."""
 
     mod_revision: int
 
@@ -47,7 +47,7 @@ class Status(NamedTuple):
 
 
 class Gateway:
-    """Each call is a connection of its own. Raises OSError where nobody answers within ``timeout_s``."""
+    """Opens a connection per call. Raises OSError if no server answers within ``timeout_s``."""
 
     def __init__(
         self, address: Address, user: str = "", password: str = "", timeout_s: float = 5.0
@@ -67,7 +67,7 @@ class Gateway:
         return _revision(self._post("kv/deleterange", key=_base64(key)))
 
     def items(self, prefix: bytes, *, serializable: bool = False) -> dict[bytes, Item]:
-        """``serializable``: what this member has, whether or not it still belongs to a majority."""
+        """``serializable``: this member's own state, whether or not it is still part of a majority."""
         answer = self._post(
             "kv/range",
             key=_base64(prefix),
@@ -89,7 +89,7 @@ class Gateway:
 
     def history(self, prefix: bytes) -> list[Change]:
         """All changes below ``prefix`` so far, for a store that was never compacted."""
-        # A mark at the end, as a watch does not say when it has come to the present.
+        # A mark at the end, because a watch does not report that it has reached the present.
         mark = self.put(b"\xffhistory", b"")
         changes: list[Change] = []
         with self._stream("watch", create_request=_watch_all()) as lines:
@@ -102,16 +102,16 @@ class Gateway:
                         value = base64.b64decode(event["kv"].get("value", ""))
                         deleted = event.get("type") == "DELETE"
                         changes.append(Change(revision, key, None if deleted else value))
-        raise GatewayError("the watch ended before it came to the present")
+        raise GatewayError("the watch ended before it reached the present")
 
     def compact(self, revision: int) -> None:
-        """Forgets what was before ``revision``, and returns when it is forgotten on disk, too."""
+        """Discards all older revisions; returns once they are removed from the disk, too."""
         self._post("kv/compaction", revision=revision, physical=True)
 
     # The cluster
 
     def status(self) -> Status:
-        """What this member knows by itself."""
+        """This member's own view."""
         answer = self._post("maintenance/status")
         header = answer["header"]
         return Status(
@@ -119,13 +119,13 @@ class Gateway:
         )
 
     def move_leader(self, member_id: int) -> None:
-        """Only the leader can do that."""
+        """This member must be the leader."""
         self._post("maintenance/transfer-leadership", targetID=str(member_id))
 
     # Authentication
 
     def enable_auth(self, root_password: str) -> None:
-        """From now on, only users get in; this gateway becomes ``root``."""
+        """Require a login from now on; this gateway becomes ``root``."""
         self.add_user("root", root_password)
         self._post("auth/role/add", name="root")
         self._post("auth/user/grant", user="root", role="root")
@@ -159,7 +159,7 @@ class Gateway:
             yield (json.loads(line) for line in answer)
 
     def _token(self) -> str:
-        """A new one for each call: it may be short-lived."""
+        """A new token for each call, because tokens may be short-lived."""
         if not self._user:
             return ""
         credentials = {"name": self._user, "password": self._password}
@@ -169,7 +169,7 @@ class Gateway:
 
     @contextmanager
     def _answer(self, path: str, body: object, token: str) -> Iterator[http.client.HTTPResponse]:
-        # Not urllib, which would ask a proxy of the environment.
+        # Not urllib, which would use a proxy of the environment.
         connection = http.client.HTTPConnection(*self.address, timeout=self.timeout_s)
         try:
             headers = {"Authorization": token} if token else {}
@@ -189,7 +189,7 @@ def _watch_all() -> dict[str, object]:
 
 
 def _end(prefix: bytes) -> bytes:
-    """The first key behind all that start with ``prefix``, which ends in no 0xff."""
+    """The first key after all keys with the prefix, which must not end in 0xff."""
     return prefix[:-1] + bytes([prefix[-1] + 1])
 
 

@@ -1,6 +1,6 @@
-"""A real etcd that tests kill, stop and wipe, with TLS and members next to it where they want that.
+"""A real etcd that tests kill, stop and wipe, optionally with TLS or as a member of a cluster.
 
-``EmbeddedEtcd`` is what peerd ships; this one is for what peerd must survive.
+``EmbeddedEtcd`` is part of peerd; this one is for the faults that peerd must survive.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class ServerTls(NamedTuple):
     cert_file: Path
     key_file: Path
     client_ca_file: Path | None = None
-    """Given: clients must show a certificate of this CA."""
+    """If given, clients must present a certificate of this CA."""
 
 
 class EtcdProcess:
     """One member of etcd with a data directory and ports of its own, for a ``with`` block.
 
-    It dies with the thread that started it (PR_SET_PDEATHSIG), so start it from the test's own.
+    It dies with the thread that started it (PR_SET_PDEATHSIG), so start it from the test's main thread.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class EtcdProcess:
         peer_host: str = "127.0.0.1",
         namespace: str | None = None,
     ) -> None:
-        """``namespace``: the name of the network namespace to run in, where both hosts are its own."""
+        """``namespace``: the name of the network namespace to run in, which has both hosts."""
         self.name = name
         self.flags = list(flags)
         self.client = Address(host, free_ports())
         self.peer = Address(peer_host, free_ports())
         self.plain = Address(host, free_ports()) if tls else self.client
-        """Where plain HTTP is spoken in any case, so that the gateway needs no certificates."""
+        """Always plain HTTP, so that the gateway needs no certificates."""
         self.gateway = Gateway(self.plain)
         self._binary = binary
         self._tls = tls
@@ -97,7 +97,7 @@ class EtcdProcess:
                 stdout=log,
                 stderr=log,
                 env=environment,
-                process_group=0,  # a Ctrl-C in the terminal is not for it
+                process_group=0,  # Ctrl-C in the terminal does not end it
             )
 
     def wait_ready(self, within_s: float = _READY_WITHIN_S) -> None:
@@ -111,7 +111,7 @@ class EtcdProcess:
         assert self.running, f"etcd ended: {self.last_words()}"
 
     def is_healthy(self, timeout_s: float = 1.0) -> bool:
-        """Whether it serves, which one without a majority does not."""
+        """Whether it serves. A member without a majority does not."""
         connection = http.client.HTTPConnection(*self.plain, timeout=timeout_s)
         try:
             connection.request("GET", "/health")
@@ -134,15 +134,15 @@ class EtcdProcess:
             connection.close()
 
     def kill(self) -> None:
-        """SIGKILL. Data and ports stay for a restart."""
+        """SIGKILL. Data and ports are kept for a restart."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def stop(self) -> None:
-        """SIGSTOP: connections stay, and new ones are accepted by the kernel, but nobody answers."""
+        """SIGSTOP: connections stay open, and the kernel accepts new ones, but etcd does not answer."""
         os.kill(self.pid, signal.SIGSTOP)
-        # One of its threads may be on a CPU, and answers until it comes to see the signal.
+        # A thread that is running on a CPU may answer until it handles the signal.
         eventually(lambda: set(self._states_of_threads()) == {"T"})
 
     def _states_of_threads(self) -> Iterator[str]:
@@ -201,10 +201,10 @@ class EtcdProcess:
             f"--listen-peer-urls=http://{self.peer}",
             f"--initial-advertise-peer-urls=http://{self.peer}",
             f"--initial-cluster={self.name}=http://{self.peer}",
-            # Alone, it need not wait a second for others before it leads.
+            # A single member need not wait a second for others before it leads.
             "--heartbeat-interval=20",
             "--election-timeout=200",
-            "--unsafe-no-fsync",  # data survive a kill of etcd, and nobody here kills the machine
+            "--unsafe-no-fsync",  # data survive a kill of etcd, and the machine does not crash
             "--logger=zap",
             "--log-level=warn",
             "--log-outputs=stderr",

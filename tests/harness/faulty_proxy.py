@@ -1,12 +1,12 @@
 """A TCP proxy that fails the way networks and middleboxes do, driven by a seeded random generator.
 
-- delayed: bytes come late, in order.
+- delayed: bytes arrive late, in order.
 - cut: connections are reset or ended; new ones are closed as soon as they are accepted.
-- half-open: connections stay and new ones are accepted, but all bytes are swallowed.
+- half-open: connections stay open and new ones are accepted, but all bytes are discarded.
 - garbage: the client gets bytes that etcd never sent, on old connections and on new ones.
 
-A connection that lost bytes or got garbage is never used again for the real ones: when the fault is
-over it is reset, since TCP does not lose bytes in the middle.
+A connection that has lost bytes or received garbage is reset once the fault is over, because TCP never loses
+bytes in the middle.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from harness.ports import free_ports
 from peerd.address import Address
 
 _FAULT_S = (0.01, 0.08)
-_LONGEST_DELAY_S = 0.03
+_MAX_DELAY_S = 0.03
 _CHUNK_BYTES = 1 << 20
 _CALL_TIMEOUT_S = 60.0
 _RESET = struct.pack("ii", 1, 0)
@@ -41,17 +41,17 @@ class Fault(Enum):
 
 
 class FaultyProxy:
-    """Between a client and ``target``, for a ``with`` block; in a thread of this process."""
+    """Between a client and ``target``, for a ``with`` block. It runs in a thread of this process."""
 
     def __init__(self, target: Address, seed: int) -> None:
         self.address = Address("127.0.0.1", free_ports())
         self.bytes_to_client = 0
-        """Real ones, in this proxy's life."""
+        """From etcd, in total."""
         self.connections = 0
-        """Accepted in this proxy's life."""
+        """Accepted in total."""
         self._target = target
         self._schedule = random.Random(seed)
-        self._random = random.Random(seed)  # asked as traffic comes, so in no certain order
+        self._random = random.Random(seed)  # drawn from as traffic arrives, so in no fixed order
         self._fault = Fault.NONE
         self._pairs: set[_Pair] = set()
         self._loop = asyncio.new_event_loop()
@@ -63,18 +63,18 @@ class FaultyProxy:
         return f"http://{self.address}"
 
     def begin(self, fault: Fault) -> None:
-        """Until ``end()`` or another one begins."""
+        """Inject the fault until ``end()`` or the next ``begin()``."""
         self._run(self._set_fault(fault))
 
     def end(self) -> None:
-        """Everything gets through again, over new connections where the old ones have suffered."""
+        """Pass everything again. Damaged connections are reset."""
         self.begin(Fault.NONE)
 
     def run_faults(self, count: int, reconnected_within_s: float = 1.0) -> dict[Fault, int]:
-        """That many faults one after the other, some upon a client that has just recovered, some upon
-        one that has not; returns how many there were of each kind. It is clean at the end.
+        """Inject ``count`` faults, one after the other, half of them only after the client has recovered from
+        the previous one. Returns the number of faults of each kind. No fault is active at the end.
 
-        ``reconnected_within_s``: what the client is given to recover, which it may not even want to.
+        ``reconnected_within_s``: how long to wait for the recovery, which is not required.
         """
         kinds = [fault for fault in Fault if fault is not Fault.NONE]
         done: dict[Fault, int] = dict.fromkeys(kinds, 0)
@@ -102,11 +102,11 @@ class FaultyProxy:
             self._loop.close()
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        """In the proxy's thread, from another one."""
+        """Run it in the proxy's thread. Called from other threads."""
         asyncio.run_coroutine_threadsafe(work, self._loop).result(_CALL_TIMEOUT_S)
 
     def _wait_for_traffic(self, within_s: float) -> None:
-        """Until the client has got something again, or has had its time."""
+        """Until the client has received bytes again, or the time is over."""
         before = self.bytes_to_client
         with contextlib.suppress(AssertionError):
             eventually(lambda: self.bytes_to_client > before, within_s)
@@ -147,8 +147,8 @@ class FaultyProxy:
         try:
             await self._serve(pair, reader)
         except* (OSError, asyncio.CancelledError):
-            # No etcd there, or one of both ends reset, or _close(): asyncio would take a handler that
-            # ends as cancelled for a broken one.
+            # etcd does not run, either end has reset its connection, or _close() cancelled this task: asyncio
+            # would log a cancelled handler as an error.
             pass
         finally:
             self._pairs.discard(pair)
@@ -173,10 +173,10 @@ class FaultyProxy:
         target: asyncio.StreamWriter | None,
         count: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Until ``source`` ends, and the connection with it."""
+        """Until ``source`` ends; then close both connections."""
         while data := await source.read(_CHUNK_BYTES):
             if self._fault is Fault.DELAYED:
-                await asyncio.sleep(self._random.uniform(0, _LONGEST_DELAY_S))
+                await asyncio.sleep(self._random.uniform(0, _MAX_DELAY_S))
             if self._fault is Fault.HALF_OPEN:
                 pair.spoilt = True
             if target is None or pair.spoilt:
@@ -201,16 +201,16 @@ class FaultyProxy:
 
 
 class _Pair:
-    """The client's connection and the one to etcd that belongs to it."""
+    """The client's connection and the corresponding one to etcd."""
 
     def __init__(self, to_client: asyncio.StreamWriter) -> None:
         self.to_client = to_client
         self.to_etcd: asyncio.StreamWriter | None = None
         self.spoilt = False
-        """It lost bytes or got garbage."""
+        """It has lost bytes or received garbage."""
 
     def finish(self) -> None:
-        """An orderly end, after what is on its way."""
+        """Close both in an orderly way, after all buffered bytes."""
         for writer in (self.to_client, self.to_etcd):
             if writer is not None:
                 writer.close()

@@ -1,4 +1,4 @@
-"""Peers that come, change and go in etcd without the registry's doing."""
+"""Peers that appear, change and disappear in etcd without the registry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PAUSE_S = 0.01
 
 
 class RecordWriter:
-    """Puts and deletes a few records, again and again. No two values are the same."""
+    """Repeatedly puts and deletes a few records. No two values are equal."""
 
     def __init__(self, gateway: Gateway, prefix: str, seed: int = 1, peers: int = 8) -> None:
         self._gateway = gateway
@@ -24,7 +24,7 @@ class RecordWriter:
         self._written = 0
         self._there: set[str] = set()
         self.revision = 0
-        """After the last write that was answered."""
+        """After the last answered write."""
 
     def put(self, peer_id: str) -> PeerRecord:
         self._written += 1
@@ -38,7 +38,7 @@ class RecordWriter:
         self._there.discard(peer_id)
 
     def write(self, count: int = 1) -> None:
-        """That many events: each put or delete here is one."""
+        """Put or delete ``count`` times; each is one event."""
         for _ in range(count):
             peer_id = f"peer-{self._random.randrange(self._peers)}"
             if peer_id in self._there and self._random.random() < 0.4:
@@ -48,8 +48,8 @@ class RecordWriter:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Goes on in a thread, whatever happens to etcd. What it did is then known to etcd only: a
-        write without an answer may have been done.
+        """Write in a thread, whatever happens to etcd. Only etcd then knows the result, because a write
+        without an answer may have been applied.
         """
         done = threading.Event()
 
@@ -69,7 +69,7 @@ class RecordWriter:
             thread.join()
 
     def records(self) -> dict[str, PeerRecord]:
-        """What etcd has."""
+        """The records in etcd, by peer id."""
         return {
             key.removeprefix(self._folder).decode(): PeerRecord.from_json(item.value)
             for key, item in self._gateway.items(self._folder).items()

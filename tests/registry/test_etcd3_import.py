@@ -1,4 +1,4 @@
-"""What is read out of etcd3's files is what Python itself finds there."""
+"""The descriptors read from etcd3's files are those that Python's own parser finds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tests' own tools against real etcds, so that a fault in them is not taken for one of peerd."""
+"""The test harness itself against real etcds, so that its faults are not taken for faults of peerd."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_data_survive_a_kill_and_not_a_wipe(etcd_process: EtcdProcess) -> None:
     assert gateway.revision() == 1
 
 
-def test_a_stopped_one_accepts_and_is_silent(etcd_process: EtcdProcess) -> None:
+def test_a_stopped_etcd_accepts_connections_and_is_silent(etcd_process: EtcdProcess) -> None:
     etcd_process.stop()
     socket.create_connection(etcd_process.client).close()
     assert not etcd_process.is_healthy(0.2)
@@ -105,7 +105,7 @@ def test_tls_and_client_certificates(binary: Path, tmp_path: Path) -> None:
 
 
 def _is_let_in(address: Address, ca_file: Path, client: Certificate | None) -> bool:
-    """How etcd refuses varies: an alert, which depends on the Go that built it, or only an end."""
+    """etcd refuses with an alert, which depends on the version of Go that built it, or by closing."""
     context = ssl.create_default_context(cafile=str(ca_file))
     if client:
         context.load_cert_chain(*client)
@@ -115,7 +115,7 @@ def _is_let_in(address: Address, ca_file: Path, client: Certificate | None) -> b
             context.wrap_socket(plain, server_hostname=address.host) as tls,
         ):
             tls.sendall(b"GET /health HTTP/1.0\r\n\r\n")
-            # With TLS 1.3 the server looks at the certificate after the handshake.
+            # With TLS 1.3 the server checks the certificate after the handshake.
             return tls.recv(4) == b"HTTP"
     except (ssl.SSLError, ConnectionError):
         return False
@@ -154,7 +154,7 @@ def test_a_member_can_be_cut_off(binary: Path, tmp_path: Path) -> None:
         eventually(lambda: member.gateway.items(b"a/")[b"a/1"].value == b"three")
 
 
-def test_the_proxy_passes_everything_when_nothing_is_wrong(etcd_process: EtcdProcess) -> None:
+def test_the_proxy_without_a_fault_passes_everything(etcd_process: EtcdProcess) -> None:
     value = bytes(range(256)) * 2000
     with FaultyProxy(etcd_process.client, seed=1) as proxy:
         gateway = Gateway(proxy.address)
@@ -190,7 +190,7 @@ def test_the_proxys_faults(etcd_process: EtcdProcess) -> None:
         assert Gateway(proxy.address).revision() == 1
 
 
-def test_random_faults_are_the_same_for_the_same_seed(etcd_process: EtcdProcess) -> None:
+def test_one_seed_gives_the_same_random_faults(etcd_process: EtcdProcess) -> None:
     def run() -> dict[Fault, int]:
         with FaultyProxy(etcd_process.client, seed=7) as proxy:
             done = proxy.run_faults(20, reconnected_within_s=0)
@@ -201,7 +201,7 @@ def test_random_faults_are_the_same_for_the_same_seed(etcd_process: EtcdProcess)
 
 
 def _connect(proxy: FaultyProxy) -> socket.socket:
-    """Returns when the proxy has it, too."""
+    """Returns once the proxy has accepted it."""
     before = proxy.connections
     client = socket.create_connection(proxy.address)
     eventually(lambda: proxy.connections > before)
@@ -209,7 +209,7 @@ def _connect(proxy: FaultyProxy) -> socket.socket:
 
 
 def _ended(client: socket.socket) -> bool:
-    """Reads to the end, however it comes."""
+    """Reads until the connection is closed or reset."""
     with client:
         client.settimeout(30)
         try:

@@ -1,4 +1,4 @@
-"""A record is either what FaasNet can read and a terminal can show, or InvalidRecordError."""
+"""A value is a record that FaasNet can read and a terminal can show, or InvalidRecordError."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ DEEP: list[Callable[[int], bytes]] = [
     lambda levels: b'{"Url":[%b],"Port":1}' % nested(levels),
     lambda levels: b'{"Url":"h","Port":%b}' % nested(levels),
 ]
-"""Where a record may hold what is nested deeply."""
+"""The places where a record may hold deeply nested JSON."""
 
 FAASNETS = b'{"Url":"localhost","Port":5009,"PartitionKey":null,"Id":"..."}'
 
@@ -78,7 +78,7 @@ def test_the_form_of_nodes_json() -> None:
         (b'{"Url":"h","Port":1,"PartitionKey":""}', PeerRecord("h", 1, partition_key="")),
     ],
 )
-def test_what_others_write_is_read(value: bytes, record: PeerRecord) -> None:
+def test_records_of_other_writers_are_read(value: bytes, record: PeerRecord) -> None:
     assert PeerRecord.from_json(value) == record
 
 
@@ -173,7 +173,7 @@ def test_the_longest_record_fits() -> None:
 
 
 @pytest.mark.parametrize("levels", [63, 253, 254, 1000, 20_000])
-def test_what_is_nested_too_deeply_is_refused(levels: int) -> None:
+def test_too_deep_nesting_is_refused(levels: int) -> None:
     for value in DEEP:
         with pytest.raises(InvalidRecordError) as caught:
             PeerRecord.from_json(value(levels))
@@ -192,11 +192,11 @@ def test_metadata_may_be_nested_as_deeply_as_faasnet_reads() -> None:
     assert PeerRecord.from_json(wide.to_json()) == wide
 
 
-def test_of_a_name_that_stands_twice_the_last_one_counts() -> None:
+def test_the_last_one_of_duplicate_names_counts() -> None:
     assert PeerRecord.from_json(b'{"Url":"a","Port":1,"Url":"b"}') == PeerRecord("b", 1)
 
 
-def test_it_is_a_value() -> None:
+def test_a_record_is_a_value() -> None:
     metadata = {"tags": ["a"]}
     record = PeerRecord("h", 1, metadata=MappingProxyType(metadata))
     metadata["tags"].append("b")
@@ -224,11 +224,11 @@ SCALARS = (
 )
 
 
-# The json module also writes what JSON does not have, and integers of any size.
+# The json module also writes NaN and infinities, which are not JSON, and integers of any size.
 STORED = (JSON | st.dictionaries(NAMES, PLAUSIBLE | JSON)).map(lambda value: json.dumps(value))
 
 
-# With what etcd may hold beside JSON: any bytes, half a value, a value with bytes changed.
+# Damaged records: some bytes replaced, inserted or removed.
 FULL = PeerRecord("h", 1, partition_key="p", metadata={"n": [{"m": 1}]}).to_json()
 DAMAGED = st.builds(
     lambda start, middle, length: FULL[:start] + middle + FULL[start + length :],
@@ -261,7 +261,7 @@ def test_reading_never_raises_anything_else(value: bytes, key: bytes | None) -> 
         SCALARS | st.lists(SCALARS) | st.dictionaries(st.text("ab"), SCALARS),
     ),
 )
-def test_what_is_stored_is_read_back(
+def test_a_stored_record_is_read_back(
     url: str, port: int, partition_key: str | None, metadata: dict[str, Any]
 ) -> None:
     if url.startswith("/"):

@@ -110,7 +110,7 @@ def test_a_proxy_of_the_environment_is_not_asked(
     assert nodes(etcd, prefix) == []
 
 
-# Whose key it is
+# The owner of a key
 
 
 def test_a_key_under_anothers_live_lease_is_refused(
@@ -130,7 +130,7 @@ def test_a_key_under_anothers_live_lease_is_refused(
     registry.register(intruder)
 
 
-def test_a_dead_owners_record_is_taken_over_at_once_by_who_has_its_address(
+def test_a_dead_owners_record_is_taken_over_at_once_from_the_same_address(
     etcd: str, prefix: str, registry: Registry, store: Store
 ) -> None:
     lease_id = lease_of_killed_predecessor(etcd, prefix, owner_pid=0)
@@ -143,7 +143,7 @@ def test_a_dead_owners_record_is_taken_over_at_once_by_who_has_its_address(
 def test_a_living_owners_record_is_not_taken_over(
     etcd: str, prefix: str, registry: Registry, store: Store
 ) -> None:
-    """Of which only the registrar has died: it is replaced, and adopts the lease."""
+    """Only the registrar of that owner has died: its successor adopts the lease."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as supervisor:
         lease_of_killed_predecessor(etcd, prefix, owner_pid=supervisor.pid)
         held = store.get("seedId")
@@ -177,7 +177,7 @@ threading.Event().wait()
 def lease_of_killed_predecessor(
     etcd: str, prefix: str, ttl_s: int = 10, owner_pid: int | None = None
 ) -> int:
-    """That of a process that registered on behalf of this one, or of another, or its own (0)."""
+    """The process registered on behalf of this one, of ``owner_pid``, or of itself (0)."""
     owner = os.getpid() if owner_pid is None else owner_pid
     with subprocess.Popen(
         [sys.executable, "-c", PREDECESSOR, etcd, prefix, str(ttl_s), str(owner)],
@@ -200,7 +200,7 @@ def test_a_predecessors_lease_is_adopted_and_its_record_untouched(
         registration = registry.register(SEED, adopt_lease_id=lease_id, on_lease=noted.append)
         assert (registration.lease_id, noted) == (lease_id, [lease_id])
         outlive_a_lease_of_two_seconds(store)
-        assert store.get("seedId") == left, "neither gone meanwhile nor written again"
+        assert store.get("seedId") == left, "neither deleted meanwhile nor written again"
     assert store.get("seedId") is None
 
 
@@ -232,7 +232,7 @@ def test_an_adopted_lease_does_not_open_anothers_key(
     assert [answer.ttl_s for answer in store.etcd.keep_alive([lease.lease_id])] == [10]
 
 
-def test_the_lease_is_told_before_the_record_is_put(registry: Registry, store: Store) -> None:
+def test_on_lease_is_called_before_the_record_is_put(registry: Registry, store: Store) -> None:
     seen: list[KeyValue | None] = []
     registry.register(SEED, on_lease=lambda lease_id: seen.append(store.get("seedId")))
     assert seen == [None]
@@ -251,11 +251,11 @@ def test_on_lease_may_refuse(registry: Registry, store: Store) -> None:
     assert store.items() == []
 
 
-# Keeping records
+# Maintaining records
 
 
 def outlive_a_lease_of_two_seconds(store: Store) -> None:
-    """Until a key under a lease of 2 s that nobody keeps is gone."""
+    """Until a key is gone whose lease of 2 s is not refreshed."""
     store.put("control", b"", store.lease(2))
     eventually(lambda: store.get("control") is None)
 
@@ -290,7 +290,7 @@ def test_a_lease_that_two_registrations_hold_is_refreshed_for_both(etcd: str, pr
 
 
 def test_a_stream_that_broke_between_two_rounds_is_no_failure() -> None:
-    """As with an etcd that was restarted, or a member that was left: the next round has another."""
+    """For example after a restart of etcd or a failover: the next round opens another stream."""
     states: list[SessionState] = []
     with (
         EmbeddedEtcd() as etcd,
@@ -326,7 +326,7 @@ def test_a_revoked_lease_is_replaced(etcd: str, prefix: str, store: Store) -> No
         assert kept.lease_id == kept_lease_id
 
 
-def test_who_took_the_key_of_a_lost_lease_is_reported_until_it_goes(
+def test_the_new_holder_of_a_lost_key_is_reported_until_it_is_gone(
     etcd: str, prefix: str, store: Store
 ) -> None:
     states: list[SessionState] = []
@@ -399,7 +399,7 @@ def test_an_etcd_that_is_wiped(prefix: str) -> None:
         eventually(lambda: registration.registered)
 
 
-def test_a_registering_that_was_not_answered_can_be_repeated(prefix: str) -> None:
+def test_a_registration_that_was_not_answered_can_be_repeated(prefix: str) -> None:
     with (
         EmbeddedEtcd() as etcd,
         Registry(etcd.endpoint, prefix, timeout_s=0.5) as registry,
@@ -443,10 +443,10 @@ def test_a_listener_that_raises_is_logged_and_stops_nothing(
     assert "ValueError: connected" in caplog.text
 
 
-# etcd away
+# etcd unreachable
 
 
-def test_nobody_listens(prefix: str) -> None:
+def test_no_server_listens(prefix: str) -> None:
     with Registry("http://localhost:9", prefix) as registry:
         for use in (registry.nodes, lambda: registry.register(SEED), lambda: registry.revoke(1)):
             begun_s = time.monotonic()
@@ -458,7 +458,7 @@ def test_nobody_listens(prefix: str) -> None:
         assert registry.state is SUSPENDED
 
 
-def test_somebody_listens_and_says_nothing(prefix: str) -> None:
+def test_a_server_that_accepts_and_does_not_answer(prefix: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         with Registry(endpoint, prefix, timeout_s=0.3) as registry:
@@ -549,7 +549,7 @@ def test_a_forked_child_gets_a_clear_error(etcd: str, prefix: str) -> None:
     assert all("forked child" in line and "open another" in line for line in lines)
 
 
-def test_a_program_that_forgets_to_close_ends_all_the_same(etcd: str, prefix: str) -> None:
+def test_a_program_that_does_not_close_its_registry_ends(etcd: str, prefix: str) -> None:
     code = PREDECESSOR.replace("threading.Event().wait()", "")
     done = subprocess.run(
         [sys.executable, "-c", code, etcd, prefix, "2", "0"],
@@ -635,12 +635,12 @@ def run_python(code: str, *options: str, **variables: str) -> str:
 @pytest.mark.parametrize(
     "module", ["peerd.registry", "peerd.registry.records", "peerd.registry.embedded_etcd"]
 )
-def test_what_needs_no_etcd_imports_no_grpc(module: str) -> None:
+def test_modules_that_need_no_etcd_import_no_grpc(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('grpc', 'etcd3') if m in sys.modules])"
     assert run_python(code) == "[]"
 
 
-def test_every_public_name_is_there() -> None:
+def test_every_public_name_exists() -> None:
     assert run_python("from peerd.registry import *; print(Registry.__name__, nodes.__name__)")
     assert run_python(
         "import peerd.registry as r; print(set(r.__all__) <= set(dir(r)), hasattr(r, 'x'))"
@@ -648,7 +648,7 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_etcd3_imports_without_a_warning(tmp_path: Path) -> None:
-    """Compiled anew, so that the compiler's warnings count as well."""
+    """Compiled again, so that the compiler's warnings count as well."""
     code = "from peerd.registry.etcd3_import import import_etcd3 as i; print(i().__version__)"
     options = ("-W", "error", "-X", f"pycache_prefix={tmp_path}")
     assert run_python(code, *options) == "0.12.0"
@@ -692,7 +692,7 @@ def test_protobufs_own_pool_is_left_alone() -> None:
 
 
 def test_an_etcd3_that_imports_by_itself_is_not_touched() -> None:
-    """As with protobuf 3, and with protobuf's pure-Python implementation still today."""
+    """With protobuf 3, and with the pure-Python implementation of today's protobuf."""
     code = (
         "from peerd.registry.etcd3_import import import_etcd3 as i; e = i()\n"
         "print(e.etcdrpc.rpc_pb2.__spec__ is not None, i() is e)"

@@ -1,4 +1,4 @@
-"""Watching and caching peers in a real etcd that stays up; test_watch_faults.py has one that does not."""
+"""Watching and caching peers in a real etcd that stays up; test_watch_faults.py has one that fails."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ SEED = PeerRecord(url="localhost", port=5001, peer_id="seedId")
 # Watching
 
 
-def test_first_what_is_there_and_then_what_happens(registry: Registry) -> None:
+def test_a_watch_reports_present_peers_and_then_every_change(registry: Registry) -> None:
     with registry.register(SEED) as seed, registry.watch() as watch:
         first = next(watch)
         assert first == Joined(SEED, first.revision)
         other = registry.register(PeerRecord("h", 2))
-        told = seed.update(metadata={"load": 3})
+        changed = seed.update(metadata={"load": 3})
         other.close()
         joined, updated, left = next(watch), next(watch), next(watch)
         assert joined == Joined(PeerRecord("h", 2), joined.revision)
-        assert updated == Updated(told, updated.revision)
+        assert updated == Updated(changed, updated.revision)
         assert left == Left(PeerRecord("h", 2), left.revision)
         assert first.revision < joined.revision < updated.revision < left.revision
     assert next(watch, None) is None, "it ends when it is closed"
@@ -47,7 +47,7 @@ def test_a_value_that_is_no_record_is_no_event(registry: Registry, store: Store)
         store.put("seedId", b"garbage")
         store.put("seedId", SEED.to_json())
         store.put("seedId", b"garbage again")
-        store.put("thief", SEED.to_json())  # who names another than its key
+        store.put("thief", SEED.to_json())  # names another peer id than its key
         store.put("localhost", FAASNETS)
         events = [next(watch) for _ in range(3)]
     faasnets = PeerRecord("localhost", 5009, partition_key="eu")
@@ -153,7 +153,7 @@ def test_a_watch_that_is_dropped_half_way_closes_itself(registry: Registry) -> N
 def test_a_stream_that_is_collected_under_the_lock_of_its_connection(
     etcd: str, prefix: str
 ) -> None:
-    """The collector runs in whatever thread allocates, which once waited for itself from then on."""
+    """The collector runs in any thread that allocates, which once deadlocked with itself."""
     members = Members(etcd, EtcdAccess(), 5.0)
     stream = WatchStream(members, prefix.encode(), 0)
     assert next(stream) == []
@@ -171,7 +171,7 @@ def test_a_stream_that_is_collected_under_the_lock_of_its_connection(
     members.close()
 
 
-def test_two_threads_cannot_ask_one_watch(registry: Registry) -> None:
+def test_two_threads_cannot_read_one_watch(registry: Registry) -> None:
     registry.register(SEED)
     with registry.watch() as watch:
         next(watch)
@@ -216,7 +216,7 @@ def test_an_async_watch_that_is_cancelled(registry: Registry) -> None:
     asyncio.run(cancel())
 
 
-def test_a_watch_may_begin_before_etcd_does(prefix: str) -> None:
+def test_a_watch_may_start_before_etcd(prefix: str) -> None:
     etcd = EmbeddedEtcd()
     with etcd:
         endpoint = etcd.endpoint
@@ -252,10 +252,10 @@ def test_a_cache_follows(registry: Registry) -> None:
         assert cache.age_s < 30
 
 
-def test_a_peer_that_is_there_twice_is_there_until_both_are_gone(
+def test_a_peer_with_two_records_is_present_until_both_are_gone(
     registry: Registry, store: Store
 ) -> None:
-    """FaasNet's key for it and ours."""
+    """One under FaasNet's key and one under ours."""
     store.put("localhost", FAASNETS, lease := store.lease())
     with registry.cache() as cache:
         eventually(lambda: cache.get("localhost:5009"))
@@ -301,7 +301,7 @@ def test_a_cache_whose_thread_has_ended_raises_the_cause(
         assert len(cache.nodes()) == 2, "closed on purpose: the last known state can be read"
 
 
-def test_a_cache_can_be_read_while_etcd_is_away(prefix: str) -> None:
+def test_a_cache_can_be_read_while_etcd_is_unreachable(prefix: str) -> None:
     with EmbeddedEtcd() as etcd, Registry(etcd.endpoint, prefix) as registry:
         registry.register(SEED)
         with registry.cache() as cache:
@@ -351,7 +351,7 @@ def test_a_second_listing_sees_what_has_changed(registry: Registry) -> None:
 
 
 def test_values_that_are_too_large_for_one_page(registry: Registry, store: Store) -> None:
-    """Others may write up to 1.5 MB; a page of them would be more than gRPC takes."""
+    """Other programs may write up to 1.5 MB; a page of such values is more than gRPC accepts."""
     records = [PeerRecord("localhost", port) for port in range(1, 1501)]
     for record in records:
         store.put(record.peer_id, record.to_json())
@@ -367,8 +367,8 @@ def test_values_that_are_too_large_for_one_page(registry: Registry, store: Store
     store.etcd.revoke([lease_id])
 
 
-def test_more_at_once_than_one_message_takes(registry: Registry, store: Store) -> None:
-    """What has happened before a stream is opened comes in one message."""
+def test_more_events_than_one_message_holds(registry: Registry, store: Store) -> None:
+    """etcd sends all events before a stream was opened in one message."""
     lease_id = store.lease()
     with registry.watch() as watch:
         assert watch.take() == []
@@ -397,7 +397,7 @@ def test_an_update_keeps_the_lease(registry: Registry) -> None:
         registration.update(metadata={})
 
 
-def test_an_update_is_refused_where_somebody_else_has_the_key(
+def test_an_update_is_refused_if_another_process_has_the_key(
     registry: Registry, store: Store
 ) -> None:
     registration = registry.register(SEED)
@@ -407,7 +407,7 @@ def test_an_update_is_refused_where_somebody_else_has_the_key(
     assert registration.record == SEED
 
 
-def test_an_update_of_a_lost_record_says_so(registry: Registry) -> None:
+def test_an_update_of_a_lost_record_is_refused(registry: Registry) -> None:
     registration = registry.register(SEED)
     registry.revoke(registration.lease_id)
     with pytest.raises(RegistryUnavailableError, match="put again soon"):

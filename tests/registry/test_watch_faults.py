@@ -1,7 +1,7 @@
-"""A watch while etcd is killed, stopped, compacted and wiped, and while the network plays tricks.
+"""A watch while etcd is killed, stopped, compacted and wiped, and while the network fails.
 
-As long as etcd knows what has happened, the watch tells every event, once, in order. Where it does not
-(compacted, wiped), the watch tells exactly the difference. It never raises and never ends.
+As long as etcd has the history, the watch reports every event, once, in order. If etcd has lost it
+(compacted, wiped), the watch reports exactly the difference. It never raises and never ends.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def etcd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EtcdProcess
 
 @pytest.fixture
 def writer(etcd: EtcdProcess) -> RecordWriter:
-    """One record is there already: whoever is told of it watches."""
+    """With one record in etcd: a watch that has reported it has started."""
     writer = RecordWriter(etcd.gateway, PREFIX)
     writer.put("first")
     return writer
@@ -50,7 +50,7 @@ def proxy(etcd: EtcdProcess) -> Iterator[FaultyProxy]:
 
 @pytest.fixture
 def recorder(etcd: EtcdProcess, writer: RecordWriter) -> Iterator[WatchRecorder]:
-    """Of a watch that has begun."""
+    """The recorder of a watch that has started."""
     with Registry(etcd.endpoint, PREFIX) as registry, WatchRecorder(registry.watch()) as recorder:
         recorder.wait_for(writer.records())
         yield recorder
@@ -83,7 +83,7 @@ def test_kill_9_and_restart(
 ) -> None:
     for _ in range(3):
         writer.write(10)
-        etcd.kill()  # with what was just written still on its way
+        etcd.kill()  # with the last events still on their way
         etcd.start()
         writer.write(10)
     check_every_event(recorder, etcd)
@@ -108,7 +108,7 @@ def test_etcd_is_stopped_for_10_s(
     waiting = RecordWriter(Gateway(etcd.plain, timeout_s=30.0), PREFIX, seed=2)
     thread = threading.Thread(target=waiting.put, args=["written-while-stopped"])
     thread.start()
-    time.sleep(10.0)  # long enough for every deadline on the way to run out
+    time.sleep(10.0)  # longer than every deadline on the way
     recorder.check_alive()
     etcd.cont()
     thread.join()
@@ -129,7 +129,7 @@ def test_compaction_past_the_watched_revision(
         writer.put(peer_id)
     before = writer.records()
     recorder.wait_for(before)
-    told = len(recorder.events)
+    reported = len(recorder.events)
 
     proxy.begin(fault)
     writer.put("changes")
@@ -147,7 +147,7 @@ def test_compaction_past_the_watched_revision(
     recorder.wait_for(writer.records())
     writer.put("afterwards")
     recorder.wait_for(writer.records())
-    difference = recorder.events[told:-1]
+    difference = recorder.events[reported:-1]
     assert {(type(event), event.record.peer_id) for event in difference} == {
         (Updated, "changes"),
         (Left, "leaves"),
@@ -168,13 +168,13 @@ def test_the_data_are_wiped(
     writer: RecordWriter,
     more_revisions: int,
 ) -> None:
-    """The new store may have come past the revision that was watched before anybody looks."""
+    """The new store may have grown past the watched revision before the watch reconnects."""
     recorder = recorder_behind_proxy
     for peer_id in ("changes", "leaves", "stays"):
         writer.put(peer_id)
     before = writer.records()
     recorder.wait_for(before)
-    told = len(recorder.events)
+    reported = len(recorder.events)
 
     proxy.begin(Fault.CUT)
     etcd.kill()
@@ -188,7 +188,7 @@ def test_the_data_are_wiped(
     proxy.end()
 
     recorder.wait_for(writer.records())
-    difference = recorder.events[told:]
+    difference = recorder.events[reported:]
     assert {(type(event), event.record.peer_id) for event in difference} == {
         (Left, "first"),
         (Left, "leaves"),
@@ -200,7 +200,7 @@ def test_the_data_are_wiped(
 
     writer.write(20)
     recorder.wait_for(writer.records())
-    assert len(recorder.events) == told + 24
+    assert len(recorder.events) == reported + 24
 
 
 def test_the_data_are_wiped_under_a_connected_watch(
@@ -215,15 +215,13 @@ def test_the_data_are_wiped_under_a_connected_watch(
         writer.put("second")
         writer.write(5)
         recorder.wait_for(writer.records())
-        writer.write(30)  # past what it had
+        writer.write(30)  # past the revisions of the old store
         recorder.wait_for(writer.records())
 
 
 @pytest.mark.parametrize("meanwhile", ["compacted", "wiped", "wiped and older"])
-def test_a_reader_that_takes_its_time(
-    etcd: EtcdProcess, writer: RecordWriter, meanwhile: str
-) -> None:
-    """The world changes while it looks at the first of the records that were there."""
+def test_a_slow_reader(etcd: EtcdProcess, writer: RecordWriter, meanwhile: str) -> None:
+    """etcd changes while the reader handles the first of the listed records."""
     writer.put("second")
     with Registry(etcd.endpoint, PREFIX) as registry, registry.watch() as watch:
         first = next(watch)
@@ -248,9 +246,7 @@ def test_a_reader_that_takes_its_time(
 
 @pytest.fixture
 def collector_at_any_moment() -> Iterator[None]:
-    """Python's garbage collector runs all the time, in whatever thread, so that what it finalizes meets
-    every lock that might be held.
-    """
+    """The garbage collector runs all the time, in any thread, so finalizers run while any lock is held."""
     before = gc.get_threshold()
     gc.set_threshold(20, 5, 5)
     yield
@@ -261,9 +257,9 @@ def collector_at_any_moment() -> Iterator[None]:
 def test_200_random_faults_of_the_network(
     etcd: EtcdProcess, proxy: FaultyProxy, writer: RecordWriter
 ) -> None:
-    """Half of them on a store that remembers everything, half on one that is compacted all the time.
+    """Half of them with a complete history, half with a store that is compacted all the time.
 
-    A registration and a cache of the same registry go through them, too.
+    A registration and a cache of the same registry suffer them, too.
     """
     mine = PeerRecord("localhost", 5009, "mine")
     with (
@@ -273,7 +269,7 @@ def test_200_random_faults_of_the_network(
     ):
         registration = registry.register(mine)
         recorder.wait_for(writer.records())
-        told = len(recorder.events)
+        reported = len(recorder.events)
         put = etcd.gateway.items(FOLDER + b"mine")
 
         with writer.writing():
@@ -281,8 +277,8 @@ def test_200_random_faults_of_the_network(
         assert all(done.values()), done
         history = every_event(etcd.gateway.history(FOLDER))
         recorder.wait_for(replayed(history))
-        # The first ones came as a list, sorted by key.
-        assert recorder.events[told:] == history[told:]
+        # The first events are a list, sorted by key.
+        assert recorder.events[reported:] == history[reported:]
 
         with writer.writing():
             for _ in range(10):
@@ -305,7 +301,7 @@ def test_a_long_fault_of_the_network(
     writer: RecordWriter,
     fault: Fault,
 ) -> None:
-    """Longer than what a watch waits for a sign of life, so that it gives up a connection or many."""
+    """Longer than the probe's timeout, so that the watch gives up one connection or several."""
     connections = proxy.connections
     proxy.begin(fault)
     writer.write(20)
