@@ -276,10 +276,17 @@ class Session:
                 self._schedule_refresh(lease)
 
     def _compare(self, timeout_s: float) -> None:
+        """Mark the records that another writer has removed or overwritten as lost."""
         with self._claiming:
             with self._lock:
                 holding = [claim for claim in self._claims if claim.holds]
-            changed = self._claimant.find_changed(holding, timeout_s)
+            try:
+                changed = self._claimant.find_changed(holding, timeout_s)
+            except RegistryUnavailableError:
+                raise
+            except RegistryError as error:  # refused, such as without the permission to read a key
+                log.log(self._warning_level(), "the records are not compared: %s", error)
+                return
             for claim in changed:
                 claim.mod_revision = 0
         if changed:
@@ -340,16 +347,19 @@ class Session:
     def _on_failure(self, error: Exception) -> None:
         if self._closing:
             return
-        now_s = time.monotonic()
-        level = logging.DEBUG
-        if now_s >= self._warn_at_s:
-            level = logging.WARNING
-            self._warn_at_s = now_s + _WARN_INTERVAL_S
+        level = self._warning_level()
         if isinstance(error, RegistryError):
             log.log(level, "%s", error)
             self._on_answer(answered=False)
         else:
             log.log(level, "a record cannot be put: on_lease raised", exc_info=error)
+
+    def _warning_level(self) -> int:
+        now_s = time.monotonic()
+        if now_s < self._warn_at_s:
+            return logging.DEBUG
+        self._warn_at_s = now_s + _WARN_INTERVAL_S
+        return logging.WARNING
 
     # The state
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from harness.etcd_process import EtcdProcess
 from harness.eventually import eventually
 from harness.store import Store
 from harness.supervised import Supervised
 from peerd import control
 from peerd.errors import PeerConflictError
 from peerd.registry import PeerRecord, Registration, Registry, SessionState
+from peerd.registry.embedded_etcd import find_etcd
 
 CONNECTED, LOST = SessionState.CONNECTED, SessionState.LOST
 SEED = PeerRecord(url="localhost", port=5001, peer_id="seedId")
@@ -84,6 +87,24 @@ def test_a_thousand_removed_records_come_back(etcd: str, prefix: str, store: Sto
         eventually(lambda: len(store.items()) == 1000, within_s=30)
         assert {item.lease_id for item in store.items()} == leases
         eventually(lambda: all(registration.registered for registration in registrations))
+
+
+def test_records_that_etcd_does_not_compare_stay_registered(
+    tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    states: list[SessionState] = []
+    binary = find_etcd()
+    assert binary is not None
+    with (
+        EtcdProcess(binary, tmp_path, flags=["--max-txn-ops=4"]) as etcd,
+        Registry(etcd.endpoint, prefix, lease_ttl_s=2, on_state=states.append) as registry,
+    ):
+        registrations = [registry.register(PeerRecord("h", port)) for port in range(1, 9)]
+        first_until_s = registrations[0].registered_until_s
+        eventually(lambda: registrations[0].registered_until_s > first_until_s + 2.0)
+        assert all(registration.registered for registration in registrations)
+    assert states == [CONNECTED]
+    assert sum("the records are not compared" in message for message in caplog.messages) == 1
 
 
 def test_own_updates_are_not_taken_for_anothers(
