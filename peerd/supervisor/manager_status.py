@@ -37,7 +37,7 @@ class ManagerStatus:
 
     def update(self) -> None:
         """Send the status line, and READY when all peers are ready and no reload is under way."""
-        if self._is_stopping or not self._notifier.is_heard:
+        if self._is_stopping or not self._notifier.has_manager:
             return
         # Once up, a reload ends with READY whatever became of it, because systemd waits for that.
         self._was_up = self._was_up or self._peers.are_all_ready

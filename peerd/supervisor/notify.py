@@ -1,19 +1,19 @@
-"""What a service tells systemd: sd_notify(3), over $NOTIFY_SOCKET, without libsystemd.
+"""Notifies systemd: sd_notify(3) over $NOTIFY_SOCKET, without libsystemd.
 
-A message is one datagram of lines, and may carry a descriptor for the manager to keep (its descriptor
-store), which the next start of the service inherits: so a supervisor that is restarted or killed
-keeps its ports and what is queued in them.
+A message is one datagram of lines. It may carry a descriptor for the manager's descriptor store, which the
+next start of the service inherits: so a supervisor that is restarted or killed keeps its ports and the
+datagrams in their queues.
 
 The supervisor must not wait for its manager. The manager's queue is short (net.unix.max_dgram_qlen: 10
-datagrams, 512 where systemd has set it), and one socket a peer makes more messages than that. What the
-queue does not take waits here, and goes in order with the next call, whatever it is: the supervisor
-tells its status often. What waits is bounded: of each kind, only the newest.
+datagrams, or 512 where systemd has set it), and one message per peer's socket is more than that. Messages
+that do not fit are kept here and sent in order by the next call of any method; the supervisor reports its
+status often. Only the newest message of each kind is kept, so memory is bounded.
 
-- A ping of the watchdog never waits. Sent late, it would vouch for a time that nobody looked at.
+- A watchdog ping is never kept. Sent late, it would vouch for a time in which no check was made.
 - FDPOLL=0, because the manager otherwise drops a socket at the first EPOLLERR (sd_notify(3)), and an
   ICMP error about any client is one (IP_RECVERR).
-- FDSTORE of a socket that is in the store already changes nothing, so a start may store all of them.
-- A socket that systemd keeps stays bound when we close it. discard() first.
+- FDSTORE of a socket that is already in the store changes nothing, so a start may store all of them.
+- A socket in the store stays bound after the supervisor closes it, so discard() it first.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from typing import NamedTuple
 log = logging.getLogger(__name__)
 
 TEMPORARY = frozenset(
-    # The manager's queue or ours is full; too many descriptors are under way (unix(7)).
+    # The manager's queue or ours is full, or too many descriptors are in flight (unix(7)).
     {errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS}
 )
 
 MAX_STATUS_CHARS = 200
 
-LATE_S = 2.0
-"""A manager that has not read for so long is worth a warning; a full queue is not."""
+UNREAD_TIMEOUT_S = 2.0
+"""A manager that reads nothing for this long is worth a warning; a queue that is full for a moment is not."""
 
 
 class _Message(NamedTuple):
@@ -47,12 +47,12 @@ class _Message(NamedTuple):
 class Notifier:
     """sd_notify(3) from a supervisor; does nothing without NOTIFY_SOCKET.
 
-    No method blocks or raises. The first failure is logged as a warning. What was told already may be
-    told again: it is sent only where that changes something.
+    No method blocks or raises. The first failure is logged as a warning. A call that repeats the last one
+    sends nothing.
     """
 
     def __init__(self, address: str | None, watchdog_interval_s: float | None = None) -> None:
-        """``address``: a path, or ``@`` and an abstract name; None: nobody is told."""
+        """``address``: a path, or ``@`` and an abstract name; None: there is no manager to notify."""
         self.watchdog_interval_s = watchdog_interval_s
         self._address: str | bytes = b""
         self._socket: socket.socket | None = None
@@ -63,7 +63,7 @@ class Notifier:
         self._warned = False
         if address is None:
             return
-        if not address.startswith(("/", "@")):  # vsock: is for virtual machines
+        if not address.startswith(("/", "@")):  # such as vsock:, for virtual machines
             self._warn(f"{address!r} is neither a path nor an abstract socket")
             return
         self._address = b"\0" + os.fsencode(address[1:]) if address[0] == "@" else address
@@ -72,7 +72,7 @@ class Notifier:
 
     @classmethod
     def from_environment(cls) -> Notifier:
-        """Removes what it reads (NOTIFY_SOCKET, WATCHDOG_*), so that no child speaks to systemd."""
+        """Read and remove NOTIFY_SOCKET and WATCHDOG_*, so that no child notifies systemd."""
         address = os.environ.pop("NOTIFY_SOCKET", None) or None
         period_us = os.environ.pop("WATCHDOG_USEC", "")
         pid = os.environ.pop("WATCHDOG_PID", "") or str(os.getpid())
@@ -83,52 +83,52 @@ class Notifier:
         return cls(address, interval_s)
 
     @property
-    def is_heard(self) -> bool:
-        """Whether there is a manager, and so somebody who keeps what is stored."""
+    def has_manager(self) -> bool:
+        """Whether there is a manager, which keeps the sockets that are stored."""
         return self._socket is not None
 
     def ready(self, status: str) -> None:
-        """The start, or a reload, is complete."""
+        """Report that the start, or a reload, is complete."""
         if self._is_ready:
             self.status(status)
             return
         self._is_ready = True
         self._status = status
-        self._tell("READY", f"READY=1\n{_status_line(status)}")
+        self._notify("READY", f"READY=1\n{_status_line(status)}")
 
     def status(self, text: str) -> None:
-        """One line for ``systemctl status``."""
+        """Set the line in ``systemctl status``."""
         if text == self._status:
             self._flush()
         else:
             self._status = text
-            self._tell("STATUS", _status_line(text))
+            self._notify("STATUS", _status_line(text))
 
     def reloading(self) -> None:
-        """A reload is under way; ready() is to follow, however it ends."""
-        # Type=notify-reload: systemd waits for a time after its SIGHUP. So it is sent each time, since
-        # that may have come while another reload was under way.
+        """Report that a reload has begun. Call ready() when it ends, whatever the result."""
+        # With Type=notify-reload, systemd waits for a timestamp later than its SIGHUP. So this is sent for
+        # each request, even if another reload is running already.
         self._is_ready = False
         now_us = time.monotonic_ns() // 1000
-        self._tell("RELOADING", f"RELOADING=1\nMONOTONIC_USEC={now_us}")
+        self._notify("RELOADING", f"RELOADING=1\nMONOTONIC_USEC={now_us}")
 
     def stopping(self, status: str) -> None:
         self._status = status
-        self._tell("STOPPING", f"STOPPING=1\n{_status_line(status)}")
+        self._notify("STOPPING", f"STOPPING=1\n{_status_line(status)}")
 
     def watchdog(self) -> None:
-        """A sign of life, due every ``watchdog_interval_s``."""
+        """Ping the watchdog; due every ``watchdog_interval_s``."""
         self._flush()
         if self._socket is not None and not self._waiting:
             self._send(_Message("WATCHDOG=1"))
 
     def store(self, name: str, sock: socket.socket) -> None:
-        """Have systemd keep a socket for the next start. It must stay open here until discard()."""
-        self._tell(f"FD {name}", f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", sock)
+        """Put a socket into the descriptor store. It must stay open here until discard()."""
+        self._notify(f"FD {name}", f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", sock)
 
     def discard(self, name: str) -> None:
-        """The opposite of store(). A name that is not there is no error."""
-        self._tell(f"FD {name}", f"FDSTOREREMOVE=1\nFDNAME={name}")
+        """Remove a socket from the store. An unknown name is no error."""
+        self._notify(f"FD {name}", f"FDSTOREREMOVE=1\nFDNAME={name}")
 
     def close(self) -> None:
         self._waiting.clear()
@@ -136,10 +136,10 @@ class Notifier:
             self._socket.close()
             self._socket = None
 
-    def _tell(self, kind: str, text: str, sock: socket.socket | None = None) -> None:
+    def _notify(self, kind: str, text: str, sock: socket.socket | None = None) -> None:
         if self._socket is None:
             return
-        self._waiting.pop(kind, None)  # the newest goes last: RELOADING after the READY before it
+        self._waiting.pop(kind, None)  # goes to the end: RELOADING must follow the READY before it
         self._waiting[kind] = _Message(text, sock)
         self._flush()
 
@@ -148,11 +148,11 @@ class Notifier:
             key, message = next(iter(self._waiting.items()))
             if not self._send(message):
                 return
-            # Also what cannot be sent at all: it would not be sent later either.
+            # Also after a permanent failure: a retry would fail as well.
             self._waiting.pop(key, None)
 
     def _send(self, message: _Message) -> bool:
-        """False when it can be sent later."""
+        """Returns False if a retry may succeed."""
         assert self._socket is not None
         descriptors = [] if message.sock is None else [message.sock.fileno()]
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
@@ -167,7 +167,7 @@ class Notifier:
             if error.errno in TEMPORARY:
                 now_s = time.monotonic()
                 self._full_since_s = self._full_since_s or now_s
-                if now_s >= self._full_since_s + LATE_S:
+                if now_s >= self._full_since_s + UNREAD_TIMEOUT_S:
                     self._warn(f"it does not read ({error.strerror})")
                 return False
             self._warn(error.strerror or str(error))

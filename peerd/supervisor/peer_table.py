@@ -77,7 +77,7 @@ class PeerTable:
         for peer in self._by_slot.values():
             for worker in peer.workers:
                 worker.wait()
-            peer.close(is_kept=self._notifier.is_heard)
+            peer.close(is_kept=self._notifier.has_manager)
 
     def _add(self, index: int, sock: socket.socket, *, is_provisional: bool = False) -> Peer:
         self._board.grow(index + 1)

@@ -1,11 +1,11 @@
-"""The UDP sockets of all peers and the TCP one of the metrics, bound before the first fork.
+"""Opens the UDP sockets of all peers and the TCP socket of the metrics, before the first fork.
 
-On UDP, neither SO_REUSEADDR nor SO_REUSEPORT is set: with either, a second supervisor would bind the same
+UDP sockets have neither SO_REUSEADDR nor SO_REUSEPORT: with either, a second supervisor would bind the same
 ports and silently take a share of the datagrams (socket(7)), where it should fail.
 
-Under systemd some may be bound already (sd_listen_fds(3)): by a .socket unit, or by the run before this
-one, which had systemd keep them (notify.py). Which peer one belongs to is decided by the port that it is
-bound to; names are for messages. What was kept still holds the datagrams that nobody has read.
+Under systemd some sockets may be bound already (sd_listen_fds(3)): by a .socket unit, or by the previous run
+through the descriptor store (notify.py). A socket belongs to the peer whose port it is bound to; its name is
+used in messages only. A stored socket still holds its unread datagrams.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# asm-generic/socket.h; the socket module does not have them.
+# asm-generic/socket.h; not in the socket module.
 SO_RCVBUFFORCE = 33
 SO_MEMINFO = 55
 # linux/sock_diag.h: SK_MEMINFO_RMEM_ALLOC, ..., SK_MEMINFO_DROPS.
@@ -40,8 +40,8 @@ MEMINFO = struct.Struct("9I")
 SOL_UDP = 17
 UDP_GRO = 104
 
-LEAST_BUFFER_BYTES = 256
-"""An sk_buff alone is about as large, so the kernel charges more for each datagram (SKB_TRUESIZE)."""
+MIN_SKB_BYTES = 256
+"""About the size of an empty sk_buff; the kernel charges more for each datagram (SKB_TRUESIZE)."""
 
 LISTEN_BACKLOG = 64
 
@@ -54,7 +54,7 @@ Protocol = Literal["tcp", "udp"]
 class QueueState(NamedTuple):
     queued_bytes: int
     dropped: int
-    """Datagrams that found the buffer full since the socket was made."""
+    """Datagrams dropped since the socket was made because its buffer was full."""
 
 
 def bind_all(
@@ -65,11 +65,11 @@ def bind_all(
     inherited: dict[int, socket.socket] | None = None,
     flag: str = "--base-port",
 ) -> list[socket.socket]:
-    """One bound UDP socket for each port; all of them or an error. Errors name the flag of the ports.
+    """Bind one UDP socket per port: all of them, or none and an error, which names ``flag``.
 
-    Those of ``inherited`` (by port) that fit are used, and removed from it; the others stay there, for
-    the caller to close. Raises PortInUseError, or BindError when the host does not resolve, the bind is
-    refused, or an inherited socket has another address than ``host``.
+    Sockets of ``inherited`` (by port) with one of the ports are used and removed from it; the caller closes
+    the rest. Raises PortInUseError, or BindError when the host does not resolve, the bind is refused, or an
+    inherited socket has another address than ``host``.
     """
     family, address = resolve(host, "--host")
     ports = range(base_port, base_port + count)
@@ -96,7 +96,7 @@ def bind_all(
 def bind_one(
     host: str, port: int, recv_buffer_bytes: int, flag: str = "--base-port"
 ) -> socket.socket:
-    """One more UDP socket; errors name the flag that the port came from.
+    """Bind one more UDP socket; errors name ``flag``, where the port came from.
 
     Raises PortInUseError, or BindError when the host does not resolve or the bind is refused.
     """
@@ -107,10 +107,10 @@ def bind_one(
 
 
 def inherited_sockets(host: str) -> dict[int, socket.socket]:
-    """The bound UDP sockets that systemd has passed, by port; of two with one port, the one for ``host``.
+    """Return the bound UDP sockets that systemd passed, by port; of two with one port, that for ``host``.
 
-    Whatever else it has passed is closed, with a warning. Removes LISTEN_* from the environment.
-    Raises BindError when the host does not resolve.
+    Other descriptors are closed with a warning. Removes LISTEN_* from the environment. Raises BindError
+    when the host does not resolve.
     """
     names = _passed_names()
     if not names:
@@ -127,7 +127,7 @@ def inherited_sockets(host: str) -> dict[int, socket.socket]:
             continue
         if _fit(sock, family, address) > _fit(other, family, address):
             found[port], sock, other = sock, other, sock
-        # The same address twice: one socket that both its .socket unit and the store have.
+        # The same address twice: one socket, passed by its .socket unit and from the store.
         if sock.getsockname() != other.getsockname():
             log.warning(
                 "systemd has passed two sockets for UDP port %d: %s is used, %s is closed",
@@ -140,15 +140,15 @@ def inherited_sockets(host: str) -> dict[int, socket.socket]:
 
 
 def listen(at: Address, flag: str) -> socket.socket:
-    """A listening TCP socket that does not block; errors name the flag that the address came from.
+    """Open a listening, non-blocking TCP socket; errors name ``flag``, where the address came from.
 
     Raises PortInUseError, or BindError when the host does not resolve or the bind is refused.
     """
     family, address = resolve(at.host, flag)
     with contextlib.ExitStack() as opened:
         sock = opened.enter_context(_new(family, socket.SOCK_STREAM, at.port))
-        # Who closes a connection first keeps its port in TIME_WAIT, and here that is the server: the
-        # next supervisor could not bind for a minute. Two listeners it does not allow on TCP (socket(7)).
+        # The server closes its connections first, so they stay in TIME_WAIT, and without this the next
+        # supervisor could not bind for a minute. It does not allow two TCP listeners (socket(7)).
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -159,25 +159,25 @@ def listen(at: Address, flag: str) -> socket.socket:
 
 
 def queue_state(sock: socket.socket) -> QueueState:
-    """What the kernel holds and has dropped, by one getsockopt and nothing per datagram."""
+    """Read the state of the receive queue, with one system call. Raises OSError."""
     fields = MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size))
     return QueueState(queued_bytes=fields[0], dropped=fields[8])
 
 
 def has_datagrams(sock: socket.socket) -> bool:
-    """Whether there is something to read. ICMP errors, which take room in the queue as well, are not."""
+    """Whether there is a datagram to read. ICMP errors take room in the queue as well, but do not count."""
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return any(events & select.POLLIN for _, events in poll.poll(0))
 
 
 def count_unread(sock: socket.socket) -> int:
-    """Reads the queue empty: how many datagrams there were, joined ones (UDP_GRO) counted one by one.
+    """Drain the queue and return the number of datagrams; joined ones (UDP_GRO) are counted one by one.
 
-    Bounded by what the queue holds now: somebody may go on sending.
+    Bounded by the content of the queue at the start, because clients may go on sending.
     """
     count = 0
-    for _ in range(queue_state(sock).queued_bytes // LEAST_BUFFER_BYTES + 1):
+    for _ in range(queue_state(sock).queued_bytes // MIN_SKB_BYTES + 1):
         try:
             _, control, _, _ = sock.recvmsg(
                 0, socket.CMSG_SPACE(4), socket.MSG_DONTWAIT | socket.MSG_PEEK | socket.MSG_TRUNC
@@ -185,7 +185,7 @@ def count_unread(sock: socket.socket) -> int:
             size = sock.recv_into(bytearray(1), 1, socket.MSG_DONTWAIT | socket.MSG_TRUNC)
         except BlockingIOError:
             return count
-        except OSError:  # an ICMP error, which takes the place of no datagram
+        except OSError:  # an ICMP error, reported instead of a datagram that stays in the queue
             continue
         stride = next(
             (
@@ -202,11 +202,11 @@ def count_unread(sock: socket.socket) -> int:
 def port_holder(
     family: socket.AddressFamily, address: str, port: int, protocol: Protocol = "udp"
 ) -> str | None:
-    """Whose socket is in the way of binding this, as a person would say it.
+    """Name the process whose socket prevents this bind, such as ``pid 4711 (nginx)``.
 
-    None when it cannot be seen (another user's).
+    None when the process is not visible because it belongs to another user.
     """
-    import psutil  # only where it has something to find out: forked workers share what is imported
+    import psutil  # not at the top: forked workers share the memory of imported modules
 
     try:
         taken = [
@@ -224,7 +224,7 @@ def port_holder(
         return None
     try:
         holder = psutil.Process(pids[0])
-        # A worker shares its socket with its supervisor, and the supervisor is whom to stop.
+        # A worker shares its socket with its supervisor, and that is the process to stop.
         while (parent := holder.parent()) is not None and _has_port(parent, port, protocol):
             holder = parent
         # A process title comes as one argument, filled up with spaces (setproctitle).
@@ -235,13 +235,13 @@ def port_holder(
 
 
 def _passed_names() -> list[str]:
-    """One for each descriptor from FIRST_PASSED_FD on; sd_listen_fds_with_names(3)."""
+    """Names of the descriptors from FIRST_PASSED_FD on; sd_listen_fds_with_names(3)."""
     pid = os.environ.pop("LISTEN_PID", "")
     count = os.environ.pop("LISTEN_FDS", "")
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     os.environ.pop("LISTEN_PIDFDID", None)
     if pid != str(os.getpid()):
-        return []  # meant for a process before us
+        return []  # meant for a parent process
     if not count.isdecimal() or not 0 <= int(count[:9]) <= os.sysconf("SC_OPEN_MAX"):
         log.warning("LISTEN_FDS is no number of sockets, and is ignored: %.40r", count)
         return []
@@ -249,7 +249,7 @@ def _passed_names() -> list[str]:
 
 
 def _udp_socket(fd: int, name: str) -> socket.socket | None:
-    """What a descriptor is, if it is a bound UDP socket; anything else is closed."""
+    """The descriptor as a socket if it is a bound UDP socket; otherwise None, and it is closed."""
     try:
         what = "no socket"
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -277,14 +277,14 @@ def _adopt(sock: socket.socket, family: int, address: str, port: int) -> None:
             f"for {Address(address, port)}: correct --host or the .socket unit; a socket that systemd kept "
             "from a run before goes with 'systemctl stop'"
         )
-    # .socket units set the first (systemd.socket(5) has an option for the second).
+    # .socket units set SO_REUSEADDR, and SO_REUSEPORT on request (systemd.socket(5)).
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
-    sock.setblocking(True)  # as one of our own
+    sock.setblocking(True)  # like the sockets opened here
 
 
 def _fit(sock: socket.socket, family: int, address: str) -> int:
-    """How well a bound socket serves an address: 2 exactly, 1 as a wildcard that has it, 0 not."""
+    """How well a bound socket fits an address: 2 exactly, 1 as a wildcard that includes it, 0 not at all."""
     own = sock.getsockname()[0]
     if sock.family == family:
         return 2 if own == address else int(own in WILDCARDS)
@@ -301,8 +301,8 @@ def _warn_of_wide_sockets(sockets: list[socket.socket], address: str) -> None:
     wide = [sock for sock in sockets if sock.getsockname()[0] != address]
     if wide:
         log.warning(
-            "systemd has passed sockets that more can reach than --host %s says, such as %s (of %d): "
-            "say --host %s if that is meant, else correct the .socket unit",
+            "systemd has passed sockets that are reachable at more addresses than --host %s, such as %s (of "
+            "%d): use --host %s if that is intended, else correct the .socket unit",
             address,
             _name_of(wide[0]),
             len(wide),
@@ -314,7 +314,7 @@ def _overlap(family: int, address: str, other_family: int, other: str) -> bool:
     wild = address in WILDCARDS or other in WILDCARDS
     if family == other_family:
         return wild or address == other
-    return "::" in (address, other)  # takes IPv4 as well
+    return "::" in (address, other)  # accepts IPv4 as well
 
 
 def _has_port(process: psutil.Process, port: int, protocol: Protocol) -> bool:
@@ -329,7 +329,7 @@ def _has_port(process: psutil.Process, port: int, protocol: Protocol) -> bool:
 
 
 def resolve(host: str, flag: str) -> tuple[socket.AddressFamily, str]:
-    """Where to bind. Raises BindError when the host does not resolve."""
+    """Return the address to bind. Raises BindError when the host does not resolve."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)
     except OSError as error:
@@ -347,7 +347,7 @@ def _bound(
     with contextlib.ExitStack() as opened:
         sock = opened.enter_context(_new(family, socket.SOCK_DGRAM, port))
         if family == socket.AF_INET6:
-            # "::" then takes IPv4 as well, whatever net.ipv6.bindv6only says (ipv6(7)).
+            # "::" then accepts IPv4 as well, whatever net.ipv6.bindv6only is (ipv6(7)).
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         _bind(sock, host, address, port, flag)
         opened.pop_all()
@@ -358,7 +358,7 @@ def _new(family: socket.AddressFamily, kind: socket.SocketKind, port: int) -> so
     try:
         return socket.socket(family, kind)
     except OSError as error:  # no descriptor, no memory, or no such family
-        raise BindError(f"no socket to be had for port {port}: {error.strerror}") from None
+        raise BindError(f"cannot open a socket for port {port}: {error.strerror}") from None
 
 
 def _bind(sock: socket.socket, host: str, address: str, port: int, flag: str) -> None:
@@ -366,7 +366,9 @@ def _bind(sock: socket.socket, host: str, address: str, port: int, flag: str) ->
     try:
         sock.bind((address, port))
         if protocol == "tcp":
-            sock.listen(LISTEN_BACKLOG)  # of two that bind at once, this fails for the second
+            sock.listen(
+                LISTEN_BACKLOG
+            )  # if two processes bind at the same time, this fails for the second
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             holder = port_holder(sock.family, address, port, protocol)
@@ -387,12 +389,12 @@ def _bind(sock: socket.socket, host: str, address: str, port: int, flag: str) ->
 def _grow_buffer(sock: socket.socket, size_bytes: int) -> None:
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size_bytes)
-    except PermissionError:  # CAP_NET_ADMIN is needed to pass net.core.rmem_max (socket(7))
+    except PermissionError:  # exceeding net.core.rmem_max takes CAP_NET_ADMIN (socket(7))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size_bytes)
 
 
 def _warn_of_small_buffer(sock: socket.socket, asked_bytes: int) -> None:
-    # The kernel doubles what it grants, for its own bookkeeping (socket(7)).
+    # The kernel doubles the size that it grants, for its own bookkeeping (socket(7)).
     granted_bytes = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
     if granted_bytes < asked_bytes:
         log.warning(

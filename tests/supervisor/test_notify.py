@@ -47,7 +47,7 @@ def systemd(
         yield systemd
 
 
-def test_what_is_told(systemd: FakeSystemd, notifier: Notifier) -> None:
+def test_messages_and_their_order(systemd: FakeSystemd, notifier: Notifier) -> None:
     before_us = time.monotonic_ns() // 1000
     notifier.status("7/8 ready")
     notifier.status("7/8 ready")
@@ -72,7 +72,7 @@ def test_what_is_told(systemd: FakeSystemd, notifier: Notifier) -> None:
     ]
 
 
-def test_a_kept_socket_is_the_socket(systemd: FakeSystemd, notifier: Notifier) -> None:
+def test_a_stored_socket_is_the_same_socket(systemd: FakeSystemd, notifier: Notifier) -> None:
     sock = udp()
     address = sock.getsockname()
     name = socket_name(address[1])
@@ -93,12 +93,12 @@ def test_a_kept_socket_is_the_socket(systemd: FakeSystemd, notifier: Notifier) -
 def test_nothing_without_a_manager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     notifier = Notifier.from_environment()
-    tell_everything(notifier)
+    notify_everything(notifier)
     notifier.close()
-    tell_everything(notifier)
+    notify_everything(notifier)
 
 
-def tell_everything(notifier: Notifier) -> None:
+def notify_everything(notifier: Notifier) -> None:
     with udp() as sock:
         notifier.ready("")
         notifier.reloading()
@@ -109,14 +109,14 @@ def tell_everything(notifier: Notifier) -> None:
         notifier.stopping("")
 
 
-@pytest.mark.parametrize("address", ["/no/such/socket", "@nobody", "vsock:2:1234", "/" + 200 * "x"])
+@pytest.mark.parametrize("address", ["/no/such/socket", "@unbound", "vsock:2:1234", "/" + 200 * "x"])
 def test_a_manager_that_is_gone(
     address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     notifier = Notifier.from_environment()
     for _ in range(3):
-        tell_everything(notifier)
+        notify_everything(notifier)
     notifier.close()
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
@@ -124,7 +124,7 @@ def test_a_manager_that_is_gone(
 def test_a_manager_that_does_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing blocks; when it reads again it gets what still matters, in order."""
+    """Nothing blocks. When it reads again, it gets the newest messages, in order."""
     path = str(tmp_path / "notify")
     monkeypatch.setenv("NOTIFY_SOCKET", path)
     names = [f"peer-{number}" for number in range(2 * QUEUE)]
@@ -173,7 +173,7 @@ def test_a_manager_that_does_not_read(
     assert len(caplog.records) == 1
 
 
-def test_a_socket_that_is_discarded_while_it_waits(
+def test_a_socket_that_is_discarded_before_the_manager_reads(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = str(tmp_path / "notify")
@@ -214,7 +214,7 @@ def test_the_watchdogs_interval(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in {
-        "NOTIFY_SOCKET": "@nobody",
+        "NOTIFY_SOCKET": "@unbound",
         "WATCHDOG_USEC": period_us,
         "WATCHDOG_PID": str(os.getpid()) if pid == "own" else pid,
     }.items():
@@ -228,7 +228,7 @@ def test_the_watchdogs_interval(
     notifier.close()
 
 
-# The descriptors that a start inherits are from 3 on, so it takes a process to try it.
+# Inherited descriptors start at 3, so this takes a process.
 
 ADOPT = """
 import logging, os, socket, sys
@@ -286,13 +286,13 @@ def test_passed_sockets_are_used_and_others_bound(start: Start) -> None:
     sock.setblocking(False)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.sendto(b"waited", sock.getsockname())
-    start.passing("of-another-day", udp(port=(other := free_ports())))
+    start.passing("of-another-run", udp(port=(other := free_ports())))
     assert start.adopt("127.0.0.1", base, 3).returncode == 0
     assert start.out == ["127.0.0.1 -", "127.0.0.1 waited", "127.0.0.1 -", f"left {other}"]
     assert not start.err
 
 
-def test_what_is_no_udp_socket_is_closed_by_name(start: Start, tmp_path: Path) -> None:
+def test_other_descriptors_are_closed_and_named(start: Start, tmp_path: Path) -> None:
     start.passing("web", socket.create_server(("127.0.0.1", 0)))
     start.passing("local", socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
     start.passing("unbound", socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
@@ -307,7 +307,7 @@ def test_what_is_no_udp_socket_is_closed_by_name(start: Start, tmp_path: Path) -
     assert "not bound" in warnings[2]
 
 
-def test_a_wildcard_serves_and_is_warned_of(start: Start) -> None:
+def test_a_wildcard_socket_serves_with_a_warning(start: Start) -> None:
     base = free_ports(2)
     for port in (base, base + 1):
         start.passing(f"peer-{port}", udp("0.0.0.0", port))
@@ -339,7 +339,7 @@ def test_another_address_is_an_error_that_names_both(start: Start) -> None:
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_of_two_for_one_port_the_fitting_one_is_used(start: Start, order: int) -> None:
+def test_of_two_sockets_for_a_port_the_better_fit_is_used(start: Start, order: int) -> None:
     base = free_ports()
     for address in ("127.0.0.1", "127.0.0.2")[::order]:
         start.passing(f"at-{address}", udp(address, base))
@@ -349,7 +349,7 @@ def test_of_two_for_one_port_the_fitting_one_is_used(start: Start, order: int) -
     assert f"127.0.0.2:{base} is closed" in warning
 
 
-def test_one_socket_by_two_ways_is_one(start: Start) -> None:
+def test_a_socket_passed_twice_is_used_once(start: Start) -> None:
     """Its .socket unit passes it, and so does the store."""
     base = free_ports()
     sock = start.passing("unit", udp("127.0.0.1", base))
@@ -361,7 +361,7 @@ def test_one_socket_by_two_ways_is_one(start: Start) -> None:
 @pytest.mark.parametrize(
     ("pid", "count", "warns"), [(None, "1", False), ("1", "1", False), ("own", "-1", True)]
 )
-def test_what_is_not_for_us(
+def test_descriptors_for_another_process_are_ignored(
     pid: str | None,
     count: str,
     warns: bool,
@@ -398,7 +398,7 @@ def test_no_descriptor_is_a_bind_error() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_bind_all_takes_nothing_when_it_fails() -> None:
+def test_bind_all_binds_nothing_when_it_fails() -> None:
     base = free_ports(2)
     inherited = {base: udp(port=base)}
     with inherited[base], udp(port=base + 1), pytest.raises(BindError):
