@@ -191,7 +191,7 @@ PEER_METRICS = (
         "gauge",
         "peerd_healthy",
         lambda each: int(each.is_healthy),
-        "1 for a peer that is ready, makes progress and reads its socket.",
+        "1 while the peer is ready, makes progress and reads its socket.",
     ),
     _PeerMetric(
         "gauge",

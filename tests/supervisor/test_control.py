@@ -1,4 +1,4 @@
-"""One client of the control socket among others."""
+"""Fairness between clients of the control socket."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peerd.supervisor.control_server import MAX_REQUEST_BYTES
 STATUS = b'{"v": 1, "command": "status"}\n'
 
 
-def test_who_asks_for_much_waits_for_the_others(supervised: Supervised) -> None:
+def test_a_greedy_client_does_not_delay_another(supervised: Supervised) -> None:
     running = supervised.start(peers=2)
     running.wait_ready()
     asked = MAX_REQUEST_BYTES // len(STATUS)

@@ -1,5 +1,4 @@
-"""What is said of workers that do not turn, and who of them is killed: only those in a handler that does not
-return."""
+"""Verdicts on workers without progress; only those in a handler that does not return are killed."""
 
 from __future__ import annotations
 
@@ -64,7 +63,7 @@ def line_of(mark: str) -> int:
 
 
 def test_the_verdicts_on_four_workers_side_by_side(supervised: Supervised) -> None:
-    """One that spins in its handler, one that sleeps there, one that is stopped, one that is well."""
+    """One spins in its handler, one sleeps there, one is stopped, one is healthy."""
     running = start(supervised, peers=4)
     before = pids(running)
     eventually(lambda: health(running) == ["idle"] * 4)
@@ -83,7 +82,7 @@ def test_the_verdicts_on_four_workers_side_by_side(supervised: Supervised) -> No
     eventually(lambda: running.status()["peers"][0]["restarts"] == 1)
     eventually(lambda: running.status()["peers"][1]["restarts"] == 1)
     running.wait_ready()
-    # For longer than the others took.
+    # Longer than the stuck workers were given.
     eventually(lambda: running.peer(2)["heartbeat_age_s"] > 3 * STUCK_S)
     assert seen[3] <= {"ok", "idle"}
     assert health(running)[2] == "stopped"
@@ -98,15 +97,15 @@ def test_the_verdicts_on_four_workers_side_by_side(supervised: Supervised) -> No
     assert {each["pid"] for each in events(running, "stuck")} == set(before[:2])
 
 
-def test_one_without_a_cpu_is_starved(supervised: Supervised) -> None:
-    """It has the least right to the CPU that a burner has all to itself otherwise (SCHED_IDLE)."""
+def test_a_worker_without_a_cpu_is_starved(supervised: Supervised) -> None:
+    """It runs only when the burners leave the CPU idle (SCHED_IDLE)."""
     running = start(supervised, peers=2)
     before = pids(running)
     cpu = min(os.sched_getaffinity(0))
     os.sched_setaffinity(before[0], {cpu})
     os.sched_setscheduler(before[0], os.SCHED_IDLE, os.sched_param(0))
     with burners(16, cpu):
-        # Nothing is seen of one that gets on a little, four times a second.
+        # A handler that spins: an idle loop would need so little CPU that it could still make progress.
         raw_client.send(running.ports[0], b"SPIN")
         eventually(lambda: health(running)[0] == "starved")
         assert health(running)[1] in ("ok", "idle")
@@ -114,7 +113,7 @@ def test_one_without_a_cpu_is_starved(supervised: Supervised) -> None:
         assert not events(running, "stuck")
 
 
-def test_burners_kill_nobody(supervised: Supervised) -> None:
+def test_no_worker_is_killed_beside_burners(supervised: Supervised) -> None:
     """Sixteen times as many as there are CPUs."""
     running = start(supervised, peers=8)
     eventually(lambda: None not in health(running))

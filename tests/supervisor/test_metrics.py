@@ -1,4 +1,4 @@
-"""``--metrics``: what the supervisor tells Prometheus and a health check, over real connections."""
+"""``--metrics``: metrics and health checks, over real connections."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from peerd.chaos.load import Load
 from peerd.supervisor import metrics, metrics_server
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-"""Values by name and labels."""
+"""(name, labels) -> value"""
 
-# Nobody is there: what is measured here needs no records.
+# No etcd listens there; these tests need no records.
 NO_ETCD = "http://127.0.0.1:1"
 
 
@@ -62,7 +62,7 @@ def is_ready(port: int) -> bool:
 
 
 def scrape(port: int) -> tuple[Samples, Samples]:
-    """Everything, and of it what must never go back."""
+    """All samples, and of them those that must never decrease."""
     return parse(get(port, "/metrics"))
 
 
@@ -88,7 +88,7 @@ def of_peer(samples: Samples, name: str, running: Running, slot: int, **labels: 
 
 
 def check_against_status(running: Running, port: int) -> bool:
-    """Figures of two moments, so the caller tries until nothing has moved between them."""
+    """Compares figures of two moments, so the caller retries until nothing changes in between."""
     samples, _ = scrape(port)
     for slot, peer in enumerate(running.status()["peers"]):
 
@@ -127,7 +127,7 @@ def check_histograms(
         *bounded, last = expected[counted]
         for number, count in enumerate(bounded):
             below += count
-            # Datagrams are whole ones, and a time in microseconds is cut off.
+            # Datagrams are whole numbers, and microseconds are truncated.
             end = 2 ** (number + 1) - 1 if unit_s is None else 2 ** (number + 1) / 1e6
             bucket = of_peer(samples, f"{metric}_bucket", running, slot, le=str(float(end)))
             assert bucket == below, (metric, number)
@@ -136,14 +136,14 @@ def check_histograms(
         assert of_peer(samples, "peerd_turns_total", running, slot) == every
 
 
-def test_the_figures_are_those_of_status(supervised: Supervised) -> None:
+def test_metrics_agree_with_status(supervised: Supervised) -> None:
     port = free_ports()
     running = start(supervised, port)
     eventually(lambda: is_ready(port))
     for _ in range(5):
         raw_client.request(running.ports[0], b"PING", b"x")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        for datagram in (b"", b"abc", raw_client.pack(b"NOBODY", b"1.0", b"")):
+        for datagram in (b"", b"abc", raw_client.pack(b"UNKNOWN", b"1.0", b"")):
             client.sendto(datagram, ("127.0.0.1", running.ports[1]))
     eventually(lambda: running.peer(1)["counters"]["rx_datagrams"] == 3)
     eventually(lambda: check_against_status(running, port))
@@ -153,11 +153,10 @@ def test_the_figures_are_those_of_status(supervised: Supervised) -> None:
         assert of_peer(samples, "peerd_rx_dropped_total", running, 1, reason=reason) == 1
     assert samples["peerd_registry_state", (("state", "suspended"),)] == 1
     assert f"http://127.0.0.1:{port}/metrics" in running.out
-    # Neither this process's nor Python's: those of prometheus_client are left out.
     assert {name for name, _ in samples if not name.startswith("peerd_")} == set()
 
 
-def test_a_registered_peer_is_told(supervised: Supervised) -> None:
+def test_a_registered_peer_is_shown(supervised: Supervised) -> None:
     port = free_ports()
     running = supervised.start(f"--metrics=127.0.0.1:{port}", peers=1)
     running.wait_registered()
@@ -166,7 +165,7 @@ def test_a_registered_peer_is_told(supervised: Supervised) -> None:
     assert samples["peerd_registry_state", (("state", "connected"),)] == 1
 
 
-def test_no_counter_goes_back_over_20_kills(supervised: Supervised) -> None:
+def test_no_counter_decreases_over_20_kills(supervised: Supervised) -> None:
     port, peers, rounds = free_ports(), 5, 4
     running = start(supervised, port, peers=peers)
     eventually(lambda: is_ready(port))
@@ -187,8 +186,8 @@ def test_no_counter_goes_back_over_20_kills(supervised: Supervised) -> None:
 
 
 @pytest.mark.alone
-def test_scrapes_are_quick_while_workers_are_killed_all_the_time(supervised: Supervised) -> None:
-    """200 with PEERD_LONG_TESTS=1. Who is parked is started by hand, to die again."""
+def test_scrapes_are_quick_while_workers_are_killed(supervised: Supervised) -> None:
+    """200 kills with PEERD_LONG_TESTS=1. A parked peer is started by a command, to be killed again."""
     port = free_ports()
     running = start(supervised, port, "--app=peerd.chaos.chaos_apps:app", peers=KILLED_PEERS)
     eventually(lambda: is_ready(port))
@@ -222,7 +221,7 @@ def restarted(running: Running, times: int) -> bool:
 
 @contextmanager
 def pings(ports: Sequence[int]) -> Iterator[None]:
-    """As many as the peers answer, since each reply is waited for; lost ones are given up soon."""
+    """One ping at a time per peer; a lost one is given up after 50 ms."""
     stop = threading.Event()
 
     def ping(port: int) -> None:
@@ -248,7 +247,7 @@ def pings(ports: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def watched(port: int) -> Iterator[list[float]]:
-    """Scrapes all the time, and how long each took, in seconds. Fails at the end if anything went back."""
+    """Scrape in a thread; yields the seconds that each took. Fails at the end if a counter decreased."""
     stop, seen, wrong = threading.Event(), list[float](), list[object]()
 
     def watch() -> None:
@@ -277,7 +276,7 @@ def watched(port: int) -> Iterator[list[float]]:
     assert not wrong
 
 
-def test_the_gaps_of_a_reload_are_told(supervised: Supervised) -> None:
+def test_the_gaps_of_a_reload_are_counted(supervised: Supervised) -> None:
     port = free_ports()
     running = start(supervised, port)
     eventually(lambda: is_ready(port))
@@ -292,7 +291,7 @@ def test_the_gaps_of_a_reload_are_told(supervised: Supervised) -> None:
 
 
 def scrape_after(port: int, replaced: int) -> Samples | None:
-    """None for a text that is too old."""
+    """None for a page rendered before."""
     samples, _ = scrape(port)
     return samples if samples["peerd_reload_gap_seconds_count", ()] == replaced else None
 
@@ -300,7 +299,7 @@ def scrape_after(port: int, replaced: int) -> Samples | None:
 @pytest.mark.parametrize(
     ("act", "reason"), [("os._exit(3)", "exit"), ("os.abort()", "signal"), ("sleep()", "stuck")]
 )
-def test_why_a_worker_was_restarted(
+def test_restarts_are_counted_by_reason(
     supervised: Supervised, tmp_path: Path, act: str, reason: str
 ) -> None:
     (tmp_path / "mortal.py").write_text(
@@ -349,9 +348,7 @@ def unready(port: int) -> str | None:
     return line if status == 503 else None
 
 
-def test_who_is_not_ready_is_named_and_not_all_of_a_crowd(
-    supervised: Supervised, tmp_path: Path
-) -> None:
+def test_at_most_eight_unready_peers_are_named(supervised: Supervised, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import os, peerd, time\n"
         "app = peerd.App()\n"
@@ -393,7 +390,7 @@ def all_starting(port: int) -> str | None:
     ],
     ids=lambda value: repr(value[:20]) if isinstance(value, bytes) else str(value),
 )
-def test_what_is_no_request(
+def test_other_requests_are_refused(
     supervised: Supervised, request_bytes: bytes, status: int | None
 ) -> None:
     port = free_ports()
@@ -415,14 +412,14 @@ def test_what_is_no_request(
     assert is_ready(port)
 
 
-def test_who_takes_too_long_is_dropped(supervised: Supervised) -> None:
+def test_a_slow_client_is_dropped(supervised: Supervised) -> None:
     port = free_ports()
     running = start(supervised, port, peers=1)
     eventually(lambda: is_ready(port))
     with socket.create_connection(("127.0.0.1", port)) as slow:
         slow.sendall(b"GET /metrics HTTP/1.1\r\n")
         slow.setblocking(False)
-        # The server looks when the next client comes.
+        # The server drops it when the next client connects.
         eventually(lambda: is_ready(port) and is_dropped(slow), 3 * metrics_server.CLIENT_TIMEOUT_S)
     assert running.process.poll() is None
 
@@ -436,7 +433,7 @@ def is_dropped(client: socket.socket) -> bool:
         return True
 
 
-def test_a_crowd_of_idle_clients_is_bounded_and_harms_nobody(supervised: Supervised) -> None:
+def test_idle_clients_are_bounded_and_do_no_harm(supervised: Supervised) -> None:
     port, crowd = free_ports(), 3 * metrics_server.MAX_CLIENTS
     running = start(supervised, port)
     eventually(lambda: is_ready(port))
@@ -447,7 +444,7 @@ def test_a_crowd_of_idle_clients_is_bounded_and_harms_nobody(supervised: Supervi
         ]
         for number, client in enumerate(clients):
             client.setblocking(False)
-            # Some say nothing, some half a request, some ask and never read.
+            # Some send nothing, some half a request, some a request whose answer they never read.
             if number % 3:
                 try:
                     client.sendall(b"GET /metrics HTTP/1.1\r\n" + b"\r\n" * (number % 3 - 1))
@@ -478,7 +475,7 @@ def test_children_do_not_hold_the_port(supervised: Supervised) -> None:
         assert supervisor.pid == running.pid
 
 
-def test_a_taken_port_stops_it_before_it_begins(supervised: Supervised) -> None:
+def test_a_port_in_use_ends_the_start(supervised: Supervised) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
@@ -491,7 +488,7 @@ def test_a_taken_port_stops_it_before_it_begins(supervised: Supervised) -> None:
     assert running.out == ""
 
 
-def test_a_supervisor_that_has_the_port_is_named_and_goes_on(supervised: Supervised) -> None:
+def test_a_supervisor_that_has_the_port_is_named_and_serves_on(supervised: Supervised) -> None:
     port = free_ports()
     first = start(supervised, port)
     eventually(lambda: is_ready(port))
@@ -501,8 +498,8 @@ def test_a_supervisor_that_has_the_port_is_named_and_goes_on(supervised: Supervi
     assert is_ready(port)
 
 
-def test_the_next_supervisor_gets_the_port_at_once(supervised: Supervised) -> None:
-    """The connections of the one before are in TIME_WAIT, and on the server's side."""
+def test_the_next_supervisor_gets_the_port_immediately(supervised: Supervised) -> None:
+    """Though connections of its predecessor are in TIME_WAIT on the server's side."""
     port = free_ports()
     for _ in range(2):
         running = start(supervised, port, peers=1)
@@ -512,7 +509,7 @@ def test_the_next_supervisor_gets_the_port_at_once(supervised: Supervised) -> No
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
-def test_every_address(supervised: Supervised, family: socket.AddressFamily) -> None:
+def test_wildcard_and_ipv6_addresses(supervised: Supervised, family: socket.AddressFamily) -> None:
     port = free_ports()
     host, reached_at = ("0.0.0.0", "127.0.0.1") if family == socket.AF_INET else ("[::1]", "::1")
     supervised.start(f"--metrics={host}:{port}", peers=1, etcd=NO_ETCD)
@@ -537,7 +534,7 @@ def test_every_address(supervised: Supervised, family: socket.AddressFamily) -> 
         ("no-such-host.invalid:9464", 73, "use --metrics with an address of this machine"),
     ],
 )
-def test_what_cannot_work_is_said_in_one_line(
+def test_an_unusable_address_is_one_line(
     supervised: Supervised, value: str, code: int, text: str
 ) -> None:
     running = supervised.start(f"--metrics={value}", peers=1, etcd=NO_ETCD)
@@ -547,7 +544,7 @@ def test_what_cannot_work_is_said_in_one_line(
 
 
 @pytest.mark.parametrize("source", ["environment", "file"])
-def test_other_ways_to_set_it(
+def test_the_environment_and_the_file_set_it(
     supervised: Supervised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     port = free_ports()

@@ -109,7 +109,9 @@ def notify_everything(notifier: Notifier) -> None:
         notifier.stopping("")
 
 
-@pytest.mark.parametrize("address", ["/no/such/socket", "@unbound", "vsock:2:1234", "/" + 200 * "x"])
+@pytest.mark.parametrize(
+    "address", ["/no/such/socket", "@unbound", "vsock:2:1234", "/" + 200 * "x"]
+)
 def test_a_manager_that_is_gone(
     address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,4 @@
-"""``peerd supervise`` under a service manager: what it tells it, and what it gets back from it."""
+"""``peerd supervise`` under a service manager: notifications, and sockets kept across restarts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from peerd.chaos.load import Load
 
 PEERS = 4
 RX_BATCH = 16
-"""Of ext/peerd/receive.pxd: what a worker can have taken without --offload."""
+"""Of ext/peerd/receive.pxd: the most that a worker reads at a time without --offload."""
 
 APP = """
 import os, peerd
@@ -54,7 +54,7 @@ class Service:
         self._command = [sys.executable, "-m", "peerd", "supervise", f"--control={self.control}"]
         self._command += [f"--peers={peers}", f"--base-port={base}", f"--etcd={etcd}"]
         self._command += [f"--prefix=systemd-{base}", "--no-offload"]
-        # Room for what comes while there is no supervisor.
+        # Room for datagrams that arrive while no supervisor runs.
         self._command += ["--recv-buffer=67108864"]
 
     def start(self, *args: str, app: str = "kept:app") -> None:
@@ -72,7 +72,7 @@ class Service:
         return [peer["pid"] for peer in self.status()["peers"]]
 
     def keeps(self, peers: int) -> bool:
-        """Whether systemd has one socket of each of the first so many peers, by name, and no other."""
+        """Whether systemd keeps exactly the sockets of the first peers, by name."""
         kept = {name: len(sockets) for name, sockets in self.systemd.store.items()}
         return kept == {f"peer-{port}": 1 for port in self.ports[:peers]}
 
@@ -92,15 +92,15 @@ def all_gone(pids: list[int]) -> bool:
 
 
 def wait_for_more(load: Load, service: Service, count: int = 500) -> None:
-    """Until every peer has answered as many more as were under way, and some."""
+    """Wait until every peer has answered more than was in flight."""
     targets = {port: load.report().of(port).sent + count for port in service.ports}
     eventually(
         lambda: all(load.report().of(port).received > target for port, target in targets.items())
     )
 
 
-def test_what_systemd_is_told(service: Service) -> None:
-    """Ready when all are, the socket of each peer by name, a reload from begin to end, the stop."""
+def test_notifications_of_a_life(service: Service) -> None:
+    """READY once all peers are, each peer's socket by name, a reload from begin to end, the stop."""
     systemd = service.systemd
     service.start()
     service.wait_ready()
@@ -120,7 +120,7 @@ def test_what_systemd_is_told(service: Service) -> None:
     assert not systemd.values("FDSTOREREMOVE")
 
 
-def test_workers_do_not_speak_to_systemd(service: Service) -> None:
+def test_workers_do_not_notify_systemd(service: Service) -> None:
     service.systemd.watchdog_s = 30
     service.start()
     service.wait_ready()
@@ -172,7 +172,7 @@ def test_a_killed_supervisor_costs_what_was_in_flight(service: Service) -> None:
 
 
 def test_a_socket_unit(service: Service) -> None:
-    """Bound by somebody else, by any name: used, and no second time from the store."""
+    """Bound by systemd, with any name: it is used, and not taken a second time from the store."""
     for port in service.ports[:2]:
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # systemd does
@@ -189,8 +189,8 @@ def test_a_socket_unit(service: Service) -> None:
     assert '"warning"' not in service.systemd.err
 
 
-def test_what_is_kept_for_no_peer_is_given_back(service: Service) -> None:
-    """A start with fewer peers than the one before."""
+def test_stored_sockets_without_a_peer_are_discarded(service: Service) -> None:
+    """A start with fewer peers than the previous one."""
     service.start()
     service.wait_ready()
     eventually(lambda: service.keeps(PEERS))
@@ -202,7 +202,7 @@ def test_what_is_kept_for_no_peer_is_given_back(service: Service) -> None:
         sock.bind(("127.0.0.1", service.ports[-1]))
 
 
-def test_scaling_changes_what_is_kept(service: Service) -> None:
+def test_scaling_changes_the_stored_sockets(service: Service) -> None:
     service.start()
     service.wait_ready()
     for peers in (2, 3):
@@ -210,8 +210,8 @@ def test_scaling_changes_what_is_kept(service: Service) -> None:
         eventually(partial(service.keeps, peers))
 
 
-def test_the_watchdog_is_fed_by_the_peers(service: Service) -> None:
-    """Half of the peers may hang; when most do, or the supervisor does, systemd hears no more."""
+def test_the_watchdog_is_pinged_while_most_peers_are_healthy(service: Service) -> None:
+    """Half of the peers may hang; when most do, or the supervisor does, the pings stop."""
     service.systemd.watchdog_s = 1.0
     service.start()
     service.wait_ready()
@@ -219,7 +219,7 @@ def test_the_watchdog_is_fed_by_the_peers(service: Service) -> None:
     pids = service.pids()
     for pid in pids[:2]:
         send_signal(pid, signal.SIGSTOP)
-    # Longer than a heartbeat may be old (5 s), and it is still fed.
+    # Longer than a heartbeat may be old (5 s), and the pings continue.
     eventually(lambda: service.status()["peers"][0]["heartbeat_age_s"] > 6)
     eventually(lambda: service.ping_age_s() < 0.6)
     send_signal(pids[2], signal.SIGSTOP)
@@ -232,8 +232,8 @@ def test_the_watchdog_is_fed_by_the_peers(service: Service) -> None:
     eventually(lambda: service.ping_age_s() < 0.6)
 
 
-def test_a_reload_ends_whatever_it_finds(service: Service) -> None:
-    """systemd waits for READY: also with a peer in a crash loop, and an app that cannot be loaded."""
+def test_every_reload_ends_with_ready(service: Service) -> None:
+    """systemd waits for it: also with a peer in a crash loop, and with an app that cannot be loaded."""
     service.start()
     service.wait_ready()
     pids = service.pids()
