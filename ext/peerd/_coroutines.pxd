@@ -1,4 +1,4 @@
-"""What the dispatcher uses of _coroutines.pyx."""
+"""Declarations of _coroutines.pyx for the dispatcher."""
 
 cimport cython
 from cpython.object cimport PyObject
@@ -36,6 +36,7 @@ cdef class Spare:
 
 @cython.final
 cdef class Coroutines:
+    cdef bint is_entered  # the spare is the current task
     cdef object _event_loop
     cdef object _new_task
     cdef object _enter_task
@@ -43,7 +44,6 @@ cdef class Coroutines:
     cdef object _on_suspended
     cdef object _on_ended
     cdef Spare _spare  # for the next coroutine, or None
-    cdef bint _is_entered  # the spare is the current task
 
     cdef object step(self, object handler, Message message)
     cdef int leave(self) except -1

@@ -15,13 +15,13 @@ other spare ends with its message, as a task of its own would, and callbacks tha
 
 Rejected: one task per message. On CPython 3.11 a task that goes through the event loop costs 2,000 ns
 (uvloop) to 3,400 ns (asyncio) per message; an eager task (3.12 and newer) costs 750 to 910 ns. A spare
-costs 90 ns. With 120 ns for all else, that is 0.3 to 0.5, about 1.0 to 1.1, and 4.8 million messages/s of CPU
-time. Below 1.5 million, the simpler code would have been worth its price.
+costs 90 ns. With 120 ns for all else that is, per second of CPU time, 0.3 to 0.5, 1.0 to 1.1, and 4.8 million
+messages: one task per message stays below the 1.5 million for which the simpler code would be worth it.
 """
 
 cimport cython
 from cpython.contextvars cimport PyContext_Copy, PyContext_CopyCurrent, PyContext_Enter, PyContext_Exit
-from cpython.object cimport PyObject, PyTypeObject
+from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_REFCNT
 
 from peerd._envelope cimport Message
@@ -36,7 +36,8 @@ cdef extern from "Python.h":
 
 cdef extern from *:
     """
-    /* The head of the list of weak references to an object. One without a callback goes to the head. */
+    /* The head of the list of weak references to an object. asyncio's own has a callback, so a new one of
+       either kind becomes the head (Objects/weakrefobject.c). */
     static PyObject *peerd_first_weak_reference(PyObject *object) {
         Py_ssize_t offset = Py_TYPE(object)->tp_weaklistoffset;
         return offset ? *(PyObject **)((char *)object + offset) : NULL;
@@ -50,10 +51,10 @@ cdef object CancelledError = None  # asyncio is imported only where there is an 
 
 @cython.final
 cdef class Spare:
-    """What a spare task steps, in the protocol of a coroutine: nothing, then the rest of a handler's.
+    """The coroutine of a spare task: it is parked, then continues as the coroutine of a handler.
 
-    ``was_seen``: the task was looked at. ``on_ended`` is called with (task, message, result), where an
-    exception is a result, too.
+    ``was_seen``: an attribute of the task was read or set. ``on_ended`` is called with (task, message,
+    result) when the handler has returned or raised; the result is then the exception.
     """
 
     def __init__(self, new_task, event_loop, on_ended):
@@ -67,12 +68,12 @@ cdef class Spare:
         self.was_seen = False
 
     cdef void record_references(self) noexcept:
-        """The references that there are now are ours, the event loop's and asyncio's."""
+        """From here on, any other number of references means that a handler has kept one."""
         self._task_references = Py_REFCNT(self._task)
         self._context_references = Py_REFCNT(self._context)
 
     cdef bint is_untouched(self):
-        """Nothing can tell this spare from a new one."""
+        """Whether this spare cannot be distinguished from a new one."""
         if (
             self.was_seen
             or Py_REFCNT(self._task) != self._task_references
@@ -111,8 +112,8 @@ cdef class Spare:
             self.was_seen = True
             raise error
         if self._owes_awaited:
-            # The task was cancelled before it was given what the coroutine waits for. As a task does, it
-            # cancels that first: the coroutine gets the error from there.
+            # The task was cancelled before it got the future that the coroutine waits for. A task cancels
+            # that future first, and the coroutine gets the error from there.
             awaited = self._take_awaited()
             if awaited is not None and awaited.cancel():
                 return awaited
@@ -126,7 +127,7 @@ cdef class Spare:
         raise TypeError("only a task steps this")
 
     def __getattr__(self, name):
-        """What debuggers look for: cr_frame, cr_await, __qualname__ and so on."""
+        """Attributes that debuggers read, such as cr_frame, cr_await and __qualname__."""
         if self._coroutine is None:
             raise AttributeError(name)
         return getattr(self._coroutine, name)
@@ -177,10 +178,10 @@ cdef class Coroutines:
         self._on_ended = on_ended
 
     cdef object step(self, object handler, Message message):
-        """What the handler returned, or SUSPENDED when its coroutine waits for something."""
+        """The result of the handler, or SUSPENDED when its coroutine waits for something."""
         cdef PyObject *out = NULL
         cdef PySendResult status
-        if not self._is_entered:
+        if not self.is_entered:
             self._enter()
         coroutine = handler(message)
         status = PyIter_Send(coroutine, None, &out)
@@ -203,8 +204,8 @@ cdef class Coroutines:
 
     cdef int leave(self) except -1:
         """The spare, if it was entered, is no longer the current task."""
-        if self._is_entered:
-            self._is_entered = False
+        if self.is_entered:
+            self.is_entered = False
             PyContext_Exit(self._spare._context)
             self._leave_task(self._event_loop, self._spare._task)
             self._spare.record_references()
@@ -227,7 +228,7 @@ cdef class Coroutines:
         self._enter_task(self._event_loop, self._spare._task)
         PyContext_Enter(self._spare._context)
         self._spare.record_references()
-        self._is_entered = True
+        self.is_entered = True
         return 0
 
     cdef int _discard_if_touched(self) except -1:

@@ -1,4 +1,4 @@
-"""What the loop uses of _dispatch.pyx."""
+"""Declarations of _dispatch.pyx for the loop."""
 
 cimport cython
 from libc.stdint cimport uint8_t, uint64_t

@@ -48,7 +48,7 @@ cdef class Dispatcher:
         self._failures = (Exception,)
 
     cdef int open(self, Outbox *outbox, Waiting *waiting) except -1:
-        """What is passed must live for as long as this object."""
+        """Both must live for as long as this object."""
         cdef Route route
         self._outbox = outbox
         self._waiting = waiting
@@ -103,6 +103,8 @@ cdef class Dispatcher:
                     self._count_waiting(route, 1)
                     return 0
             else:
+                if self._coroutines.is_entered:
+                    self._coroutines.leave()  # a plain handler has no task
                 result = route.handler(message)
             if result is not None:
                 self._codec.reply(self._outbox, message, result, data, self._codec.header_bytes)
@@ -113,6 +115,7 @@ cdef class Dispatcher:
     cdef int end_turn(self) except -1:
         """Call the batch handlers whose messages have come in this turn."""
         cdef Route route
+        self._coroutines.leave()
         for route in self._batched:
             if not route.pending:
                 continue

@@ -1,4 +1,4 @@
-"""What the dispatcher uses of _envelope.pyx."""
+"""Declarations of _envelope.pyx for the dispatcher."""
 
 cimport cython
 from libc.stdint cimport uint8_t, uint64_t
@@ -17,7 +17,7 @@ cdef class Message:
     cdef readonly str version
     cdef readonly bytes body
     cdef tuple _sender
-    cdef linux.socklen_t _address_bytes  # 0 for a message made by hand
+    cdef linux.socklen_t _address_bytes  # 0: not from the network
     cdef linux.sockaddr_in6 _address  # large enough for an IPv4 one; zeros behind _address_bytes
 
 

@@ -1,7 +1,6 @@
-"""Foreign declarations only: what the datagram loop calls in the kernel and in libc."""
+"""Foreign declarations only: the parts of the kernel's and libc's interfaces that the datagram loop uses."""
 
 from libc.stdint cimport uint16_t, uint32_t
-from posix.types cimport pid_t
 
 cdef extern from "<sys/socket.h>" nogil:
     ctypedef unsigned int socklen_t
@@ -14,7 +13,7 @@ cdef extern from "<sys/socket.h>" nogil:
         unsigned short sa_family
 
     cdef struct sockaddr_storage:
-        unsigned short ss_family
+        pass
 
     cdef struct msghdr:
         void *msg_name
@@ -88,7 +87,6 @@ cdef extern from "<netinet/in.h>" nogil:
     int IP_RECVERR
     int IPV6_RECVERR
     bint IN6_IS_ADDR_V4MAPPED(const in6_addr *)
-    int INET6_ADDRSTRLEN
 
 cdef extern from "<arpa/inet.h>" nogil:
     const char *inet_ntop(int, const void *, char *, socklen_t)

@@ -34,7 +34,7 @@ uvloop.new_event_loop().close()
 
 
 class Client:
-    """What a test does while the server runs: messages out, replies in, in any order."""
+    """A test's side while the server runs: sends messages, and receives replies in any order."""
 
     def __init__(self, address: tuple[str, int], slot: Slot) -> None:
         self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -295,17 +295,21 @@ def test_a_message_leaves_no_mark_on_the_next(mark: Callable[[list[object]], Non
         await asyncio.sleep(0)
         return b"next"
 
+    @app.handler("PLAIN")
+    def plain(message: Message) -> bytes:
+        return repr(asyncio.current_task()).encode()
+
     def send(client: Client) -> None:
-        for magic in ("MARK", "NEXT", "QUIET", "NEXT") * 3:
+        for magic in ("MARK", "PLAIN", "NEXT", "QUIET", "NEXT") * 3:
             client.send(magic)
 
     async def test(client: Client) -> None:
-        received = Counter([await client.receive() for _ in range(12)])
-        assert received == {b"marked": 6, b"next": 6}
+        received = Counter([await client.receive() for _ in range(15)])
+        assert received == {b"marked": 6, b"next": 6, b"None": 3}
 
     client = serve(app, test, send)
     assert client.errors == []
-    assert client.slot.counters()["handled"] == 12
+    assert client.slot.counters()["handled"] == 15
     if mark is be_called_back:
         assert len([each for each in kept if isinstance(each, asyncio.Task)]) == 6
 
@@ -589,7 +593,7 @@ def test_an_icmp_error_does_not_delay_later_messages(
                     port, other_port = client.sock.getpeername()[1], gone.getsockname()[1]
                     forged_icmp.forge_icmp_error(raw, 3, 3, port, other_port)
             else:
-                gone.send(encode("LATER", "1", b"nobody"))
+                gone.send(encode("LATER", "1", b"gone"))
         while client.slot.counters()["icmp_errors"] == errors:
             await asyncio.sleep(0)
 

@@ -59,13 +59,16 @@ def die(_message: Message) -> None:
     os._exit(DIED)
 
 
-def test_what_a_dead_worker_had_in_hand_is_counted_once() -> None:
+def test_the_unfinished_datagrams_of_a_dead_worker_are_counted_once() -> None:
     slot = Scoreboard(1).slots[0]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+    ):
         sock.bind(("127.0.0.1", 0))
         for _ in range(2):
             for _ in range(3):
-                sock.sendto(encode("LAST", "1"), sock.getsockname())
+                client.sendto(encode("LAST", "1"), sock.getsockname())
             pid = os.fork()
             if pid == 0:
                 try:
@@ -75,7 +78,7 @@ def test_what_a_dead_worker_had_in_hand_is_counted_once() -> None:
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == DIED
             assert slot.unfinished == 3
             assert slot.settle() == 3
-            # Another may die before it has read anything.
+            # The next worker may die before it has read anything.
             assert (slot.unfinished, slot.settle()) == (0, 0)
 
 

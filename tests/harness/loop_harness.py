@@ -109,6 +109,6 @@ class LoopHarness:
         refused = sum(value for name, value in counters.items() if name.startswith("decode_"))
         assert counters["rx_datagrams"] == refused + sum(
             counters[name]
-            for name in ("rx_messages", "rx_truncated", "unknown_magic", "rx_max_waiting")
+            for name in ("rx_messages", "rx_truncated", "rx_own", "unknown_magic", "rx_max_waiting")
         )
         return counters
