@@ -1,4 +1,4 @@
-"""A host and a port, as people write them and as URLs do."""
+"""Hosts and ports, as users write them, and the endpoints of etcd."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ MAX_PORT = 65535
 
 class Address(NamedTuple):
     host: str
-    """A name or an address; an IPv6 one without its brackets."""
+    """A name or an address; IPv6 without brackets."""
 
     port: int
 
     @classmethod
     def of_etcd(cls, url: str) -> Address:
-        """Of one ``http://host:port``. Raises SettingsError for anything else, saying what to write."""
+        """From one ``http://host:port``. Raises SettingsError that says what to write."""
         endpoints = EtcdEndpoints.of(url)
         if endpoints.tls or len(endpoints.members) > 1:
             raise _wrong(url, "write one http://host:port")
@@ -36,13 +36,13 @@ class EtcdEndpoints(NamedTuple):
 
     @classmethod
     def of(cls, urls: str) -> EtcdEndpoints:
-        """Of ``http://host:port``, or several with commas between; ``https`` for TLS.
+        """From ``http://host:port``, or several of them with commas between; ``https`` for TLS.
 
-        Raises SettingsError for anything else, saying what to write.
+        Raises SettingsError for anything else; its text says what to write.
         """
         schemes, members = zip(*map(_scheme_and_address, urls.split(",")), strict=True)
         if len(set(schemes)) > 1:
-            raise _wrong(urls, "all members speak TLS (https) or none of them does (http)")
+            raise _wrong(urls, "use TLS for all members (https) or for none (http)")
         if len(set(members)) < len(members):
             raise _wrong(urls, "name each member once")
         return cls(members, tls=schemes[0] == "https")
@@ -52,7 +52,7 @@ class EtcdEndpoints(NamedTuple):
 
 
 def address_of(text: str) -> Address | None:
-    """Of ``host:port`` or ``[IPv6]:port``; None for anything else, such as a peer id.
+    """From ``host:port`` or ``[IPv6]:port``; None for anything else, such as a peer id.
 
     Raises SettingsError for a port out of range.
     """
@@ -65,7 +65,7 @@ def address_of(text: str) -> Address | None:
         return None
     if not host:
         return None
-    # int() refuses thousands of digits.
+    # int() raises ValueError for thousands of digits.
     if len(port) > 5 or not 1 <= int(port) <= MAX_PORT:
         raise SettingsError(f"{text!r}: a port is a number from 1 to {MAX_PORT}")
     return Address(host, int(port))
@@ -83,7 +83,7 @@ def _scheme_and_address(url: str) -> tuple[str, Address]:
     if parts.username is not None:
         raise _wrong(
             url.replace(parts.netloc, "..."),
-            "no user or password goes into the URL: use --etcd-user",
+            "do not put a user or password into the URL: use --etcd-user",
         )
     if parts.path not in ("", "/") or parts.query or parts.fragment:
         raise _wrong(url, "nothing may follow the port: write http://host:port")

@@ -1,7 +1,7 @@
-"""Every error that peerd raises, named after what the caller can do about it.
+"""The errors that peerd raises, named after what the caller can do about them.
 
-Library errors (OSError, grpc, etcd3) are translated where they are met; none of them leaves the
-package except an OSError of the datagram loop, which carries the name of the failed system call.
+Errors of libraries (OSError, grpc, etcd3) are translated where they occur. Only the datagram loop raises
+OSError, with the name of the failed system call.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ class PeerdError(Exception):
 
 
 class DecodeError(PeerdError, ValueError):
-    """The bytes are not an envelope: the sender's fault, so count it and drop the datagram.
+    """The bytes are not an envelope. The sender is at fault: count the datagram and drop it.
 
     ``reason`` is one of ``empty``, ``short``, ``negative_length``, ``length_past_end``,
     ``not_ascii``; the scoreboard counts each as ``decode_<reason>``.
@@ -27,9 +27,9 @@ class DecodeError(PeerdError, ValueError):
 
 
 class SettingsError(PeerdError, ValueError):
-    """A setting has a value that cannot work: change the flag, variable or file that it came from.
+    """A setting has an invalid value: change the flag, variable or file that it came from.
 
-    ``flags`` are those that it is about, without their dashes; none where no flag sets it.
+    ``flags`` are the flags that it is about, without dashes; empty if no flag sets it.
     """
 
     def __init__(self, message: str, *flags: str) -> None:
@@ -38,15 +38,15 @@ class SettingsError(PeerdError, ValueError):
 
 
 class AppLoadError(PeerdError):
-    """``--app module:attr`` does not give an App: correct the name, or the module."""
+    """``--app module:attr`` does not name an App that can be loaded: correct the name or the module."""
 
 
 class BindError(PeerdError):
-    """A socket cannot be bound: choose another address or port, or stop who has it."""
+    """A socket cannot be bound: choose another address or port, or stop the process that has it."""
 
 
 class PortInUseError(BindError):
-    """The port is taken. ``holder`` is a description of the process that has it, or None."""
+    """The port is taken. ``holder`` describes the process that has it, or is None if unknown."""
 
     def __init__(self, port: int, holder: str | None, message: str) -> None:
         super().__init__(message)
@@ -55,32 +55,32 @@ class PortInUseError(BindError):
 
 
 class NoAnswerError(PeerdError):
-    """A peer did not answer in time, or the host says that nobody listens there: try again or elsewhere."""
+    """A peer did not answer in time, or no process listens there: try again, or another peer."""
 
 
 class NotRunningError(PeerdError):
-    """No supervisor answers at the control socket: start one, or name its socket."""
+    """No supervisor answers at the control socket: start one, or pass the path of its socket."""
 
 
 class ControlError(PeerdError):
-    """The supervisor refused or failed a command, or its answer makes no sense."""
+    """The supervisor rejected a command or failed to run it, or its answer cannot be parsed."""
 
 
 class RegistryError(PeerdError):
-    """Base of the registry's errors."""
+    """Base of the errors of the registry."""
 
 
 class RegistryUnavailableError(RegistryError):
-    """etcd does not answer in time: try again later; nothing is known about what was asked."""
+    """etcd did not answer in time: try again later. Whether it has done what was asked is unknown."""
 
 
 class RegistryAuthError(RegistryError):
-    """etcd refuses the credentials or the permission: change them."""
+    """etcd rejected the credentials or denied permission: change them."""
 
 
 class PeerConflictError(RegistryError):
-    """The peer id belongs to somebody else's live lease: choose another, or wait until it is gone."""
+    """Another live lease has the peer id: choose another id, or wait until its owner is gone."""
 
 
 class InvalidRecordError(RegistryError, ValueError):
-    """A record that cannot be stored, or a stored value that is no record."""
+    """A record cannot be stored, or a stored value is not a record."""

@@ -1,4 +1,4 @@
-"""What is known of kernel versions that cannot be found out by trying."""
+"""Facts about kernel versions that no call reports."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import os
 import re
 
 FIRST_WITH_GOOD_GRO = (5, 12)
-"""Before it, joined datagrams were misreported (wireguard-go: "UDP_GRO is kind of buggy")."""
+"""Earlier kernels misreported joined datagrams (wireguard-go: "UDP_GRO is kind of buggy")."""
 
 BROKEN_GSO = ((7, 0, 0), (7, 1, 4))
-"""First and last whose UDP_SEGMENT sends have mangled headers, which no call reports
-(tailscale issues 19918 and 21335)."""
+"""The first and the last kernel whose UDP_SEGMENT sends have mangled headers (tailscale 19918, 21335)."""
 
 
-# Compiled here, since in each worker it would touch a quarter of a megabyte that they share.
+# Compiled before the fork: in each worker, it would touch a quarter of a megabyte of shared memory.
 _RELEASE = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 
 
@@ -27,6 +26,6 @@ def is_kernel_with_broken_gso(release: str = os.uname().release) -> bool:
 
 
 def _version(release: str) -> tuple[int, ...]:
-    """Of "6.18.44-fc-v669": (6, 18, 44)."""
+    """(6, 18, 44) from "6.18.44-fc-v669"."""
     found = _RELEASE.match(release)
     return tuple(int(part or 0) for part in found.groups()) if found else (0, 0, 0)

@@ -329,7 +329,7 @@ class SupervisorSettings:
         OnCrashloop.RETRY,
         "on-crashloop",
         "Workers",
-        "What to do when a worker dies too often: retry it once a minute, or stop all peers and exit "
+        "What to do when a worker dies too often: retry it every minute, or stop all peers and exit "
         "with 70.",
     )
     max_age_s: float | None = setting(

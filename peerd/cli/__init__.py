@@ -1,7 +1,7 @@
-"""The command line: the only place that prints, configures logging or exits.
+"""The command line: the only part that prints, configures logging or exits.
 
-Commands are modules that are imported when they run, so that ``--help`` is quick and ``peerd ping``
-does not pay for etcd. Errors become one line on standard error and an exit code here.
+A command is a module that is imported when it runs, so that ``--help`` is quick and ``peerd ping`` does not
+import the client of etcd. An error becomes one line on standard error and an exit code here.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 EXIT_CODES: tuple[tuple[type[PeerdError], int], ...] = (
     (NotRunningError, 3),
-    (RegistryUnavailableError, 69),
-    (BindError, 73),
-    (AppLoadError, 78),
+    (RegistryUnavailableError, os.EX_UNAVAILABLE),
+    (BindError, os.EX_CANTCREAT),
+    (AppLoadError, os.EX_CONFIG),
     (SettingsError, 2),
     (PeerdError, 1),
 )
@@ -45,7 +45,7 @@ COMMANDS = {
     "check": ("check", "Validate a configuration without starting anything."),
     "nodes": ("list_nodes", "List the peers that are registered in etcd."),
     "ping": ("ping_and_send", "Check that a peer answers, and measure round trips."),
-    "send": ("ping_and_send", "Send one message to a peer and print its reply."),
+    "send": ("ping_and_send", "Send a message to a peer and print its reply."),
     "status": ("show_status", "Show the state of a running supervisor and its peers."),
     "wait": ("manage", "Wait until all peers are ready."),
     "events": ("show_events", "Show deaths, replacements and other events of a supervisor."),
@@ -64,7 +64,7 @@ COMMANDS = {
 
 @contextlib.contextmanager
 def _closed_pipe_is_sigpipe() -> Iterator[None]:
-    """Whoever read our output has seen enough (peerd nodes | head -1). Here, as click makes it a 1."""
+    """Exit with 141 when the reader of our output has gone (peerd nodes | head -1). click exits with 1."""
     try:
         yield
         if sys.stdout is not None:
@@ -75,9 +75,9 @@ def _closed_pipe_is_sigpipe() -> Iterator[None]:
 
 
 def _add_variables(name: str, command: click.Command) -> None:
-    """Each option's own, by its flag, before those that it has in common with other commands.
+    """Give each option a variable of its command, named after the flag, before those that commands share.
 
-    click would make them of the parameters' names (PEERD_RELOAD_TIMEOUT_S).
+    click would derive the name from the parameter (PEERD_RELOAD_TIMEOUT_S).
     """
     for option in command.params:
         if isinstance(option, click.Option) and option.allow_from_autoenv:
@@ -85,11 +85,11 @@ def _add_variables(name: str, command: click.Command) -> None:
             own = f"peerd_{name}{flag.removeprefix('-')}".replace("-", "_").upper()
             others = option.envvar or ()
             option.envvar = [own, *([others] if isinstance(others, str) else others)]
-            option.allow_from_autoenv = False  # it has them now
+            option.allow_from_autoenv = False
 
 
 class LazyGroup(click.Group):
-    """Knows the names and summaries of its commands, and imports a command when it is used."""
+    """Has the names and summaries of its commands, and imports a command when it is used."""
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         with _closed_pipe_is_sigpipe():
@@ -119,12 +119,12 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            hint = did_you_mean(args[0], COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+            hint = did_you_mean(args[0], COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
             ctx.fail(f"there is no command {args[0]!r}{hint}")
         return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """The names and summaries, where click would import every command for its summary."""
+        """The names and summaries from the table; click would import every command for its summary."""
         from click.shell_completion import CompletionItem
 
         return [
@@ -147,16 +147,23 @@ def cli() -> None:
 
     \b
     peerd supervise --peers 8 --base-port 5001   run eight peers
-    peerd nodes                                  see them, out of etcd
-    peerd ping localhost:5003                    talk to one
+    peerd nodes                                  list them, from etcd
+    peerd ping localhost:5003                    measure round trips to one
 
-    Every option can also be set by the environment: PEERD_RELOAD_TIMEOUT is --timeout of reload. For all
-    commands at once there are PEERD_ETCD, PEERD_ETCD_USER and the like, PEERD_PREFIX and PEERD_CONTROL.
-    'peerd completion --help' says how TAB completes them.
+    Every option has an environment variable: PEERD_RELOAD_TIMEOUT is --timeout of 'peerd reload'. PEERD_ETCD
+    (with PEERD_ETCD_USER and so on), PEERD_PREFIX and PEERD_CONTROL are for all commands.
 
     \b
-    Exit codes: 0 done, 1 failed, 2 usage, 3 not running, 69 etcd unreachable,
-    70 crash loop, 73 cannot bind, 78 bad configuration or app, 128+n ended by signal n.
+    Exit codes:
+      0      done
+      1      failed: the message says why
+      2      bad usage
+      3      no supervisor runs
+      69     etcd does not answer
+      70     a worker died too often
+      73     a port cannot be bound
+      78     bad configuration or app
+      128+n  ended by signal n
     """
 
 
@@ -164,7 +171,7 @@ def main() -> NoReturn:
     """The console script."""
     _open_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A record may hold what the terminal's encoding has not.
+        # A record may contain characters that the encoding of the terminal lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(prog_name="peerd", standalone_mode=False)
@@ -184,19 +191,19 @@ def main() -> NoReturn:
         _fail(str(error))
         code = next(code for kind, code in EXIT_CODES if isinstance(error, kind))
     except OSError as error:
-        # Whatever the commands do not expect: no space for the output, no descriptor left.
+        # Errors that no command expects, such as a full disk or no free descriptor.
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         code = 1
     sys.exit(code)
 
 
 def _open_standard_streams() -> None:
-    """Where a shell has closed them (>&-), a socket of ours would get their number and our output."""
+    """Open the streams that a shell has closed (>&-); otherwise a socket could get the number of a stream."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)
         except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)  # the lowest that is free, so this one
+            opened = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is fd
             os.set_inheritable(opened, True)
             stream: IO[str] = open(opened, "w" if fd else "r", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)

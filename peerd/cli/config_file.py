@@ -1,7 +1,8 @@
-"""``peerd.toml``: the options of ``peerd supervise``, by the names of their flags."""
+"""``peerd.toml``: the options of ``peerd supervise``, under the names of their flags."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,15 @@ from peerd.cli.options import did_you_mean
 
 
 class BadConfigError(click.ClickException):
-    exit_code = 78
+    exit_code = os.EX_CONFIG
 
 
 def read_config(
     path: Path, parameters: Mapping[str, click.Parameter], ctx: click.Context
 ) -> dict[str, Any]:
-    """The file's values by parameter. ``parameters`` are what it may set, by flag without the dashes.
+    """The values of a file by parameter name. ``parameters`` are those it may set, by flag without dashes.
 
-    Raises BadConfigError that names everything that is wrong with it, a line each.
+    Raises BadConfigError that lists every problem of the file, one per line.
     """
     import tomllib
 
@@ -44,19 +45,19 @@ def read_config(
             problems.append(f"{path}: {key} is {name}, not {_kind(value)}: {_shortened(value)}")
             continue
         try:
-            # As text, so that the rules and the words are those of the flag.
+            # Converted as text, so that the flag and the file share rules and messages.
             found[str(parameter.name)] = parameter.type_cast_value(ctx, str(value))
         except click.BadParameter as error:
             problems.append(f"{path}: {key}: {error.message}")
     if lists_all:
-        problems.append(f"{path}: there are: {', '.join(sorted(parameters))}")
+        problems.append(f"{path}: known settings: {', '.join(sorted(parameters))}")
     if problems:
         raise BadConfigError("\n".join(problems))
     return found
 
 
 def _wanted(parameter: click.Parameter) -> tuple[tuple[type, ...], str]:
-    """The types of TOML that a parameter takes, and what to call them."""
+    """The TOML types that a parameter takes, and their name in messages."""
     if isinstance(parameter, click.Option) and parameter.is_flag:
         return (bool,), "true or false"
     if isinstance(parameter.type, Seconds):

@@ -1,7 +1,7 @@
-"""What ``peerd events`` and ``peerd logs`` share: entries of a supervisor and, with ``-f``, those to come.
+"""Entries of a supervisor, for ``peerd events`` and ``peerd logs``; with ``-f``, also those that follow.
 
-A follower outlives the supervisor. The numbers of the entries begin anew with each, so an answer says
-whose they are, and a request whose the last one was that has been seen.
+A follower continues when the supervisor is restarted. Each supervisor numbers its entries from 1, so an
+answer names its supervisor, and a request names the last entry seen and the supervisor that it is from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peerd.errors import PeerdError
 POLL_S = 0.3
 
 AWAY_S = 15.0
-"""For how long a supervisor may be away that is restarted: its stop and the next one's start."""
+"""How long a follower waits for a restarted supervisor: the stop of one and the start of the next."""
 
 Entry = dict[str, Any]
 
@@ -31,7 +31,7 @@ follow_option = click.option(
     "-f",
     "--follow",
     is_flag=True,
-    help="Go on with what comes, also when the supervisor is restarted, until Ctrl-C.",
+    help="Print new entries until Ctrl-C, also those of a supervisor that replaces this one.",
 )
 
 
@@ -44,16 +44,16 @@ def show(answers: Iterator[list[Entry]], as_text: Callable[[Entry], str], *, as_
 def answers(
     path: Path | None, command: str, arguments: Mapping[str, Any], *, follow: bool
 ) -> Iterator[list[Entry]]:
-    """What there is, and with ``follow`` what comes, each time as much as is there.
+    """The entries of a supervisor, and with ``follow`` those that come, in batches.
 
-    Raises NotRunningError or ControlError; once something was answered, not before AWAY_S without.
+    Raises NotRunningError or ControlError; after the first answer, only if there is none for AWAY_S.
     """
     where = path or control.find_running()
     asked = {**arguments, "after": 0, "supervisor": None}
     answer = control.request(where, command, asked)
     while True:
         if asked["supervisor"] not in (None, answer["supervisor"]):
-            click.echo(f"peerd {command}: the supervisor has been restarted", err=True)
+            click.echo(f"peerd {command}: the supervisor was restarted", err=True)
             asked["after"] = 0
         asked["supervisor"], entries = answer["supervisor"], answer["entries"]
         if entries:
@@ -89,9 +89,9 @@ def _next_answer(where: Path, command: str, asked: Mapping[str, Any]) -> Any:
 
 
 def _pause() -> None:
-    """Raises BrokenPipeError when nobody reads standard output any more: a quiet follower would never
-    find out by writing."""
+    """Raises BrokenPipeError when the reader of standard output has gone. A follower without new entries does
+    not write, and would never notice."""
     poll = select.poll()
-    poll.register(sys.stdout, 0)  # errors are told unasked
+    poll.register(sys.stdout, 0)  # poll() always reports errors
     if poll.poll(POLL_S * 1000):
         raise BrokenPipeError

@@ -1,12 +1,12 @@
-"""How log lines look and where they go: standard error, one line a write, and never waiting for a reader.
+"""The format of log lines, and how they are written: to standard error, one line per write, never blocking.
 
-A reader that stops reading fills the pipe, and a write would then stop the supervisor, so what finds
-no room is dropped and counted. A pipe that poll() calls writable takes PIPE_BUF bytes at once (pipe(7)),
-so lines go in pieces of that size; O_NONBLOCK would do as well, but is shared with everyone else who
-has the terminal open.
+A reader that stops reading fills the pipe, and a blocking write would then stop the supervisor. So a line
+that finds no room is dropped and counted. A pipe that poll() reports as writable takes PIPE_BUF bytes
+without blocking (pipe(7)), so lines are written in pieces of that size. O_NONBLOCK would also work, but all
+processes that have the terminal open share it.
 
-A worker's standard output and error are a pipe to its supervisor (supervisor/output.py): what handlers
-print and log goes there by the same rule, so that neither waits for anybody.
+Standard output and error of a worker are a pipe to its supervisor (supervisor/output.py). What handlers
+print and log is written by the same rule, so a worker does not wait for its supervisor either.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ STDERR = 2
 
 
 def configure(level: str, log_format: str = "auto") -> Callable[[], int]:
-    """Log to standard error from ``level`` on: ``text``, ``json``, or, with ``auto``, text to a terminal.
+    """Log to standard error from ``level`` on, as ``text`` or ``json``; ``auto`` is text on a terminal.
 
-    Returns what tells how many records were dropped.
+    Returns a function that returns the number of dropped records.
     """
     as_json = log_format == "json" or (log_format == "auto" and not os.isatty(STDERR))
     handler = _Handler(_Json() if as_json else _Text())
@@ -40,7 +40,7 @@ def configure(level: str, log_format: str = "auto") -> Callable[[], int]:
 
 
 def name_process(name: str) -> None:
-    """What this process calls itself in its log lines from now on."""
+    """Set the name of this process in its log lines."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _Handler):
             handler.layout.process_name = name
@@ -48,12 +48,12 @@ def name_process(name: str) -> None:
 
 
 def become_worker(count_dropped: Callable[[int], None]) -> None:
-    """What this process prints and logs goes to the supervisor's pipe, on its descriptors 1 and 2.
+    """Write what this process prints and logs to the supervisor's pipe, its descriptors 1 and 2.
 
-    ``count_dropped`` is called with how many writes have found no room.
+    ``count_dropped`` is called with the number of dropped writes.
     """
-    writer = _PatientWriter(STDERR, count_dropped)
-    # A buffer of its own would hold back lines, and tear them where it is full.
+    writer = _NonBlockingWriter(STDERR, count_dropped)
+    # A buffer in between would delay lines, and split them when it is full.
     raw: Any = _Raw(writer)
     output = io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
     sys.stdout = sys.stderr = output
@@ -63,14 +63,14 @@ def become_worker(count_dropped: Callable[[int], None]) -> None:
     root.addHandler(_WorkerHandler(writer))
 
 
-class _PatientWriter:
-    """Writes what there is room for, and drops and counts the rest. Never blocks."""
+class _NonBlockingWriter:
+    """Writes as much as there is room for, and drops and counts the rest."""
 
     def __init__(self, fd: int, count_dropped: Callable[[int], None]) -> None:
         self._is_terminal = os.isatty(fd)
-        fd = self.fd = _terminal_of_its_own(fd) if self._is_terminal else fd
+        fd = self.fd = _reopened_terminal(fd) if self._is_terminal else fd
         self._count_dropped = count_dropped
-        self._is_torn = False  # a line was begun and found no room for its end
+        self._is_torn = False  # whether the last line was cut off
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
         mode = os.fstat(fd).st_mode
@@ -78,15 +78,15 @@ class _PatientWriter:
         self._piece = select.PIPE_BUF if can_be_full else 1 << 30
 
     def write(self, data: bytes) -> bool:
-        """Whether all of it was written."""
+        """Return whether all of it was written."""
         written = 0
         try:
             if self._is_torn:
                 data = b"\n" + data
-            with _in_the_background() if self._is_terminal else contextlib.nullcontext():
+            with _sigttou_blocked() if self._is_terminal else contextlib.nullcontext():
                 while written < len(data) and self._has_room():
                     written += os.write(self.fd, data[written : written + self._piece])
-        except OSError:  # a terminal that is full, nobody who reads it any more, or a full disk
+        except OSError:  # a full terminal, a closed pipe, or a full disk
             pass
         if written == len(data):
             self._is_torn = False
@@ -100,9 +100,9 @@ class _PatientWriter:
 
 
 @contextlib.contextmanager
-def _in_the_background() -> Iterator[None]:
-    """Where the terminal stops whoever writes from there (stty tostop), only a process that blocks or ignores
-    SIGTTOU is let (termios(3)); and the supervisor would take the signal for "one peer fewer"."""
+def _sigttou_blocked() -> Iterator[None]:
+    """After ``stty tostop``, the terminal sends SIGTTOU to background processes that write, except those that
+    block or ignore it (termios(3)). The supervisor would handle it as "one peer fewer"."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
     try:
         yield
@@ -110,18 +110,18 @@ def _in_the_background() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _terminal_of_its_own(fd: int) -> int:
-    """A description of the terminal that does not block, and is nobody else's: poll() calls one writable that
-    has room for less than a line."""
+def _reopened_terminal(fd: int) -> int:
+    """The terminal, opened again so that only this process has it in non-blocking mode: poll() reports it as
+    writable even if it has room for less than a line."""
     flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
         return os.open(f"/proc/self/fd/{fd}", flags)
-    except OSError:  # another user's, after su
+    except OSError:  # after su, the terminal belongs to another user
         return fd
 
 
 class _Raw(io.RawIOBase):
-    def __init__(self, writer: _PatientWriter) -> None:
+    def __init__(self, writer: _NonBlockingWriter) -> None:
         self._writer = writer
 
     def writable(self) -> bool:
@@ -136,16 +136,14 @@ class _Raw(io.RawIOBase):
 
 
 class _WorkerHandler(logging.Handler):
-    def __init__(self, writer: _PatientWriter) -> None:
+    def __init__(self, writer: _NonBlockingWriter) -> None:
         super().__init__()
         self._writer = writer
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._writer.write(record_line(record))
-        except (
-            Exception
-        ):  # its arguments do not fit its message: sys.stderr, which does not wait either
+        except Exception:  # the arguments do not fit the message
             self.handleError(record)
 
 
@@ -154,35 +152,35 @@ class _Handler(logging.Handler):
         super().__init__()
         self.layout = layout
         self.dropped = 0
-        self._untold = 0
+        self._unreported = 0
         self.reopen()
 
     def reopen(self) -> None:
-        """After a fork, which has closed the writer's own descriptor."""
-        self._writer = _PatientWriter(STDERR, self._count)
+        """After a fork, because a forked child closes the descriptor of the writer."""
+        self._writer = _NonBlockingWriter(STDERR, self._count)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             lines = [record]
-            if untold := self._untold:
-                lines.insert(0, _unread(untold))
+            if unreported := self._unreported:
+                lines.insert(0, _dropped_notice(unreported))
             text = "".join(f"{self.layout.format(line)}\n" for line in lines)
             if self._writer.write(text.encode("utf-8", "backslashreplace")):
-                self._untold -= untold
+                self._unreported -= unreported
         except Exception:
             self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """A record that cannot be written down. logging would write a traceback, and wait for a reader."""
+        """Count a record that cannot be formatted. The base class would write a traceback and could block."""
         self._count(1)
 
     def _count(self, number: int) -> None:
         self.dropped += number
-        self._untold += number
+        self._unreported += number
 
 
-def _unread(count: int) -> logging.LogRecord:
-    message = "%d records of this log were dropped here: nobody read them"
+def _dropped_notice(count: int) -> logging.LogRecord:
+    message = "%d log records were dropped here, because the log was not read"
     return logging.LogRecord(__name__, logging.WARNING, "", 0, message, (count,), None)
 
 
@@ -211,7 +209,7 @@ class _Json(logging.Formatter):
         self.process_name = "supervisor"
 
     def format(self, record: logging.LogRecord) -> str:
-        import orjson  # not at the top, as the first peers would wait for it
+        import orjson  # not at the top: the start of the first peers would wait for it
 
         fields = vars(record)
         when = datetime.fromtimestamp(record.created, UTC)
@@ -232,7 +230,7 @@ class _Json(logging.Formatter):
             line["exception"] = exception
         with contextlib.suppress(TypeError):
             return orjson.dumps(line).decode()
-        # A half of a surrogate pair, as in a file name that is no UTF-8.
+        # A lone surrogate, such as in a file name that is not UTF-8.
         escaped = {
             name: value.encode("utf-8", "backslashreplace").decode()
             if isinstance(value, str)

@@ -1,4 +1,4 @@
-"""What the values of options may look like: seconds, sizes, addresses, bounded integers."""
+"""Parameter types: seconds, sizes, addresses and bounded integers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peerd.errors import SettingsError
 
 
 class Seconds(click.FloatRange):
-    """A number of seconds; nan and inf are floats to Python, and no time to wait."""
+    """A finite number of seconds: click would accept nan and inf."""
 
     name = "seconds"
 
@@ -22,12 +22,12 @@ class Seconds(click.FloatRange):
     ) -> float:
         seconds = super().convert(value, param, ctx)
         if not math.isfinite(seconds):
-            self.fail(f"{value!r} is no number of seconds", param, ctx)
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
         return float(seconds)
 
 
 def integer(name: str, least: int, most: int | None = None) -> click.IntRange:
-    """Errors call it ``name``."""
+    """An integer that error messages call ``name``."""
     kind = click.IntRange(least, most)
     kind.name = name
     return kind
@@ -40,7 +40,7 @@ class _HostPort(click.ParamType):  # type: ignore[type-arg]
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Address:
-        if isinstance(value, Address):  # out of a file, and read by now
+        if isinstance(value, Address):  # read from a file and already converted
             return value
         try:
             address = address_of(value)

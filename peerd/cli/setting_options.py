@@ -1,8 +1,7 @@
 """The options of ``peerd supervise``, for every command that takes them.
 
-One source for each setting: its flag, its environment variables and its key in ``peerd.toml`` have one
-name. ``--base-port`` is ``PEERD_SUPERVISE_BASE_PORT``, or else ``PEERD_BASE_PORT``, or else ``base-port``
-in the file.
+A setting has one name: ``--base-port`` is ``PEERD_SUPERVISE_BASE_PORT`` or ``PEERD_BASE_PORT`` in the
+environment and ``base-port`` in ``peerd.toml``.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from peerd.supervisor.pinning import cpu_count
 SPECIFIC, GENERAL = "PEERD_SUPERVISE_", "PEERD_"
 
 LIKENESS = 0.8
-"""From which on a variable is taken for a misspelt one. Others that begin with PEERD_ are not ours to
-judge: an app's own, and those that Kubernetes sets for a service called peerd (PEERD_PORT_5001_UDP)."""
+"""Similarity from which a variable counts as a misspelt setting. Other variables that begin with PEERD_ may
+belong to an app, or come from Kubernetes for a service called peerd (PEERD_PORT_5001_UDP)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """What the command that starts a supervisor needs beside the settings of the supervisor itself."""
+    """Options of the command that starts a supervisor, beside the settings of the supervisor itself."""
 
     etcd_is_named: bool
     """Whether --etcd was given. Otherwise an etcd may be started at the default endpoint."""
@@ -81,7 +80,7 @@ class SupervisorCommand(click.Command):
         return {p.opts[0].removeprefix("--"): p for p in self.params if isinstance(p, FieldOption)}
 
     def changed_settings(self, ctx: click.Context) -> list[Setting]:
-        """Those that do not have their default, with where they come from."""
+        """The settings that were given, and where each comes from."""
         return [
             Setting(flag, _as_text(ctx.params[str(parameter.name)]), origin)
             for flag, parameter in self.settings.items()
@@ -89,13 +88,13 @@ class SupervisorCommand(click.Command):
         ]
 
     def misspelt_variables(self) -> list[str]:
-        """A line for each environment variable that looks like a setting and is none."""
+        """A line for each environment variable that looks like a setting but is not one."""
         known = {
             str(name) for parameter in self.settings.values() for name in parameter.envvar or ()
         }
         unknown = {name for name in os.environ if name.startswith(GENERAL)} - known
         return [
-            f"{name} is no setting: {_meant(name, known)}"
+            f"{name} is not a setting: {_meant(name, known)}"
             for name in sorted(unknown - {PASSWORD_VARIABLE})
             if name.startswith(SPECIFIC) or _meant(name, known)
         ]
@@ -106,7 +105,7 @@ class SupervisorCommand(click.Command):
         except click.BadParameter as error:
             if error.param is None or not self._is_from_environment(ctx, error.param):
                 raise
-            # One of the words that click takes for a boolean is the empty one.
+            # click lists the empty string among the words for a boolean.
             message = error.message.rstrip(".").replace(": , ", ": ")
             text = f"{message} (from {self._origin(ctx, error.param)})"
             raise click.BadParameter(text, ctx, error.param) from None
@@ -117,7 +116,7 @@ class SupervisorCommand(click.Command):
 
     @contextlib.contextmanager
     def errors_traced(self, ctx: click.Context) -> Iterator[None]:
-        """A SettingsError then says where the values come from, and is a BadConfigError for a file's."""
+        """Add the origin of the values to a SettingsError; if a file is one, make it a BadConfigError."""
         try:
             yield
         except SettingsError as error:
@@ -134,7 +133,7 @@ class SupervisorCommand(click.Command):
                 formatter.write_dl(records)
 
     def _origin(self, ctx: click.Context, parameter: click.Parameter) -> str | None:
-        """None for a default."""
+        """None for a default value."""
         source = ctx.get_parameter_source(str(parameter.name))
         if source is ParameterSource.COMMANDLINE:
             return parameter.opts[0]
@@ -207,7 +206,7 @@ def is_given(ctx: click.Context, name: str) -> bool:
 
 
 def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
-    """The file gives defaults: flags and environment variables win."""
+    """Use the values of the file as defaults, so that flags and environment variables win."""
     if path is not None:
         assert isinstance(ctx.command, SupervisorCommand)
         settings = {flag: p for flag, p in ctx.command.settings.items() if flag != "config"}
@@ -216,12 +215,12 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
-    """What an unknown variable is taken for; nothing for a general one that is like none of ours."""
+    """A suggestion for an unknown variable; empty if it begins with PEERD_ but resembles no setting."""
     import difflib
 
     is_specific = name.startswith(SPECIFIC)
     prefix = SPECIFIC if is_specific else GENERAL
-    # Without what all of them begin with, which would make all of them alike.
+    # Compared without the common prefix, which would make all of them similar.
     endings = [
         other.removeprefix(prefix) for other in known if other.startswith(SPECIFIC) == is_specific
     ]

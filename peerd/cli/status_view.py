@@ -1,4 +1,4 @@
-"""What ``peerd status`` shows of a report, as lines and columns; how is for others to know."""
+"""The lines and columns of ``peerd status``, from a report of the supervisor."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ COLOURS = {
 
 CAUSES = {
     "oom": ("OOM", "out of memory"),
-    "stuck": ("stuck", "as it was stuck"),
-    "late": ("late", "as it was not ready in time"),
+    "stuck": ("stuck", "because it was stuck"),
+    "late": ("late", "because it was not ready in time"),
 }
-"""Of an exit, in brief and in full, where its number does not tell."""
+"""Why a worker died, short and long, if its exit code or signal does not say it."""
 
 
 class Rates:
-    """Messages a second, from one report to the next."""
+    """Messages per second, from one report to the next."""
 
     def __init__(self) -> None:
         self._pid = 0
@@ -44,7 +44,7 @@ class Rates:
         self._messages: dict[int, tuple[int, int]] = {}
 
     def after(self, report: Report, now_s: float) -> dict[int, tuple[int, int]]:
-        """(received, sent) by slot; nothing of a slot, or a supervisor, that was not there before."""
+        """(received, sent) by slot, for slots that the previous report of the same supervisor has, too."""
         messages = {
             peer["slot"]: (peer["rx_messages"], peer["tx_messages"]) for peer in report["peers"]
         }
@@ -74,7 +74,7 @@ def head(report: Report) -> list[str]:
 
 
 def columns(report: Report, rates: Mapping[int, tuple[int, int]] | None = None) -> list[Column]:
-    """The most important ones first. With ``rates``, messages are by the second."""
+    """The most important columns first. With ``rates``, messages are per second."""
     peers = report["peers"]
 
     def column(title: str, cells: list[object]) -> Column:
@@ -111,18 +111,18 @@ def columns(report: Report, rates: Mapping[int, tuple[int, int]] | None = None) 
 
 
 def notes(report: Report) -> list[str]:
-    """Why peers are not as they should be."""
+    """Explanations below the table: conflicts, deaths, messages without a handler, dropped log lines."""
     lines = []
     for peer in report["peers"]:
         if peer["conflict"]:
             lines.append(f"slot {peer['slot']}: {peer['conflict']}")
         if peer["last_exit"] is not None and peer["state"] != "ready":
             lines.append(f"slot {peer['slot']}: {_explain(peer, peer['last_exit'])}")
-        if untaken := peer["counters"]["unknown_magic"]:
-            lines.append(f"slot {peer['slot']}: messages that no handler takes: {untaken}")
-    dropped = sum(teller["log_dropped"] for teller in (report["supervisor"], *report["peers"]))
+        if unhandled := peer["counters"]["unknown_magic"]:
+            lines.append(f"slot {peer['slot']}: messages without a handler: {unhandled}")
+    dropped = sum(process["log_dropped"] for process in (report["supervisor"], *report["peers"]))
     if dropped:
-        lines.append(f"log lines that were dropped, as nobody read them: {dropped}")
+        lines.append(f"log lines dropped because the log was not read: {dropped}")
     return lines
 
 

@@ -1,7 +1,7 @@
-"""``peerd status --watch``: the same once a second, full screen on a terminal.
+"""``peerd status --watch``: the report every second, full screen on a terminal.
 
-It outlives the supervisor: what was last seen stays, with a line that says since when nobody answers,
-and a new supervisor at the same socket is named as such.
+It continues when the supervisor ends: the last report stays, with a line that says for how long there was no
+answer. When another supervisor answers at the same socket, a line says so.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ ANSWER_S = 2.0
 
 
 def watch_on_screen(path: Path) -> None:
-    """Until q or Ctrl-C. Raises NotRunningError when nobody answers to begin with."""
+    """Show reports until q or Ctrl-C. Raises NotRunningError if no supervisor answers at the start."""
     with contextlib.suppress(KeyboardInterrupt):
-        _watch_screen(_answering_source(path))
+        _watch_screen(_connected_source(path))
 
 
 def watch_status(path: Path, show: Callable[[dict[str, Any]], None]) -> None:
-    """The same, one below the other, until Ctrl-C."""
+    """Print reports one below the other, until Ctrl-C."""
     with contextlib.suppress(KeyboardInterrupt):
-        _watch_lines(_answering_source(path), show)
+        _watch_lines(_connected_source(path), show)
 
 
-def _answering_source(path: Path) -> _Source:
+def _connected_source(path: Path) -> _Source:
     source = _Source(path)
-    source.look()
+    source.update()
     if source.report is None:
         raise NotRunningError(source.silence)
     return source
 
 
 class _Source:
-    """The reports of whoever answers at a socket."""
+    """The reports of the supervisors that answer at a socket."""
 
     def __init__(self, path: Path) -> None:
         self.report: dict[str, Any] | None = None
@@ -61,16 +61,16 @@ class _Source:
 
         self.rates: dict[int, tuple[int, int]] = {}
         self.silence = ""
-        """Why the last look brought none; empty when it did."""
+        """Why the last request failed; empty if it did not."""
 
         self.restarts = ""
-        """What is to be said of supervisors that came after the first."""
+        """A line about the latest restart of the supervisor; empty without one."""
 
         self._path = path
         self._rates = status_view.Rates()
         self._answered_s = 0.0
 
-    def look(self) -> None:
+    def update(self) -> None:
         try:
             report = control.request(self._path, "status", timeout_s=ANSWER_S)
         except (NotRunningError, ControlError) as error:
@@ -80,7 +80,7 @@ class _Source:
         self.rates = self._rates.after(report, now_s)
         pid = report["supervisor"]["pid"]
         if self.report is not None and (old_pid := self.report["supervisor"]["pid"]) != pid:
-            self.restarts = f"the supervisor has been restarted: pid {pid} follows {old_pid}"
+            self.restarts = f"the supervisor was restarted: pid {pid} follows {old_pid}"
         self.report, self.silence, self._answered_s = report, "", now_s
 
     @property
@@ -89,18 +89,18 @@ class _Source:
 
 
 def _watch_lines(source: _Source, show: Callable[[dict[str, Any]], None]) -> None:
-    said = ""
+    printed = ""
     while True:
         for text in (source.silence, source.restarts):
-            if text and text not in said:
+            if text and text not in printed:
                 click.echo(f"peerd status: {text}", err=True)
-        said = source.silence + source.restarts
+        printed = source.silence + source.restarts
         if not source.silence:
             assert source.report is not None
             show(source.report)
             sys.stdout.flush()
         time.sleep(INTERVAL_S)
-        source.look()
+        source.update()
 
 
 def _watch_screen(source: _Source) -> None:
@@ -116,7 +116,7 @@ def _watch_screen(source: _Source) -> None:
             live.update(_screen(source, console), refresh=True)
             if _quits(keyboard):
                 return
-            source.look()
+            source.update()
 
 
 def _screen(source: _Source, console: Console) -> RenderableType:
@@ -129,19 +129,19 @@ def _screen(source: _Source, console: Console) -> RenderableType:
     if source.silence:
         silent = status_view.duration(source.silent_for_s)
         head = [
-            Text(f"no answer for {silent}; what follows is what was last seen", style="bold red"),
+            Text(f"no answer for {silent}; this is the last report", style="bold red"),
             Text(source.silence, style="red"),
             *head[:1],
         ]
     elif source.restarts:
         head.append(Text(source.restarts, style="yellow"))
     tail = [Text(line) for line in status_view.notes(report)]
-    tail.append(Text("q or Ctrl-C ends this", style="dim"))
-    # Two lines of the table's own head, an empty one before it, one for what is left out.
+    tail.append(Text("q or Ctrl-C to quit", style="dim"))
+    # The head of the table takes two lines, the empty line before it and the note below it one each.
     room = max(console.height - len(head) - min(len(tail), 5) - 5, 1)
     peers = report["peers"]
     if len(peers) > room:
-        tail.insert(0, Text(f"({room} of {len(peers)} peers, those that are not ready first)"))
+        tail.insert(0, Text(f"({room} of {len(peers)} peers; those that are not ready come first)"))
         peers = sorted(peers, key=status_view.is_fine)[:room]
     columns = status_view.columns({**report, "peers": peers}, source.rates)
     shown = columns_that_fit(columns, console.width)
@@ -165,7 +165,7 @@ def _quits(keyboard: int | None) -> bool:
 
 @contextlib.contextmanager
 def _keys() -> Iterator[int | None]:
-    """The keyboard's descriptor, which gives each key at once; None when there is none."""
+    """The descriptor of the keyboard, which delivers each key without Enter; None if there is no terminal."""
     try:
         keyboard = sys.stdin.fileno()
         before = termios.tcgetattr(keyboard)
@@ -181,7 +181,7 @@ def _keys() -> Iterator[int | None]:
 
 @contextlib.contextmanager
 def _terminated_by_exception() -> Iterator[None]:
-    """SIGTERM would leave the terminal without echo and on its other screen."""
+    """Restore the terminal on SIGTERM, which would leave it without echo on the alternate screen."""
 
     def terminate(number: int, _frame: object) -> NoReturn:
         sys.exit(128 + number)

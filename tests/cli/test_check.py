@@ -1,4 +1,4 @@
-"""peerd check, and with it where the settings of peerd supervise come from."""
+"""peerd check, and the sources of the settings of peerd supervise."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def refused(*args: str, code: int) -> str:
     return done.stderr
 
 
-def test_it_says_what_would_run(etcd: str, tmp_path: Path) -> None:
+def test_check_prints_what_would_run(etcd: str, tmp_path: Path) -> None:
     (tmp_path / "chat.py").write_text(
         "import peerd\n"
         "print('hello from the import')\n"
@@ -68,7 +68,9 @@ def test_it_says_what_would_run(etcd: str, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("**/*.sock"))
 
 
-def test_every_origin_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_names_the_source_of_each_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tmp_path / "peerd.toml"
     config.write_text(
         'ttl = 7\nadvertise = "from-file"\npin = "auto"\noffload = false\nhost = "x"\n'
@@ -93,7 +95,7 @@ def test_every_origin_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     }
 
 
-def test_a_port_that_is_taken_is_73_and_names_who_has_it(supervised: Supervised) -> None:
+def test_a_taken_port_is_73_and_its_holder_is_named(supervised: Supervised) -> None:
     running = supervised.start(peers=2)
     running.wait_ready()
     report = checked(
@@ -149,13 +151,13 @@ def test_an_app_that_cannot_be_loaded_is_78(tmp_path: Path, source: str, text: s
     assert done.stderr.count("Traceback") <= 1
 
 
-def test_an_etcd_that_is_away_is_a_warning() -> None:
+def test_an_unreachable_etcd_is_a_warning() -> None:
     report = checked(f"--base-port={free_ports()}")
     assert report["registry"]["records"] is None
     assert "http://127.0.0.1:9 does not answer" in report["warnings"][0]
 
 
-def test_a_control_socket_that_cannot_be_made_is_a_warning(tmp_path: Path) -> None:
+def test_a_control_socket_that_cannot_be_created_is_a_warning(tmp_path: Path) -> None:
     port = f"--base-port={free_ports()}"
     (tmp_path / "file").write_text("")
     for place, why in (
@@ -174,7 +176,7 @@ def test_a_control_socket_that_cannot_be_made_is_a_warning(tmp_path: Path) -> No
     assert len(checked(port, f"--control={tmp_path / 'new' / 'c.sock'}")["warnings"]) == 1
 
 
-def test_without_an_etcd_it_says_what_supervise_would_do() -> None:
+def test_check_says_that_supervise_would_start_an_etcd() -> None:
     from peerd.registry import embedded_etcd
     from peerd.settings import DEFAULT_ENDPOINT
 
@@ -190,7 +192,7 @@ def test_without_an_etcd_it_says_what_supervise_would_do() -> None:
     ("toml", "texts"),
     [
         ("peer = 8\n", ["unknown setting 'peer': did you mean 'peers'?"]),
-        ("xyz = 8\n", ["unknown setting 'xyz'\n", ": there are: advertise, app, base-port"]),
+        ("xyz = 8\n", ["unknown setting 'xyz'\n", ": known settings: advertise, app, base-port"]),
         ('peers = "8"\n', ["peers is an integer, not a string: '8'"]),
         ("peers = 8.5\n", ["peers is an integer, not a float: 8.5"]),
         ("peers = true\n", ["peers is an integer, not a boolean: true"]),
@@ -201,7 +203,7 @@ def test_without_an_etcd_it_says_what_supervise_would_do() -> None:
         ("app = 2020-01-01\n", ["app is a string, not a date or time"]),
         ('max-rss = "64X"\n', ["max-rss: '64X': write bytes, or a size such as 64M or 1G"]),
         ('log-level = "loud"\n', ["log-level: 'loud' is not one of 'debug', 'info'"]),
-        ("stop-timeout = nan\n", ["stop-timeout: 'nan' is no number of seconds"]),
+        ("stop-timeout = nan\n", ["stop-timeout: 'nan' is not a number of seconds"]),
         ("peers = \n", ["Invalid value (at line 1, column 9)"]),
         ("config = 'x'\n", ["unknown setting 'config'"]),
         ("peers = 0\n", ["--peers 0: give a number from 1", "peers is from "]),
@@ -211,7 +213,7 @@ def test_without_an_etcd_it_says_what_supervise_would_do() -> None:
         ('etcd-password-file = "/nope"\n', ["/nope: No such file", "etcd-password-file is from "]),
         ("drain-timeout = 0\n", ["drain-timeout: 0.0 is not in the range x>0"]),
         ("max-age = 0.5\n", ["--max-age 0.5: give 1 seconds or more", "max-age is from "]),
-        # Everything that is wrong with it, at once.
+        # Every problem of the file is reported.
         ('peer = 1\nttl = "x"\n', ["'peers'?", "ttl is an integer, not a string"]),
     ],
 )
@@ -225,7 +227,9 @@ def test_a_bad_file_is_78(tmp_path: Path, toml: str, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("value", ["foo", ""])
-def test_a_bad_endpoint(tmp_path: Path, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_source_of_a_bad_endpoint_is_named(
+    tmp_path: Path, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tmp_path / "peerd.toml"
     config.write_text(f'etcd = "{value}"\n')
     for command in (["check"], ["supervise"], ["systemd-unit", "--"]):
@@ -238,13 +242,13 @@ def test_a_bad_endpoint(tmp_path: Path, value: str, monkeypatch: pytest.MonkeyPa
     assert "(etcd is from PEERD_ETCD)" in peerd("check").stderr
 
 
-def test_the_list_of_settings_is_shown_once(tmp_path: Path) -> None:
+def test_known_settings_are_listed_once(tmp_path: Path) -> None:
     config = tmp_path / "peerd.toml"
     config.write_text("xyz = 1\nabc = 2\n")
     assert refused(f"--config={config}", code=78).count("partition-key") == 1
 
 
-def test_a_good_file(tmp_path: Path) -> None:
+def test_a_valid_file(tmp_path: Path) -> None:
     config = tmp_path / "peerd.toml"
     port = free_ports(2)
     config.write_text(
@@ -284,11 +288,11 @@ def test_a_bad_variable_is_named(
 @pytest.mark.parametrize(
     ("variable", "text"),
     [
-        ("PEERD_PEER", "PEERD_PEER is no setting: did you mean PEERD_PEERS?"),
+        ("PEERD_PEER", "PEERD_PEER is not a setting: did you mean PEERD_PEERS?"),
         ("PEERD_SUPERVISE_PERS", "did you mean PEERD_SUPERVISE_PEERS?"),
         (
             "PEERD_SUPERVISE_COLOUR",
-            "PEERD_SUPERVISE_COLOUR is no setting: 'peerd supervise --help'",
+            "PEERD_SUPERVISE_COLOUR is not a setting: 'peerd supervise --help'",
         ),
         ("PEERD_ETCD_PASWORD_FILE", "did you mean PEERD_ETCD_PASSWORD_FILE?"),
     ],
@@ -310,16 +314,14 @@ def test_a_misspelt_variable_gets_one_line(
         "PEERD_LONG_TESTS",
         "PEERD_REQUIRE_ETCD_34",
         "PEERD_DEBUG",
-        # Kubernetes, for a service called peerd.
+        # Set by Kubernetes for a service called peerd.
         "PEERD_SERVICE_HOST",
         "PEERD_SERVICE_PORT",
         "PEERD_PORT",
         "PEERD_PORT_5001_UDP_ADDR",
     ],
 )
-def test_other_variables_are_nobodys_business(
-    monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
+def test_other_variables_get_no_warning(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.setenv(variable, "1")
     warnings = checked(f"--base-port={free_ports()}")["warnings"]
     assert not [line for line in warnings if "PEERD_" in line]
@@ -335,13 +337,13 @@ def test_other_variables_are_nobodys_business(
         ("65536K", 64 << 20),
     ],
 )
-def test_sizes(size: str, in_bytes: int) -> None:
+def test_valid_sizes(size: str, in_bytes: int) -> None:
     found = origins(checked(f"--max-rss={size}", f"--base-port={free_ports()}"))
     assert found["max-rss"] == (str(in_bytes), "--max-rss")
 
 
 @pytest.mark.parametrize("size", ["64X", "", "-1", "M", "1e9", "9" * 50])
-def test_no_sizes(size: str) -> None:
+def test_invalid_sizes(size: str) -> None:
     assert "write bytes, or a size such as" in refused(f"--max-rss={size}", code=2)
 
 

@@ -1,4 +1,4 @@
-"""The commands that talk to a running system, as a shell runs them."""
+"""The commands that talk to peers and etcd, run as a shell would."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_nodes(supervised: Supervised) -> None:
     }
 
 
-def test_nodes_shows_faasnets_records_and_counts_what_is_none(etcd: str) -> None:
+def test_nodes_lists_faasnet_records_and_counts_other_values(etcd: str) -> None:
     store = Etcd(etcd, 5.0)
     try:
         store.put(
@@ -62,7 +62,7 @@ def test_nodes_without_etcd() -> None:
     assert len(shown.stderr.splitlines()) == 1
 
 
-def test_no_nodes(etcd: str) -> None:
+def test_nodes_of_an_empty_prefix(etcd: str) -> None:
     shown = peerd("nodes", f"--etcd={etcd}", "--prefix=empty")
     assert shown.returncode == 0
     assert b"no peers below empty/" in shown.stdout
@@ -94,12 +94,12 @@ def test_a_peer_id_is_looked_up(supervised: Supervised) -> None:
         assert (pinged["target"], pinged["address"]) == ("seedId", f"localhost:{record.port}")
         assert pinged["answered"] == 1
         assert peerd("send", "seedId", "ECHO", "hello", *where).stdout == b"hello\n"
-    unknown = peerd("ping", "nobody", *where)
+    unknown = peerd("ping", "unknown", *where)
     assert unknown.returncode == 1
-    assert b"no peer has the id 'nobody'" in unknown.stderr
+    assert b"no peer has the id 'unknown'" in unknown.stderr
 
 
-def test_ping_where_nobody_listens() -> None:
+def test_ping_of_a_closed_port() -> None:
     no_etcd = "--etcd=http://127.0.0.1:9"  # which an address does not need
     shown = peerd("ping", f"localhost:{free_ports()}", "-c", "1", no_etcd)
     assert shown.returncode == 1
@@ -107,31 +107,31 @@ def test_ping_where_nobody_listens() -> None:
     assert b"no answer from localhost:" in shown.stdout
 
 
-def test_ping_of_what_is_no_host() -> None:
+def test_ping_of_an_invalid_host() -> None:
     shown = peerd("ping", "no..host:5001")
     assert shown.returncode == 1
     assert b"no answer from no..host:5001" in shown.stderr
 
 
 @pytest.mark.parametrize("target", ["localhost:0", "localhost:99999"])
-def test_ping_of_no_port(target: str) -> None:
+def test_ping_of_an_invalid_port(target: str) -> None:
     shown = peerd("ping", target)
     assert shown.returncode == 2
     assert b"from 1 to 65535" in shown.stderr
 
 
 @pytest.mark.parametrize("target", ["", ":23001"])
-def test_ping_of_nothing(target: str) -> None:
+def test_ping_without_a_host(target: str) -> None:
     for args in (["ping", target], ["send", target, "PING"]):
         shown = peerd(*args)
         assert shown.returncode == 2
         assert b"write HOST:PORT, or a peer id" in shown.stderr
 
 
-def test_etcd_is_only_started_where_peerd_etcd_would_be() -> None:
+def test_no_etcd_is_started_at_another_endpoint() -> None:
     named = peerd("nodes", "--etcd=http://no.such.invalid:2379")
     assert named.returncode == 69
-    # The second reason is that of a machine without DNS.
+    # The second reason appears on machines without DNS.
     reasons = rb"\((domain name not found|could not contact dns servers)\)"
     assert re.search(rb"does not answer " + reasons + rb": see that it runs, or", named.stderr)
 
@@ -156,6 +156,6 @@ def test_every_option_has_a_variable_with_the_name_of_its_flag(
         (["scale", "x"], b"'x' is not a valid number of peers"),
     ],
 )
-def test_what_is_no_number_is_named(args: list[str], text: bytes) -> None:
+def test_a_word_where_a_number_belongs_is_named(args: list[str], text: bytes) -> None:
     shown = peerd(*args)
     assert (shown.returncode, text in shown.stderr) == (2, True)

@@ -1,4 +1,4 @@
-"""Completion in the shells themselves: what TAB offers."""
+"""Completion, tried in real shells."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def needs(shell: str) -> str:
 
 @pytest.fixture
 def peerd_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ``peerd`` that runs this very source, as a shell finds it."""
+    """Put a ``peerd`` that runs this source on the PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / "peerd"
@@ -41,7 +41,7 @@ def peerd_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def offered(shell: str, line: str, folder: Path) -> list[str]:
-    """What the shell's own completion offers for a line that ends where the cursor is."""
+    """The words that the shell offers with the cursor at the end of a line."""
     script = folder / f"peerd.{shell}"
     script.write_text(peerd("completion", shell).stdout)
     words = line.split(" ")
@@ -49,7 +49,7 @@ def offered(shell: str, line: str, folder: Path) -> list[str]:
         quoted = " ".join(f"'{word}'" for word in words)
         code = (
             f"source {script}\nCOMP_WORDS=({quoted})\nCOMP_CWORD={len(words) - 1}\n"
-            # Only inside a completion there are options to set.
+            # compopt works only inside a completion.
             "compopt() { :; }\n_peerd_completion peerd\nprintf '%s\\n' \"${COMPREPLY[@]}\""
         )
         command = [needs(shell), "--norc", "-c", code]
@@ -71,7 +71,7 @@ def test_commands_and_options(shell: str, peerd_on_path: None, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("shell", ["bash", "fish"])
-def test_slots_out_of_the_running_supervisor(
+def test_slots_of_the_running_supervisor(
     shell: str, peerd_on_path: None, supervised: Supervised, tmp_path: Path
 ) -> None:
     needs(shell)
@@ -84,7 +84,7 @@ def test_slots_out_of_the_running_supervisor(
 
 
 @pytest.mark.parametrize("shell", ["bash", "fish"])
-def test_no_slots_and_no_word_when_none_runs(
+def test_without_a_supervisor_there_are_no_slots_and_no_output(
     shell: str, peerd_on_path: None, tmp_path: Path
 ) -> None:
     needs(shell)
@@ -94,7 +94,7 @@ def test_no_slots_and_no_word_when_none_runs(
 
 
 def test_a_tab_in_zsh(peerd_on_path: None, supervised: Supervised, tmp_path: Path) -> None:
-    """Its completion works at its line editor only, so this presses the key."""
+    """The completion of zsh works only in its line editor, so this presses the key."""
     program = needs("zsh")
     running = supervised.start(peers=1)
     running.wait_ready()
@@ -117,7 +117,7 @@ def test_a_tab_in_zsh(peerd_on_path: None, supervised: Supervised, tmp_path: Pat
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_the_scripts_are_clicks(shell: str) -> None:
+def test_the_scripts_are_those_of_click(shell: str) -> None:
     done = peerd("completion", shell)
     assert done.returncode == 0
     assert "_PEERD_COMPLETE" in done.stdout

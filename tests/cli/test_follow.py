@@ -1,4 +1,4 @@
-"""peerd events -f and peerd logs -f: they outlive the supervisor, and notice when nobody reads them."""
+"""peerd events -f and peerd logs -f continue with the next supervisor, and end when their reader does."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tell(running: Running, text: str, slot: int = 0) -> None:
 
 
 class Follower:
-    """A command that goes on, and what it has written so far."""
+    """A command that runs, and its output so far."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
@@ -87,7 +87,7 @@ def following(*args: str) -> Iterator[Follower]:
                 thread.join()
 
 
-RESTARTED = b"the supervisor has been restarted"
+RESTARTED = b"the supervisor was restarted"
 
 
 def test_events_of_the_next_supervisor_are_shown(supervised: Supervised) -> None:
@@ -121,7 +121,7 @@ def test_logs_of_the_next_supervisor_are_shown(supervised: Supervised) -> None:
 
 
 @pytest.mark.parametrize("name", ["events", "logs"])
-def test_a_reader_that_is_gone_ends_it(supervised: Supervised, name: str) -> None:
+def test_a_follower_ends_with_its_reader(supervised: Supervised, name: str) -> None:
     running = start(supervised)
     with subprocess.Popen(
         command(name, "-f", f"--control={running.control}"), stdout=subprocess.PIPE
@@ -133,7 +133,7 @@ def test_a_reader_that_is_gone_ends_it(supervised: Supervised, name: str) -> Non
         assert process.wait(60) == 141
 
 
-def test_a_quiet_slot_has_no_lines_and_that_is_no_error(supervised: Supervised) -> None:
+def test_a_slot_without_lines_is_no_error(supervised: Supervised) -> None:
     running = start(supervised, peers=3)
     where = f"--control={running.control}"
     quiet = peerd("logs", "1", where)
@@ -148,7 +148,7 @@ def test_a_quiet_slot_has_no_lines_and_that_is_no_error(supervised: Supervised) 
         assert b"of another" not in follower.out
 
 
-def test_words_of_an_event_can_be_told_apart(supervised: Supervised) -> None:
+def test_values_with_spaces_are_quoted(supervised: Supervised) -> None:
     running = start(supervised)
     pid = running.peer(0)["pid"]
     os.kill(pid, 9)

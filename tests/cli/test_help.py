@@ -60,7 +60,7 @@ def test_help_groups_the_settings_in_sections(name: str) -> None:
     ("args", "text"),
     [
         (["supervice"], "did you mean 'supervise'?"),
-        (["xyz"], "there are supervise, check"),
+        (["xyz"], "the commands are supervise, check"),
         (["supervise", "--peer=8"], "--peers"),
         (["status", "--jsn"], "--json"),
     ],

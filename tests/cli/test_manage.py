@@ -1,4 +1,4 @@
-"""peerd reload, restart and scale as a shell runs them. What they do to datagrams is tested elsewhere."""
+"""peerd reload, restart and scale, run as a shell would. Other tests check that they lose no datagram."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ports(running: Running) -> list[int]:
     return [peer["port"] for peer in running.status()["peers"]]
 
 
-def test_reload_sums_up(supervised: Supervised) -> None:
+def test_reload_prints_a_summary(supervised: Supervised) -> None:
     running = supervised.start(peers=2)
     running.wait_ready()
     shown = peerd("reload", f"--control={running.control}")
@@ -47,7 +47,7 @@ def test_restart_of_a_slot_that_does_not_exist(supervised: Supervised) -> None:
     assert "no slot 7" in shown.stderr
 
 
-def test_a_command_that_has_not_ended_is_not_taken_for_a_stopped_supervisor(
+def test_a_command_that_times_out_does_not_report_a_stopped_supervisor(
     supervised: Supervised,
 ) -> None:
     (supervised.folder / "slow.py").write_text(PLAIN)
@@ -63,7 +63,7 @@ def test_a_command_that_has_not_ended_is_not_taken_for_a_stopped_supervisor(
         assert "is it stopped?" not in late.stderr
 
 
-def test_a_supervisor_that_dies_meanwhile_is_named(supervised: Supervised) -> None:
+def test_a_supervisor_that_dies_during_a_command_is_named(supervised: Supervised) -> None:
     (supervised.folder / "slow.py").write_text(PLAIN)
     running = supervised.start("--app=slow:app", peers=1)
     running.wait_ready()
@@ -130,6 +130,6 @@ def test_scale(supervised: Supervised) -> None:
     assert same.stdout == "3 peers, as before\n"
 
 
-def test_scale_to_nothing_is_usage(supervised: Supervised) -> None:
+def test_scale_to_zero_is_bad_usage(supervised: Supervised) -> None:
     for number in ("0", "-1", "x", "5000"):
         assert peerd("scale", "--", number).returncode == 2

@@ -8,7 +8,7 @@ from peerd import SettingsError
 from peerd.settings import RegistrySettings, SupervisorSettings, default_linger_us
 
 
-def test_the_ports_follow_each_other() -> None:
+def test_peers_have_consecutive_ports() -> None:
     settings = SupervisorSettings(peers=8, base_port=5001)
     assert settings.last_port == 5008
     assert settings.peer_id(2) == "localhost:5003"
@@ -31,7 +31,7 @@ def test_the_ports_follow_each_other() -> None:
         ({"advertise": "http://a"}, "--advertise 'http://a'"),
     ],
 )
-def test_what_cannot_work_is_refused(values: dict[str, object], text: str) -> None:
+def test_invalid_values_are_rejected(values: dict[str, object], text: str) -> None:
     with pytest.raises(SettingsError, match=text):
         SupervisorSettings(**values)  # type: ignore[arg-type]
 
@@ -44,25 +44,25 @@ def test_peers_that_share_a_core_linger(peers: int, cpus: int, linger_us: int) -
     assert default_linger_us(peers, cpus) == linger_us
 
 
-def test_a_lease_that_etcd_would_not_grant_is_refused() -> None:
+def test_a_ttl_that_etcd_would_not_grant_is_rejected() -> None:
     with pytest.raises(SettingsError, match="etcd grants 2 for 1"):
         RegistrySettings(lease_ttl_s=1)
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:2379", "ftp://localhost:1", "http://localhost"])
-def test_an_endpoint_of_the_wrong_form_is_refused(endpoint: str) -> None:
+def test_an_invalid_endpoint_is_rejected(endpoint: str) -> None:
     with pytest.raises(SettingsError, match="http://host:port"):
         RegistrySettings(endpoint=endpoint)
 
 
 @pytest.mark.parametrize("prefix", ["", "a/", "a\n", "x" * 256])
-def test_a_prefix_that_cannot_work_is_refused(prefix: str) -> None:
+def test_an_invalid_prefix_is_rejected(prefix: str) -> None:
     with pytest.raises(SettingsError, match="prefix"):
         RegistrySettings(prefix=prefix)
 
 
 @pytest.mark.parametrize(
-    ("host", "advertise", "url"),
+    ("host", "advertise", "advertised"),
     [
         ("localhost", None, "localhost"),
         ("10.0.0.1", None, "10.0.0.1"),
@@ -70,5 +70,5 @@ def test_a_prefix_that_cannot_work_is_refused(prefix: str) -> None:
         ("0.0.0.0", "peer.example", "peer.example"),
     ],
 )
-def test_what_others_are_told(host: str, advertise: str | None, url: str) -> None:
-    assert SupervisorSettings(host=host, advertise=advertise).advertised_host == url
+def test_the_advertised_host(host: str, advertise: str | None, advertised: str) -> None:
+    assert SupervisorSettings(host=host, advertise=advertise).advertised_host == advertised

@@ -23,7 +23,7 @@ def ready(supervised: Supervised, peers: int = 2) -> Running:
     return running
 
 
-def test_the_document_has_what_the_design_says(supervised: Supervised) -> None:
+def test_the_document_has_the_specified_fields(supervised: Supervised) -> None:
     running = ready(supervised)
     running.wait_registered()
     shown = peerd("status", f"--control={running.control}", "--json")
@@ -61,7 +61,7 @@ def test_a_pipe_gets_every_column_and_no_colour(supervised: Supervised) -> None:
     assert "peers 2 of 2 ready" in shown
 
 
-def test_a_degraded_supervisor_is_1(supervised: Supervised) -> None:
+def test_a_degraded_supervisor_exits_with_1(supervised: Supervised) -> None:
     running = ready(supervised)
     pid = running.peer(1)["pid"]
     send_signal(pid, signal.SIGSTOP)
@@ -84,7 +84,7 @@ def sleep(message):
 """
 
 
-def test_a_handler_that_does_not_return_is_shown_and_named(supervised: Supervised) -> None:
+def test_a_handler_that_does_not_return_is_shown(supervised: Supervised) -> None:
     (supervised.folder / "busy.py").write_text(BUSY)
     running = supervised.start("--app=busy:app", "--stop-timeout=1", peers=3)
     running.wait_ready()
@@ -105,7 +105,7 @@ def test_a_handler_that_does_not_return_is_shown_and_named(supervised: Supervise
     assert f"localhost:{running.ports[0]}" not in waited.stderr
 
 
-def test_none_running_is_3(tmp_path: Path) -> None:
+def test_without_a_supervisor_status_exits_with_3(tmp_path: Path) -> None:
     assert peerd("status").returncode == 3
     for more in ([], ["--watch"], ["-o", "pid"], ["--json"]):
         named = peerd("status", f"--control={tmp_path / 'none.sock'}", *more)
@@ -150,7 +150,7 @@ def test_the_last_exit(supervised: Supervised) -> None:
         ("state,", "there is no field ''"),
     ],
 )
-def test_a_field_that_does_not_exist(supervised: Supervised, fields: str, text: str) -> None:
+def test_an_unknown_field(supervised: Supervised, fields: str, text: str) -> None:
     running = ready(supervised, peers=1)
     shown = peerd("status", f"--control={running.control}", "-o", fields)
     assert shown.returncode == 2
@@ -170,13 +170,13 @@ def test_watch_ends_with_0(supervised: Supervised, key: bytes) -> None:
         terminal.type(key)
         assert terminal.wait() == 0
         assert "Traceback" not in terminal.text
-        # Full screen, and back.
+        # To the alternate screen, and back.
         assert "\x1b[?1049h" in terminal.raw
         assert "\x1b[?1049l" in terminal.raw
 
 
 @pytest.mark.parametrize("term", ["dumb", ""])
-def test_watch_on_a_terminal_that_has_no_screen(supervised: Supervised, term: str) -> None:
+def test_watch_on_a_terminal_without_cursor_movement(supervised: Supervised, term: str) -> None:
     running = ready(supervised)
     options = ["env", f"TERM={term}", *command("status", "--watch", f"--control={running.control}")]
     with Terminal(options) as terminal:
@@ -186,7 +186,7 @@ def test_watch_on_a_terminal_that_has_no_screen(supervised: Supervised, term: st
         assert terminal.wait() == 0
 
 
-def test_watch_is_ended_by_sigterm_and_leaves_the_screen(supervised: Supervised) -> None:
+def test_sigterm_ends_watch_and_restores_the_screen(supervised: Supervised) -> None:
     running = ready(supervised)
     with Terminal(command("status", "--watch", f"--control={running.control}")) as terminal:
         eventually(lambda: "RX/s" in terminal.text)
@@ -212,7 +212,7 @@ def test_watch_shows_rates(supervised: Supervised) -> None:
         eventually(shows_a_rate)
 
 
-def test_watch_outlives_the_supervisor_and_says_so(supervised: Supervised) -> None:
+def test_watch_continues_without_its_supervisor(supervised: Supervised) -> None:
     first = ready(supervised)
     with Terminal(command("status", "--watch", f"--control={first.control}"), 120) as terminal:
         eventually(lambda: f"supervisor pid {first.pid}, ready" in terminal.text)
@@ -227,17 +227,19 @@ def test_watch_outlives_the_supervisor_and_says_so(supervised: Supervised) -> No
         assert terminal.wait() == 0
 
 
-def test_more_peers_than_lines_are_cut_and_that_is_said(supervised: Supervised) -> None:
+def test_watch_says_how_many_peers_fit_the_screen(supervised: Supervised) -> None:
     running = ready(supervised, peers=30)
     options = ["status", "--watch", f"--control={running.control}"]
     with Terminal(command(*options), columns=100, rows=20) as terminal:
-        eventually(lambda: "of 30 peers, those that are not ready first" in terminal.text)
+        eventually(lambda: "of 30 peers; those that are not ready come first" in terminal.text)
         terminal.type(b"q")
         assert terminal.wait() == 0
 
 
 @pytest.mark.parametrize("options", [[], ["--json"], ["-o", "slot,state"]])
-def test_watch_in_a_pipe_goes_on_below(supervised: Supervised, options: list[str]) -> None:
+def test_watch_in_a_pipe_prints_report_after_report(
+    supervised: Supervised, options: list[str]
+) -> None:
     running = ready(supervised, peers=1)
     with started(
         command("status", "--watch", f"--control={running.control}", *options),
@@ -269,7 +271,7 @@ def test_wait(supervised: Supervised, tmp_path: Path) -> None:
     assert out == f"2 peers of supervisor pid {running.pid} ready\n"
 
 
-def test_wait_in_vain(supervised: Supervised, tmp_path: Path) -> None:
+def test_wait_times_out(supervised: Supervised, tmp_path: Path) -> None:
     absent = peerd("wait", "--timeout=0.2")
     assert absent.returncode == 3
     (tmp_path / "slow.py").write_text("import time, peerd\ntime.sleep(30)\napp = peerd.App()\n")
@@ -280,7 +282,7 @@ def test_wait_in_vain(supervised: Supervised, tmp_path: Path) -> None:
     assert f"localhost:{running.ports[0]} (starting)" in late.stderr
 
 
-def test_wait_for_a_supervisor_that_is_stopped(supervised: Supervised) -> None:
+def test_wait_for_a_frozen_supervisor(supervised: Supervised) -> None:
     running = ready(supervised, peers=1)
     running.signal(signal.SIGSTOP)
     try:

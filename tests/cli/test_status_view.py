@@ -1,4 +1,4 @@
-"""What peerd status shows of a report, at the widths that terminals have."""
+"""The output of peerd status for a report, at common widths of terminals."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_the_table_at_the_widths_of_terminals(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [200, UNLIMITED_WIDTH])
-def test_where_there_is_room_everything_is_shown(width: int) -> None:
+def test_a_wide_terminal_shows_every_column(width: int) -> None:
     table = shown(report(*PEERS), width)
     titles = "# PEER STATE UP RST RX TX BEAT QUEUE DROP LOST ERR REG PID LAST EXIT MiB CPU%"
     assert table.splitlines()[0].split() == titles.split()
@@ -156,15 +156,15 @@ def test_more_peers_than_configured() -> None:
     assert status_view.head(report(*peers, configured_peers=12))[1] == "peers 12 of 12 ready"
 
 
-def test_what_is_wrong_with_a_peer_is_said_below() -> None:
+def test_problems_of_a_peer_are_listed_below() -> None:
     parked = peer(1, state="crashloop", last_exit=KILLED, next_start_in_s=47.0)
-    taken = peer(2, conflict="held by somebody")
+    taken = peer(2, conflict="held by another")
     assert status_view.notes(
         report(peer(0), parked, taken, peer(3, log_dropped=5), log_dropped=2)
     ) == [
         KILLED_TEXT,
-        "slot 2: held by somebody",
-        "log lines that were dropped, as nobody read them: 7",
+        "slot 2: held by another",
+        "log lines dropped because the log was not read: 7",
     ]
 
 
@@ -173,8 +173,8 @@ def test_what_is_wrong_with_a_peer_is_said_below() -> None:
     [
         ("signal", "SIGKILL 12s ago", "killed by SIGKILL, 12s ago; after"),
         ("oom", "SIGKILL (OOM) 12s ago", "SIGKILL, out of memory, 12s ago"),
-        ("stuck", "SIGKILL (stuck) 12s ago", "SIGKILL, as it was stuck, 12s ago"),
-        ("late", "SIGKILL (late) 12s ago", "SIGKILL, as it was not ready in time, 12s ago"),
+        ("stuck", "SIGKILL (stuck) 12s ago", "SIGKILL, because it was stuck, 12s ago"),
+        ("late", "SIGKILL (late) 12s ago", "SIGKILL, because it was not ready in time, 12s ago"),
     ],
 )
 def test_why_a_worker_was_killed(cause: str, brief: str, full: str) -> None:
@@ -183,10 +183,10 @@ def test_why_a_worker_was_killed(cause: str, brief: str, full: str) -> None:
     assert full in status_view.notes(report(dead))[0]
 
 
-def test_what_no_handler_takes_and_what_was_too_long_is_shown() -> None:
+def test_unhandled_and_truncated_messages_are_shown() -> None:
     wrong = peer(0, decode_errors=1, counters={"unknown_magic": 7, "rx_truncated": 2})
     assert column("ERR", wrong) == [3]
-    assert status_view.notes(report(wrong)) == ["slot 0: messages that no handler takes: 7"]
+    assert status_view.notes(report(wrong)) == ["slot 0: messages without a handler: 7"]
 
 
 def column(title: str, *peers: dict[str, Any]) -> list[object]:
@@ -199,7 +199,7 @@ def test_rates() -> None:
     assert rates.after(report(peer(0)), 10.0) == {}
     later = report(peer(0, rx_messages=1_000_500, tx_messages=1_000_049), peer(1))
     assert rates.after(later, 10.5) == {0: (1000, 100)}
-    # A new supervisor counts from nothing.
+    # A new supervisor counts from zero.
     assert rates.after(report(peer(0, rx_messages=5), pid=1001), 11.0) == {}
     columns = {
         column.title: column.cells for column in status_view.columns(later, {0: (1000, 100)})

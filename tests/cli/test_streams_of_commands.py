@@ -1,4 +1,4 @@
-"""Standard output that is closed, or that nobody reads to its end."""
+"""Standard output that is closed, or whose reader ends early."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
 
 
 def without_reader(*args: str) -> subprocess.CompletedProcess[str]:
-    """With a pipe as standard output whose other end is closed, as ``| head -1`` leaves it."""
+    """Run a command whose standard output is a pipe without a reader, as after ``| head -1``."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -30,21 +30,21 @@ def without_reader(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("args", [["--help"], ["supervise", "--help"], ["systemd-unit"]])
-def test_a_reader_that_has_seen_enough_is_a_sigpipe(args: list[str]) -> None:
+def test_a_closed_pipe_exits_with_141(args: list[str]) -> None:
     done = without_reader(*args)
     assert done.returncode == 141
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
 
 
-def test_a_table_that_nobody_reads(supervised: Supervised) -> None:
+def test_a_table_into_a_closed_pipe(supervised: Supervised) -> None:
     running = supervised.start(peers=1)
     running.wait_registered()
     done = without_reader("nodes", f"--etcd={running.etcd}", f"--prefix={running.prefix}")
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_the_status_that_nobody_reads(supervised: Supervised) -> None:
+def test_the_status_into_a_closed_pipe(supervised: Supervised) -> None:
     running = supervised.start(peers=2)
     running.wait_ready()
     for options in ([], ["--json"], ["-o", "slot,state"], ["--watch"]):

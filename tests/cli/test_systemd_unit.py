@@ -1,4 +1,4 @@
-"""What ``peerd systemd-unit`` prints, and what it refuses."""
+"""The unit that ``peerd systemd-unit`` prints, and the options that it rejects."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_unit(tmp_path: Path) -> None:
     assert values(done.stdout, "RestartPreventExitStatus") == ["2 78"]
 
 
-def test_the_console_script_is_named_by_its_path() -> None:
+def test_the_unit_has_the_path_of_the_console_script() -> None:
     script = Path(sys.executable).with_name("peerd")
     done = subprocess.run(
         [script, "systemd-unit"], capture_output=True, text=True, timeout=30, check=True
@@ -68,13 +68,13 @@ def test_a_user_and_a_port_below_1024(tmp_path: Path) -> None:
     assert values(done.stdout, "AmbientCapabilities") == ["CAP_NET_BIND_SERVICE"]
 
 
-def test_words_are_quoted() -> None:
+def test_arguments_are_quoted() -> None:
     done = systemd_unit("--", "--partition-key", 'a "b" $HOME 100% \\', "--prefix", "$x")
     (command,) = values(done.stdout, "ExecStart")
     assert r'''--partition-key "a \"b\" $$HOME 100%% \\" --prefix "$$x"''' in command
 
 
-def test_the_environment_goes_into_the_unit_but_not_the_password() -> None:
+def test_the_unit_has_the_variables_but_not_the_password() -> None:
     done = systemd_unit(
         "--",
         "--etcd-user=me",
@@ -99,7 +99,7 @@ def test_a_config_file_is_read(tmp_path: Path) -> None:
     assert int(values(done.stdout, "FileDescriptorStoreMax")[0]) > 100
 
 
-def test_a_wrong_file_is_78(tmp_path: Path) -> None:
+def test_a_bad_file_is_78(tmp_path: Path) -> None:
     (tmp_path / "peerd.toml").write_text("peers = 0\n")
     done = systemd_unit("--", "--config", "peerd.toml", cwd=tmp_path)
     assert done.returncode == 78
@@ -109,11 +109,11 @@ def test_a_wrong_file_is_78(tmp_path: Path) -> None:
 def test_a_misspelt_variable_is_named() -> None:
     done = systemd_unit(PEERD_SUPERVISE_FOO="1")
     assert done.returncode == 0
-    assert "PEERD_SUPERVISE_FOO is no setting" in done.stderr
+    assert "PEERD_SUPERVISE_FOO is not a setting" in done.stderr
 
 
-def test_an_interpreter_in_a_home_can_be_read() -> None:
-    """As pyenv's and uv's is, which the venv only links to."""
+def test_an_interpreter_in_a_home_is_readable() -> None:
+    """The venv links to the interpreter, and those of pyenv and uv are in a home."""
     homes = [Path("/home"), Path("/root")]
     used = [Path(sys.executable).resolve(), Path(sys.base_prefix), Path(sys.argv[0]).resolve()]
     in_home = any(path.is_relative_to(home) for path in used for home in homes)
@@ -122,12 +122,12 @@ def test_an_interpreter_in_a_home_can_be_read() -> None:
     ]
 
 
-def test_a_control_socket_that_nobody_else_would_see() -> None:
+def test_a_control_socket_in_the_private_tmp_is_a_warning() -> None:
     done = systemd_unit("--", "--control", "/tmp/x/c.sock")
     assert "--control /tmp/x/c.sock would be in the service's own /tmp" in done.stderr
 
 
-def test_a_control_socket_of_ones_own() -> None:
+def test_a_control_socket_elsewhere() -> None:
     done = systemd_unit("--", "--control", "/srv/peerd/c.sock")
     assert values(done.stdout, "ReadWritePaths") == ["/srv/peerd"]
     assert values(done.stdout, "ExecStart")[0].endswith("--control /srv/peerd/c.sock")
@@ -153,7 +153,7 @@ def test_a_directory_that_the_service_cannot_read_is_named(tmp_path: Path) -> No
         (["--drain-timeout", "0"], 2, "--drain-timeout"),
     ],
 )
-def test_wrong_options_are_refused_now(options: list[str], code: int, message: str) -> None:
+def test_bad_options_are_rejected(options: list[str], code: int, message: str) -> None:
     done = systemd_unit("--", *options)
     assert done.returncode == code
     assert message in done.stderr

@@ -1,4 +1,4 @@
-"""The layers of ARCHITECTURE.md: a module imports from the layers above its own only."""
+"""The layers of ARCHITECTURE.md: a module imports only from its own layer and those above it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def table() -> list[set[str]]:
 
 
 LAYERS = table()
-"""The longest prefix of a module's name decides."""
+"""The longest entry that is a prefix of a module's name has its layer."""
 
-# These three are handed to each other by the command line.
+# The command line passes these three to each other; they do not import each other.
 STRANGERS = {"peerd.serving.worker", "peerd.registry.registrar", "peerd.supervisor"}
 
 
@@ -35,7 +35,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Every module of the package that a file names in an import, wherever it stands."""
+    """Every module of the package that a file imports, at any place in the file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -49,7 +49,7 @@ def imports(path: Path) -> set[str]:
 
 
 def home(module: str) -> tuple[int, str]:
-    """The layer of a module, and the entry of the table that says so."""
+    """The layer of a module, and the entry of the table that has it."""
     best = max(
         (
             (name, number)
@@ -96,7 +96,7 @@ def test_each_module_imports_alone(module: str) -> None:
         "peerd.registry.registrar",
     ],
 )
-def test_what_runs_before_a_fork_imports_no_grpc(module: str) -> None:
+def test_modules_that_run_before_a_fork_do_not_import_grpc(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('grpc', 'etcd3') if m in sys.modules])"
     assert in_a_fresh_interpreter(code) == "[]"
 

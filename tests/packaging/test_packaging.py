@@ -1,4 +1,4 @@
-"""The sdist builds a wheel, and each holds what it should."""
+"""The sdist builds a wheel, and both have the right files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.timeout(300)
 def test_the_sdist_builds_a_wheel(tmp_path: Path) -> None:
-    # Without isolation: the build requirements are in the test extra, and CI need not fetch them twice.
-    # python -m build makes the sdist first and the wheel from that sdist alone.
+    # Without isolation, because the test extra has the build requirements. python -m build makes the sdist
+    # first, and the wheel from the sdist.
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
         check=True,

@@ -455,7 +455,7 @@ def test_a_supervisors_log_without_a_reader(tmp_path: Path, etcd: str) -> None:
         assert process.wait(60) == 0
         reader.join()
     (told,) = [line for line in lines if "were dropped here" in line["message"]]
-    assert told["message"] == f"{last} records of this log were dropped here: nobody read them"
+    assert told["message"] == f"{last} log records were dropped here, because the log was not read"
     assert told["level"] == "warning"
 
 

@@ -1,4 +1,4 @@
-"""``peerd reload``, ``restart``, ``scale`` and ``stop``: what a supervisor is told to do; and ``wait``."""
+"""The commands that control a supervisor: ``peerd reload``, ``restart``, ``scale``, ``stop`` and ``wait``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ timeout_option = click.option(
     type=SECONDS,
     default=120.0,
     show_default=True,
-    help="Seconds to wait for the end. The supervisor goes on all the same.",
+    help="Seconds to wait for the result. The supervisor continues even if they are over.",
 )
 
 
@@ -36,11 +36,17 @@ timeout_option = click.option(
 @timeout_option
 @json_option
 def reload(path: Path | None, timeout_s: float, as_json: bool) -> None:
-    """Replace every worker by one that has loaded the app anew, one at a time, losing nothing.
+    """Replace every worker by one that has loaded the app again, one at a time, without losing datagrams.
 
-    A successor loads the app beside the worker that serves, which then finishes what it has read and
-    leaves its socket to it. One that cannot start is the end: its worker and those after it stay as
-    they were, its traceback is shown, and the exit code is 1. SIGHUP does the same.
+    A successor loads the app beside the worker that serves. Then the worker answers what it has read and
+    exits, and the successor takes over its socket. If a successor cannot start, the reload ends: its worker
+    and the workers after it stay as they were, and its traceback is printed. SIGHUP does the same.
+
+    \b
+    Exit codes:
+      0    every worker was replaced
+      1    a successor cannot start, or the timeout is over
+      3    no supervisor runs
     """
     _show_replaced(control.request(_socket(path), "reload", timeout_s=timeout_s), as_json)
 
@@ -51,7 +57,14 @@ def reload(path: Path | None, timeout_s: float, as_json: bool) -> None:
 @timeout_option
 @json_option
 def restart(slot: int, path: Path | None, timeout_s: float, as_json: bool) -> None:
-    """Replace the worker of one slot as reload does; start it if it is parked in a crash loop."""
+    """Replace the worker of one slot, as reload does. A peer that is parked in a crash loop is started.
+
+    \b
+    Exit codes:
+      0    the worker was replaced
+      1    its successor cannot start, or the timeout is over
+      3    no supervisor runs
+    """
     result = control.request(_socket(path), "restart", {"slot": slot}, timeout_s=timeout_s)
     _show_replaced(result, as_json)
 
@@ -64,9 +77,15 @@ def restart(slot: int, path: Path | None, timeout_s: float, as_json: bool) -> No
 def scale(peers: int, path: Path | None, timeout_s: float, as_json: bool) -> None:
     """Run PEERS peers from now on.
 
-    New ones take the ports after the last; all are bound before anything changes. Those with the highest
-    ports go first: record revoked, queue served, port closed. SIGTTIN and SIGTTOU are one more and one
-    less. It lasts until the supervisor ends: its options say how many it starts with.
+    New peers take the ports after the last one. All their ports are bound before anything changes. Peers are
+    removed from the highest port down: the record is revoked, the queue served, the port closed. SIGTTIN adds
+    a peer and SIGTTOU removes one. The number lasts until the supervisor ends: a new one starts with --peers.
+
+    \b
+    Exit codes:
+      0    done
+      1    a port is taken (then nothing has changed), or the timeout is over
+      3    no supervisor runs
     """
     result = control.request(_socket(path), "scale", {"peers": peers}, timeout_s=timeout_s)
     if as_json:
@@ -84,9 +103,13 @@ def scale(peers: int, path: Path | None, timeout_s: float, as_json: bool) -> Non
 @control_option
 @timeout_option
 def stop(path: Path | None, timeout_s: float) -> None:
-    """Stop a supervisor in order, as SIGTERM does, and wait until it has.
+    """Stop a supervisor gracefully, as SIGTERM does, and wait until it has exited.
 
-    Exit code 1 when it takes longer than the timeout, 3 when none runs.
+    \b
+    Exit codes:
+      0    it has exited
+      1    the timeout is over
+      3    no supervisor runs
     """
     deadline_s = time.monotonic() + timeout_s
     pid = int(control.request(_socket(path), "stop", timeout_s=timeout_s)["pid"])
@@ -97,7 +120,7 @@ def stop(path: Path | None, timeout_s: float) -> None:
     try:
         if not select.select([pidfd], [], [], max(deadline_s - time.monotonic(), 0))[0]:
             raise ControlError(
-                f"the supervisor, pid {pid}, has not ended within {timeout_s:g} s; it goes on stopping"
+                f"the supervisor, pid {pid}, has not ended within {timeout_s:g} s; it continues to stop"
             )
     finally:
         os.close(pidfd)
@@ -117,8 +140,13 @@ def stop(path: Path | None, timeout_s: float) -> None:
 def wait(path: Path | None, timeout_s: float) -> None:
     """Wait until a supervisor runs and all its peers are ready.
 
-    Exit code 0 then, 1 when some are not ready in time, 3 when no supervisor has appeared. Where several
-    run, --control says which; without it that is an error at once.
+    If several supervisors run, --control says which one to wait for; without it, they are an error.
+
+    \b
+    Exit codes:
+      0    all peers are ready
+      1    some peers were not ready in time
+      3    no supervisor was started in time
     """
     deadline_s = time.monotonic() + timeout_s
     while True:
@@ -136,7 +164,7 @@ def wait(path: Path | None, timeout_s: float) -> None:
 
 
 def _not_ready(where: Path, answer_s: float) -> PeerdError | None:
-    """Why not; None, and that is printed, when all peers are."""
+    """The reason; None if all peers are ready, which is printed."""
     try:
         report = control.request(where, "status", timeout_s=answer_s)
     except (NotRunningError, ControlError) as error:
@@ -171,5 +199,5 @@ def _show_replaced(result: dict[str, Any], as_json: bool) -> None:
 
 
 def _gap_ms(row: dict[str, Any]) -> float | None:
-    """None where there was no worker before: nobody knows for how long nobody has read."""
+    """None if there was no worker before: then the length of the gap is unknown."""
     return None if row["old_pid"] is None else round(float(row["gap_ms"]), 1)

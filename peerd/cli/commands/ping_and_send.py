@@ -143,7 +143,7 @@ def send(
     prefix: str,
     as_json: bool,
 ) -> None:
-    """Send one message and print the body of its reply. With - as BODY, read it from standard input.
+    """Send a message and print the body of its reply. With - as BODY, read it from standard input.
 
     \b
     Exit codes:

@@ -36,6 +36,20 @@ def status(path: Path | None, watch: bool, fields: str | None, as_json: bool) ->
     """Show the state of a running supervisor and its peers.
 
     \b
+    Columns:
+      STATE      starting, ready, stopping, backoff (restarts soon) or crashloop (parked); if a ready peer is
+                 not healthy, the reason and for how long: late (event loop blocked), full (too many waiting
+                 handlers), unread (socket not read), starved (waits for a CPU), stopped or stuck
+      RST        restarts
+      RX, TX     messages received and sent
+      BEAT       time since the worker's loop completed an iteration
+      QUEUE      bytes in the kernel's receive buffer
+      DROP       datagrams dropped: receive buffer full, or no room for replies
+      LOST       datagrams that a dead worker had read and not answered
+      ERR        truncated and malformed datagrams, and handlers that raised
+      REG        whether the peer's record is in etcd
+
+    \b
     For scripts:
       peerd status -o slot,pid,state,last_exit.how
 

@@ -144,7 +144,7 @@ def _own_etcd() -> EmbeddedEtcdSettings | None:
             err=True,
         )
         return None
-    # The process that runs etcd creates it, once there is a process that will remove it.
+    # Created by the process that runs etcd, when a process that will remove it exists.
     directory = Path(tempfile.gettempdir(), f"peerd-etcd-{os.urandom(8).hex()}")
     command = embedded_etcd.command(binary, DEFAULT_ENDPOINT, directory)
     return EmbeddedEtcdSettings(tuple(command), directory)
