@@ -70,6 +70,7 @@ def test_a_record_changed_by_hand_is_put_again(
     assert store.items() == []
 
 
+@pytest.mark.slow
 def test_a_record_with_a_ttl_of_hours_is_put_again_within_seconds(
     etcd: str, prefix: str, store: Store
 ) -> None:
