@@ -20,6 +20,8 @@ from pathlib import Path
 
 import orjson
 
+from peerd.procfs import read_stat
+
 _MEMBER = "Owner"
 _MAX_TEXT_LENGTH = 255
 
@@ -90,9 +92,6 @@ def _pid_namespace() -> int:
 
 
 def _started_ticks(pid: int) -> int | None:
-    """Field 22 of /proc/pid/stat; the name in field 2 may contain spaces and brackets. A zombie is dead."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+    """None for a process that is gone or a zombie."""
+    stat = read_stat(pid)
+    return None if stat is None or stat.state in "ZX" else stat.started_ticks

@@ -15,13 +15,13 @@ waited. A worker that could have used the timeout and has made no progress is st
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from peerd._scoreboard import Slot
 from peerd.health import Health
+from peerd.procfs import read_stat
 from peerd.supervisor.cgroup import is_frozen
 
 STARVED_SHARE = 0.5
@@ -105,13 +105,11 @@ def _is_stopped(pid: int, sample: _Sample) -> bool:
 
 def _sample(pid: int, now_s: float) -> _Sample | None:
     """None for a process that is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        state, ran_ticks = fields[0].decode(), int(fields[11]) + int(fields[12])
-    except (OSError, IndexError, ValueError):
+    stat = read_stat(pid)
+    if stat is None:
         return None
     try:
         ran_ns, waited_ns, _ = map(int, Path(f"/proc/{pid}/schedstat").read_bytes().split())
     except (OSError, ValueError):  # a kernel without CONFIG_SCHED_INFO, gVisor
-        return _Sample(now_s, state, ran_ticks / os.sysconf("SC_CLK_TCK"), 0.0)
-    return _Sample(now_s, state, ran_ns / 1e9, waited_ns / 1e9)
+        return _Sample(now_s, stat.state, stat.cpu_s, 0.0)
+    return _Sample(now_s, stat.state, ran_ns / 1e9, waited_ns / 1e9)
