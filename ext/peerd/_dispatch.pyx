@@ -1,4 +1,7 @@
-"""Routes: which handler a datagram goes to, and what happens to what it returns or raises."""
+"""Routes: finds the handler of a datagram, calls it, and deals with its result or exception.
+
+The codec is asked about every datagram of an app with envelope handlers; no other part parses one.
+"""
 
 cimport cython
 from libc.stdint cimport uint8_t, uint64_t
@@ -28,7 +31,7 @@ cdef class Route:
 
 @cython.final
 cdef class Dispatcher:
-    """Handlers by magic code; see DatagramLoop for what they are."""
+    """Handlers by magic code. The parameters are those of DatagramLoop."""
 
     def __init__(self, handlers, batch_handlers, coroutine_handlers, max_waiting, on_handler_error):
         self._routes = routes = {}
@@ -64,7 +67,7 @@ cdef class Dispatcher:
         return 0
 
     cdef int attach(self, object event_loop, object new_task, object on_suspended, object on_ended) except -1:
-        """Coroutine handlers may run; see DatagramLoop.attach."""
+        """See DatagramLoop.attach."""
         from asyncio import CancelledError  # only a process with an event loop imports asyncio
 
         self._failures = (Exception, CancelledError)
@@ -77,7 +80,7 @@ cdef class Dispatcher:
         return 0
 
     cdef int dispatch(self, const uint8_t *data, size_t size, linux.msghdr *header) except -1:
-        """Hand one datagram to its handler, and queue the reply."""
+        """Call the handler of one datagram, and queue its reply."""
         cdef Route route
         cdef Message message
         self._counters[RX_BYTES] += size
@@ -113,7 +116,7 @@ cdef class Dispatcher:
         return 0
 
     cdef int end_turn(self) except -1:
-        """Call the batch handlers whose messages have come in this turn."""
+        """Call each batch handler that has messages from this turn."""
         cdef Route route
         self._coroutines.leave()
         for route in self._batched:
@@ -137,7 +140,7 @@ cdef class Dispatcher:
         return self._coroutines.leave()
 
     cdef int answer(self, Message message, object result) except -1:
-        """Queue what a coroutine that had waited returned or raised."""
+        """Queue the reply of a coroutine that had waited, or report its exception."""
         try:
             if isinstance(result, BaseException):
                 raise result

@@ -1,8 +1,8 @@
 """Replies on their way to the kernel, and the count of datagrams that are finished.
 
 HANDLED grows when a datagram needs nothing more: its reply was given to the kernel or dropped, or its
-handler returned none. A datagram that Python is done with is therefore unfinished while its reply is
-queued, while it waits in a batch, or while its coroutine waits.
+handler returned none. So a dispatched datagram is unfinished while its reply is queued, while it waits in
+a batch, or while its coroutine waits.
 """
 
 from libc.errno cimport EAGAIN, EMSGSIZE
@@ -28,7 +28,7 @@ cdef struct Outbox:
     Transmitter tx
     Guard guard
     uint64_t *counters
-    uint64_t processed  # datagrams of RX_DATAGRAMS that Python is done with, or that wait as below
+    uint64_t processed  # datagrams that were dispatched; those counted below are among them
     uint64_t batched  # messages in the batches of this turn
     uint64_t suspended  # coroutines that wait
 

@@ -10,7 +10,7 @@ from peerd.serving.app import load_app
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module file in the current directory, under a name that no other test has."""
+    """A module file in the current directory; its name is unique to the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path / f"app_of_{tmp_path.name.replace('-', '_')}.py"
@@ -101,18 +101,18 @@ def test_a_name_of_the_wrong_form(name: str) -> None:
         load_app(name)
 
 
-def test_a_module_that_is_not_there() -> None:
+def test_a_missing_module() -> None:
     with pytest.raises(AppLoadError, match="there is no module 'no_such_module'"):
         load_app("no_such_module:app")
 
 
-def test_an_attribute_that_is_not_there_names_those_that_are(module: Path) -> None:
+def test_a_missing_attribute_lists_the_apps_of_the_module(module: Path) -> None:
     module.write_text("import peerd\nchat = peerd.App()\n")
     with pytest.raises(AppLoadError, match="has no attribute 'app'; it has chat"):
         load_app(f"{module.stem}:app")
 
 
-def test_an_attribute_that_is_no_app(module: Path) -> None:
+def test_an_attribute_of_another_type(module: Path) -> None:
     module.write_text("app = 3\n")
     with pytest.raises(AppLoadError, match="is a int, not a peerd"):
         load_app(f"{module.stem}:app")

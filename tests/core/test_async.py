@@ -1,4 +1,4 @@
-"""Coroutine handlers, in a supervised worker and in an event loop of the test's own."""
+"""Coroutine handlers, in a supervised worker and in the test's event loop."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def serve(
     server: type[AsyncServer] = AsyncServer,
     new_event_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> Client:
-    """Run a test against a server in the same event loop, then stop it with its SIGTERM."""
+    """Run a test against a server in the same event loop, then stop the server with SIGTERM."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         slot = Scoreboard(1).slots[0]
@@ -366,7 +366,7 @@ def test_a_worker_serves_after_ten_thousand_that_cancel_themselves() -> None:
 
 
 def test_cancellation_in_the_first_step_is_that_of_any_task() -> None:
-    """Each of these waits after its task was cancelled, or while its time is over already."""
+    """Each handler waits after its task was cancelled, or after its timeout has expired."""
     app = App()
     inner_tasks = list[asyncio.Task[None]]()
 
@@ -435,7 +435,7 @@ def test_cancellation_in_the_first_step_is_that_of_any_task() -> None:
 
 
 def test_handlers_that_do_not_wait_share_a_task() -> None:
-    """What makes them cheap: the spare is used again unless its message could have left a mark."""
+    """Reuse makes them cheap: a spare is discarded only if its message could have left a mark."""
     app = App()
     made = list[object]()
 
@@ -516,8 +516,8 @@ def test_a_handler_that_cancels_itself_gives_no_answer() -> None:
     assert serve(app, test).slot.counters()["handled"] == 2
 
 
-def test_a_handler_that_awaits_what_was_cancelled_costs_its_own_message_only() -> None:
-    """At its first step, in the middle of a batch."""
+def test_a_handler_that_awaits_a_cancelled_future_loses_only_its_own_message() -> None:
+    """It raises in its first step, in the middle of a batch."""
     app = App()
 
     @app.handler("N")
@@ -539,7 +539,7 @@ def test_a_handler_that_awaits_what_was_cancelled_costs_its_own_message_only() -
         while client.slot.unfinished:
             await asyncio.sleep(0)
 
-    # All of them wait when the server begins.
+    # All messages are in the queue before the server starts.
     client = serve(app, test, send_twenty)
     assert [type(error) for error in client.errors] == [asyncio.CancelledError]
     assert client.slot.counters()["handler_errors"] == 1
@@ -547,7 +547,7 @@ def test_a_handler_that_awaits_what_was_cancelled_costs_its_own_message_only() -
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_what_is_no_exception_ends_the_server(waits: bool) -> None:
+def test_a_base_exception_ends_the_server(waits: bool) -> None:
     class EndOfTheWorld(BaseException):
         pass
 
@@ -629,7 +629,7 @@ def test_a_message_without_a_reply_is_handled_when_its_handler_ends() -> None:
 
 
 def test_a_bounded_number_of_handlers_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While they do, the heart beats on and the rest is left in the queue; in a drain, too."""
+    """Meanwhile the heartbeat is written and further messages stay in the queue, during a drain, too."""
     monkeypatch.setattr(async_server, "MAX_WAITING", 10)
     app = App()
     gate = asyncio.Event()
@@ -638,7 +638,7 @@ def test_a_bounded_number_of_handlers_waits(monkeypatch: pytest.MonkeyPatch) -> 
     @app.handler("WAIT")
     async def wait(message: Message) -> bytes:
         waiting[0] += 1
-        assert waiting[0] < 50  # one batch more than may wait
+        assert waiting[0] < 50  # the limit is exceeded by at most one batch
         await gate.wait()
         waiting[0] -= 1
         return b""
@@ -665,7 +665,7 @@ def test_a_bounded_number_of_handlers_waits(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_full_server_logs_which_magic_codes_wait(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At the limit and once per interval from then on."""
+    """It logs at the limit, then once per interval."""
     monkeypatch.setattr(async_server, "MAX_WAITING", 4)
     monkeypatch.setattr(async_server, "FULL_LOG_INTERVAL_S", 0.3)
     app = App()
@@ -721,7 +721,7 @@ def test_a_timeout_cancels_a_handler(is_stubborn: bool) -> None:
 
 
 def test_messages_above_max_waiting_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
-    """Those of this magic code; they are counted at once and logged at a limited rate."""
+    """Only messages of this magic code are dropped; each is counted, and the log line has their number."""
     app = App()
     gate = asyncio.Event()
 
@@ -778,7 +778,7 @@ def test_a_stop_waits_for_handlers_under_way() -> None:
 
 
 def test_a_timer_of_the_app_runs_through_a_flood() -> None:
-    """100 ticks of 5 ms while a sender floods: nothing like a fixed pace, but no starvation."""
+    """100 ticks of 5 ms while a sender floods: their pace varies, but all of them come."""
     app = App()
 
     @app.handler("FLOOD")
@@ -804,7 +804,7 @@ def test_a_timer_of_the_app_runs_through_a_flood() -> None:
     assert client.slot.counters()["rx_messages"] > 1000
 
 
-def test_what_is_queued_before_it_serves_is_served() -> None:
+def test_messages_queued_before_the_start_are_served() -> None:
     app = App()
 
     @app.handler("EARLY")

@@ -1,8 +1,8 @@
-"""A worker that is killed at any moment: what it had read and not answered is known exactly.
+"""A worker is killed at any moment: the number of datagrams that it had read and not finished is exact.
 
-The truth is what a client and the kernel know: sent, minus what is left in the socket's queue, minus
-the replies that came. In two of three rounds the kill falls into recvmmsg or sendmmsg, or between one
-of them and the counters (flight.pxd).
+The expected number comes from the client and the kernel: datagrams sent, minus those left in the
+socket's queue, minus replies received. In two of three rounds the kill happens during recvmmsg or
+sendmmsg, or between one of them and the counters (flight.pxd).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import time
 
 import pytest
 
+from harness.loop_harness import SOL_UDP, UDP_SEGMENT
 from peerd import encode
 from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
 
-# linux/udp.h and asm-generic/socket.h; the socket module has none of these.
-SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104
+# asm-generic/socket.h; the socket module has none of these.
 SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_MEMINFO = 32, 33, 55
 
 SIZE = 64
@@ -43,7 +43,7 @@ def dropped(sock: socket.socket) -> int:
 
 
 def take_all(sock: socket.socket) -> int:
-    """How many datagrams wait there, joined ones counted one by one."""
+    """Empty the queue; the number of datagrams, with joined ones counted one by one."""
     sock.setblocking(False)
     taken = 0
     while True:
@@ -75,7 +75,7 @@ def serve(sock: socket.socket, slot: Slot, gro: bool, gso: bool) -> int:
 @pytest.mark.parametrize("gso", [False, True], ids=["no gso", "gso"])
 @pytest.mark.parametrize("gro", [False, True], ids=["no gro", "gro"])
 @pytest.mark.parametrize("joined", [1, JOINED])
-def test_what_a_kill_cost_is_known_exactly(joined: int, gro: bool, gso: bool) -> None:
+def test_the_cost_of_a_kill_is_known_exactly(joined: int, gro: bool, gso: bool) -> None:
     chance = random.Random(f"{joined} {gro} {gso}")
     for _ in range(ROUNDS):
         slot = Scoreboard(1).slots[0]

@@ -55,8 +55,8 @@ def test_the_sender_is_the_client(family: socket.AddressFamily) -> None:
 
 @pytest.mark.parametrize("gro", [False, True])
 @pytest.mark.parametrize("segment_bytes", [40, 41, 1200])
-def test_joined_datagrams_are_taken_apart(gro: bool, segment_bytes: int) -> None:
-    """Sent with UDP_SEGMENT, so the kernel hands them over joined if asked; the last is shorter."""
+def test_joined_datagrams_are_split(gro: bool, segment_bytes: int) -> None:
+    """They are sent with UDP_SEGMENT, so GRO delivers them joined; the last is shorter."""
     app, seen = collecting_app()
     bodies = [b"%03d" % number + bytes(segment_bytes - 15) for number in range(40)]
     datagrams = [encode("M", "1", body) for body in bodies]
@@ -82,7 +82,7 @@ def test_order_count_and_bytes_of_mixed_sizes() -> None:
     assert [message.body for message in seen] == bodies
 
 
-def test_what_is_no_envelope_is_counted_by_reason_and_the_loop_goes_on() -> None:
+def test_malformed_datagrams_are_counted_by_reason_and_the_loop_continues() -> None:
     bad = {
         "decode_empty": [b""],
         "decode_short": [b"\0", b"\0\0\0\4PING"],
@@ -113,7 +113,7 @@ def test_random_bytes_change_nothing_but_counters() -> None:
         assert not peer.errors
 
 
-def test_the_largest_datagram_there_and_back() -> None:
+def test_the_largest_datagram_is_received_and_sent() -> None:
     body = random.Random(3).randbytes(65507 - 8 - len("ECHO") - len("1"))
     with LoopHarness(builtin_app()) as peer:
         peer.client.send(encode("ECHO", "1", body))
@@ -121,7 +121,7 @@ def test_the_largest_datagram_there_and_back() -> None:
         assert peer.receive().body == body
 
 
-def test_a_reply_that_fits_no_datagram_is_counted() -> None:
+def test_a_reply_larger_than_a_datagram_is_counted() -> None:
     app = App()
     app.handler("M")(lambda message: bytes(65507))
     with LoopHarness(app) as peer:
@@ -140,7 +140,7 @@ def test_a_turn_may_have_more_replies_than_the_arena_holds() -> None:
         assert [peer.receive().body for _ in range(12)] == [body] * 12
 
 
-def test_a_handler_that_raises_is_reported_and_the_loop_goes_on() -> None:
+def test_a_handler_that_raises_is_reported_and_the_loop_continues() -> None:
     app = builtin_app()
 
     @app.handler("BAD")
@@ -195,8 +195,8 @@ def test_a_batch_handler_that_raises_or_answers_is_reported() -> None:
         assert [type(error) for _, _, error in peer.errors] == [RuntimeError, TypeError]
 
 
-def test_an_unreachable_client_stops_nothing() -> None:
-    """Its ICMP error comes back to the socket that answered it."""
+def test_an_unreachable_client_does_not_stop_the_loop() -> None:
+    """The ICMP error about its reply arrives at the socket of the loop."""
     with LoopHarness(builtin_app()) as peer, peer.running():
         for _ in range(5):
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as gone:
@@ -205,13 +205,13 @@ def test_an_unreachable_client_stops_nothing() -> None:
         assert peer.receive().body == b"x"
 
 
-def test_the_heartbeat_goes_on_while_idle() -> None:
+def test_the_heartbeat_is_written_while_idle() -> None:
     with LoopHarness(builtin_app()) as peer, peer.running():
         before = peer.slot.heartbeat_ns
         eventually(lambda: peer.slot.heartbeat_ns > before)
 
 
-def test_stop_drains_what_is_queued() -> None:
+def test_stop_drains_the_queue() -> None:
     app, seen = collecting_app()
     with LoopHarness(app) as peer:
         for _ in range(500):
@@ -234,7 +234,7 @@ def test_stop_without_drain_leaves_the_queue_to_a_successor() -> None:
         assert peer.counters["rx_datagrams"] == 500
 
 
-def test_a_signal_is_seen_while_the_loop_sleeps() -> None:
+def test_a_signal_wakes_the_sleeping_loop() -> None:
     with LoopHarness(builtin_app()) as peer:
         previous = signal.signal(signal.SIGUSR1, lambda *_: peer.loop.stop())
         previous_fd = signal.set_wakeup_fd(peer.loop.wakeup_fd)
@@ -246,7 +246,7 @@ def test_a_signal_is_seen_while_the_loop_sleeps() -> None:
             signal.signal(signal.SIGUSR1, previous)
 
 
-def test_what_a_handler_raises_beside_exceptions_ends_the_loop() -> None:
+def test_a_base_exception_of_a_handler_ends_the_loop() -> None:
     app = App()
 
     @app.handler("M")
@@ -278,7 +278,7 @@ def test_replies_queued_before_a_handler_ends_the_loop_reach_their_own_client() 
         assert decode(other.recv(1 << 16)).body == b"second"
 
 
-def test_a_socket_that_had_gro_loses_it() -> None:
+def test_a_loop_without_gro_switches_it_off_on_the_socket() -> None:
     with LoopHarness(builtin_app()) as peer:
         assert peer.sock.getsockopt(SOL_UDP, UDP_GRO) == 1
         loop = peer.new_loop(gro=False)

@@ -20,8 +20,8 @@ from peerd import App, Message, encode
 
 # UDP_MAX_SEGMENTS of Linux before 6.9.
 MAX_RUN = 64
-# Well below what a receive buffer holds where net.core.rmem_max is the kernel's default: 212,992
-# bytes, counted with the kernel's own overhead.
+# Well below the receive buffer with the default net.core.rmem_max: 212,992 bytes, in which the kernel
+# counts its own overhead, too.
 MAX_QUEUED_BYTES = 100_000
 OVERHEAD_BYTES = 1024
 
@@ -87,7 +87,7 @@ class Real(LoopHarness):
 
 
 magics = st.sampled_from([*["ECHO"] * 4, *sorted(HANDLED), "", "NOPE"])
-# More than HEADER_CACHE_BYTES of ext/peerd/_envelope.pxd makes a header that is not remembered.
+# 80 bytes make a header larger than HEADER_CACHE_BYTES of ext/peerd/_envelope.pxd: it is not cached.
 versions = st.sampled_from(["1", "1", "1.0", "", "v" * 80]) | st.text(
     st.characters(max_codepoint=127), max_size=5
 )

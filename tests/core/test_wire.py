@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +73,9 @@ def test_a_message_is_a_value() -> None:
 def test_a_message_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         Message("A", "1", b"").body = b"other"  # type: ignore[misc]
+
+
+def test_only_the_codec_knows_the_envelope() -> None:
+    sources = (Path(__file__).parents[2] / "ext" / "peerd").glob("*.p[yx][xd]")
+    users = {path.stem for path in sources if "peerd.wire" in path.read_text()}
+    assert users == {"_envelope"}
