@@ -34,6 +34,7 @@ from collections.abc import Callable, Collection, Iterable
 from enum import Enum
 
 from peerd.errors import PeerConflictError, RegistryError, RegistryUnavailableError
+from peerd.name_list import shortened
 from peerd.registry.claim import Claim, Claimant, HeldLease
 from peerd.registry.etcd import Etcd
 from peerd.registry.owner import Owner
@@ -50,7 +51,6 @@ _WARN_INTERVAL_S = 60.0
 _MAX_WAIT_S = 3600.0
 _MIN_REVOKE_TIMEOUT_S = 0.1
 _MAX_UNANSWERED = 10_000
-_MAX_NAMES = 8
 
 
 class SessionState(Enum):
@@ -291,11 +291,9 @@ class Session:
                 claim.mod_revision = 0
         if changed:
             names = sorted(claim.record.peer_id for claim in changed)
-            more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
             log.warning(
-                "removed or overwritten in etcd by another writer, and put again: %s%s",
-                ", ".join(names[:_MAX_NAMES]),
-                more,
+                "removed or overwritten in etcd by another writer, and put again: %s",
+                shortened(names),
             )
 
     def _restore(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 
-from peerd.supervisor.sockets import QueueState, queue_state
+from peerd.supervisor.socket_queue import QueueState, queue_state
 
 UINT32_MASK = 0xFFFF_FFFF
 

@@ -17,7 +17,7 @@ from peerd._scoreboard import COUNTER_NAMES, PeerState, RegistryState, Scoreboar
 from peerd.supervisor.exposition import Family, Samples, histogram_samples, label_pairs, with_label
 from peerd.supervisor.journal import CannotStart, Journal, WorkerDied, WorkerReplaced
 from peerd.supervisor.resources import Resources
-from peerd.supervisor.sockets import QueueState
+from peerd.supervisor.socket_queue import QueueState
 from peerd.supervisor.status import StatusReport
 from peerd.supervisor.supervised_peer import Peer
 

@@ -17,7 +17,7 @@ from peerd.settings import SupervisorSettings
 from peerd.supervisor.journal import Journal, SocketNotRead, SocketReadAgain
 from peerd.supervisor.liveness import MAX_INTERVAL_S, Liveness
 from peerd.supervisor.output import PeerLog
-from peerd.supervisor.sockets import has_datagrams
+from peerd.supervisor.socket_queue import has_datagrams
 
 FRESH_HEARTBEAT_S = 1.0
 """Four times the age that an idle loop lets its heartbeat reach."""

@@ -6,10 +6,11 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from peerd._scoreboard import PeerState, RegistryState, Scoreboard
+from peerd.name_list import shortened
 from peerd.settings import SupervisorSettings
 from peerd.supervisor.death import Death
 from peerd.supervisor.resources import Resources
@@ -17,9 +18,6 @@ from peerd.supervisor.supervised_peer import Peer
 
 if TYPE_CHECKING:
     import psutil
-
-MAX_NAMES = 8
-"""Peers named in one line."""
 
 REGISTRAR_STALE_S = 5.0
 """Longer than one of the registrar's rounds takes when etcd does not answer."""
@@ -177,13 +175,6 @@ def _sum(counters: dict[str, int], prefix: str) -> int:
 
 def _seconds_since(then_ns: int) -> float:
     return round((time.monotonic_ns() - then_ns) / 1e9, 3)
-
-
-def shortened(names: Sequence[str]) -> str:
-    """At most eight of them, and how many more there are: ``a, b and 3 more``."""
-    shown = ", ".join(names[:MAX_NAMES])
-    left_out = len(names) - MAX_NAMES
-    return f"{shown}, and {left_out} more" if left_out > 0 else shown
 
 
 def _seconds_until(then_s: float | None, now_s: float) -> float | None:

@@ -19,11 +19,12 @@ import logging
 import time
 from collections.abc import Mapping
 
+from peerd.name_list import shortened
 from peerd.settings import SupervisorSettings
 from peerd.supervisor.journal import Journal, PeerEnded, RecordsChanged, ServiceEnded
 from peerd.supervisor.loop import Callback, Loop, Timer
 from peerd.supervisor.services import EtcdService, RegistrarService
-from peerd.supervisor.sockets import queue_state
+from peerd.supervisor.socket_queue import queue_state
 from peerd.supervisor.supervised_peer import Peer
 
 log = logging.getLogger(__name__)
@@ -37,9 +38,6 @@ LAST_TIMEOUT_S = 1.0
 
 NOTICE_INTERVAL_S = 1.0
 """Interval between log lines that name what the stop waits for."""
-
-MAX_NAMES = 8
-"""In one log line."""
 
 
 class _Phase(enum.Enum):
@@ -164,11 +162,8 @@ class Stop:
     def _log_progress(self) -> None:
         passed_s = time.monotonic() - self._begun_s
         names = self._unfinished()
-        more = len(names) - MAX_NAMES
-        if more > 0:
-            names[MAX_NAMES:] = [f"and {more} more"]
         if names:
-            log.info("stopping for %.0f s; waiting for: %s", passed_s, ", ".join(names))
+            log.info("stopping for %.0f s; waiting for: %s", passed_s, shortened(names))
         self._later(NOTICE_INTERVAL_S, self._log_progress)
 
     def _unfinished(self) -> list[str]:

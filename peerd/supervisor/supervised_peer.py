@@ -41,7 +41,7 @@ from peerd.supervisor.peer_health import PeerHealth
 from peerd.supervisor.peer_restarts import PeerRestarts
 from peerd.supervisor.promise import Promise
 from peerd.supervisor.replacement import Replacements
-from peerd.supervisor.sockets import count_unread, has_datagrams
+from peerd.supervisor.socket_queue import count_unread, has_datagrams
 from peerd.supervisor.worker_process import Worker, start_worker
 
 MAX_QUEUE_STARTS = 3

@@ -25,7 +25,7 @@ from harness.eventually import eventually
 from peerd import App, Message, decode, encode
 from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
-from peerd.supervisor.sockets import queue_state
+from peerd.supervisor.socket_queue import queue_state
 
 # linux/udp.h, asm-generic/socket.h and linux/in6.h; the socket module has none of these.
 SOL_UDP, UDP_SEGMENT = 17, 103

@@ -3,7 +3,7 @@ from __future__ import annotations
 import socket
 
 from peerd.supervisor.kernel_drops import KernelDrops
-from peerd.supervisor.sockets import QueueState
+from peerd.supervisor.socket_queue import QueueState
 
 
 def overrun(sock: socket.socket, datagrams: int) -> None:
