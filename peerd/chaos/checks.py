@@ -58,13 +58,12 @@ def load(
 
     ``ordered``: whether the peers guarantee the order. ``due``: datagrams that should have been sent.
     """
-    by_peer = {peer["slot"]: (report.of(peer["port"]).missing, _lost(peer)) for peer in peers}
     wrong = [
-        f"slot {peer['slot']}: {by_peer[peer['slot']][0]} missing, {_reported([peer])}"
+        f"slot {peer['slot']}: {missing} missing, {_reported([peer])}"
         for peer in peers
-        if by_peer[peer["slot"]][0] != by_peer[peer["slot"]][1]
+        if (missing := report.of(peer["port"]).missing) != _lost(peer)
     ]
-    lost = sum(_lost(peer) for peer in peers)
+    lost, late = sum(_lost(peer) for peer in peers), report.out_of_order
     errors = {name: sum(peer[name] for peer in peers) for name in ERRORS}
     return [
         Invariant(
@@ -84,7 +83,7 @@ def load(
             "; ".join([f"{report.missing} missing; reported: {_reported(peers)}", *wrong]),
         ),
         Invariant("nothing is doubled", not report.doubled, str(report.doubled)),
-        *([_in_order(report)] if ordered else []),
+        *([Invariant("nothing is out of order", not late, str(late))] if ordered else []),
         Invariant(
             "no datagram is an error",
             not any(errors.values()),
@@ -234,10 +233,6 @@ def log(subject: Subject) -> Invariant:
         found.update(DEFECTS.findall((subject.folder / name).read_text(errors="replace")))
     counted = ", ".join(f"{count} {what!r}" for what, count in found.items())
     return Invariant("no traceback in the log", not found, counted or "0")
-
-
-def _in_order(report: LoadReport) -> Invariant:
-    return Invariant("nothing is out of order", not report.out_of_order, str(report.out_of_order))
 
 
 def _lost(peer: Mapping[str, Any]) -> int:

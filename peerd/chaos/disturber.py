@@ -180,7 +180,12 @@ class Disturber:
             case Kind.SCALE | Kind.TTIN | Kind.TTOU:
                 self._submit(self._resizing, what, lambda: self._resize(action))
             case Kind.REGISTRAR:
-                self._kill_registrar(action)
+                pid = self.subject.registrar()
+                if pid is None or not self.subject.send_child(pid, signal.SIGKILL):
+                    self.report(f"{what}: there is none")
+                else:
+                    self.record.done.append(action.kind)
+                    self.report(f"{what}: pid {pid}: SIGKILL")
             case Kind.ETCD_STOP | Kind.ETCD_KILL:
                 disturb = functools.partial(self._disturb_etcd, action)
                 self._submit(self.etcd_thread, what, disturb, action.kind)
@@ -229,14 +234,6 @@ class Disturber:
             self.record.may_have_exited.update((pid, worker))
             self.record.done.append(action.kind)
             self.report(f"{action}: pid {pid}: SIGKILL")
-
-    def _kill_registrar(self, action: Action) -> None:
-        pid = self.subject.registrar()
-        if pid is not None and self.subject.send_child(pid, signal.SIGKILL):
-            self.record.done.append(action.kind)
-            self.report(f"{_with_due_time(action)}: pid {pid}: SIGKILL")
-        else:
-            self.report(f"{_with_due_time(action)}: there is none")
 
     def _disturb_etcd(self, action: Action) -> None:
         assert action.for_s is not None

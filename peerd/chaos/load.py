@@ -44,12 +44,12 @@ class LoadReport:
     finished: bool
     """Every datagram was answered or overtaken by later answers; only then is the loss final."""
 
-    def of(self, port: int) -> Count:
-        """The sum over the clients of a port; ``client`` is their number."""
-        counts = [count for count in self.counts if count.port == port]
+    def of(self, port: int | None = None) -> Count:
+        """The sum over the clients of a port, or of all ports; ``client`` is how many counts there are."""
+        counts = [count for count in self.counts if port in (None, count.port)]
         return Count(
             client=len(counts),
-            port=port,
+            port=port or 0,
             sent=sum(count.sent for count in counts),
             received=sum(count.received for count in counts),
             missing=sum(count.missing for count in counts),
@@ -59,19 +59,19 @@ class LoadReport:
 
     @property
     def sent(self) -> int:
-        return sum(count.sent for count in self.counts)
+        return self.of().sent
 
     @property
     def missing(self) -> int:
-        return sum(count.missing for count in self.counts)
+        return self.of().missing
 
     @property
     def doubled(self) -> int:
-        return sum(count.doubled for count in self.counts)
+        return self.of().doubled
 
     @property
     def out_of_order(self) -> int:
-        return sum(count.out_of_order for count in self.counts)
+        return self.of().out_of_order
 
 
 class Load:

@@ -78,19 +78,14 @@ class Subject:
         """Raises ControlError and NotRunningError."""
         return control.request(self.control, name, arguments, timeout_s=COMMAND_TIMEOUT_S)
 
-    def status(self) -> dict[str, Any]:
-        report = control.request(self.control, "status", timeout_s=10.0)
-        assert isinstance(report, dict)
-        return report
-
     def peers(self) -> list[dict[str, Any]]:
-        peers = self.status()["peers"]
-        assert isinstance(peers, list)
+        peers: list[dict[str, Any]] = control.request(self.control, "status", timeout_s=10.0)[
+            "peers"
+        ]
         return peers
 
     def events(self, after: int) -> list[dict[str, Any]]:
-        found = control.request(self.control, "events", {"after": after})
-        assert isinstance(found, list)
+        found: list[dict[str, Any]] = control.request(self.control, "events", {"after": after})
         return found
 
     def ports(self) -> list[int]:
@@ -104,16 +99,14 @@ class Subject:
         return next((peer["pid"] for peer in self.peers() if peer["slot"] == slot), None)
 
     def registrar(self) -> int | None:
-        """The registrar's pid, found by its process title."""
-        for child in self.children():
-            with contextlib.suppress(psutil.Error):
-                if "registrar" in " ".join(child.cmdline()):
-                    return child.pid
-        return None
+        """The registrar's pid; None while there is none."""
+        return self._child_titled("registrar")
 
     def successor(self, slot: int, known: Collection[int]) -> int | None:
         """The pid of a worker of this slot that is not in ``known``; None while there is none."""
-        title = f"peerd: peer localhost:{self.port(slot)}"
+        return self._child_titled(f"peerd: peer localhost:{self.port(slot)}", known)
+
+    def _child_titled(self, title: str, known: Collection[int] = ()) -> int | None:
         for child in self.children():
             with contextlib.suppress(psutil.Error):
                 if child.pid not in known and title in " ".join(child.cmdline()):
