@@ -80,7 +80,6 @@ def test_a_worker_that_always_dies_is_started_at_most_ten_times_in_30_s(
     assert [each.wait() for each in running.values()] == [0, 0, 0]
 
 
-@pytest.mark.alone
 def test_one_poisoned_peer_of_eight_does_not_affect_the_others(supervised: Supervised) -> None:
     """Once parked, it is started by hand and dies again."""
     running = supervised.start("--app=peerd.chaos.chaos_apps:app", peers=PEERS)

@@ -231,8 +231,12 @@ def test_a_signal_at_any_moment_of_the_start(supervised: Supervised) -> None:
         time.sleep(0.5 * generator.random())
         tree = tree_of(running)
         running.signal(signal.SIGINT if attempt % 2 else signal.SIGTERM)
-        # Before the supervisor has set its handlers, a signal has its default effect.
-        assert running.wait() in ((130, -signal.SIGINT) if attempt % 2 else (0, -signal.SIGTERM))
+        # Before the supervisor has set its handlers, a signal has its default effect. Python itself exits
+        # with 1 if it receives a SIGINT while it starts.
+        code = running.wait()
+        python_starts = code == 1 and attempt % 2 == 1 and "init_import_site" in running.err
+        expected = (130, -signal.SIGINT) if attempt % 2 else (0, -signal.SIGTERM)
+        assert code in expected or python_starts, running.err
         assert not alive(tree)
         assert not has_records(running)
 
