@@ -48,8 +48,10 @@ OTHER_DESCRIPTORS = 160
 ScaleResult = dict[str, object]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Scaling:
+    """One request, and how far it is."""
+
     target: Callable[[int], int]
     """Number of peers before -> after."""
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import FrozenInstanceError
 
 import pytest
 
@@ -68,6 +69,12 @@ def test_events_arrive_after_the_current_callback_in_order_and_by_type() -> None
     order = ["callback", "stopping", "Stopping", "Scaled", "PeersChanged", "next callback"]
     assert seen == order
     loop.close()
+
+
+def test_events_are_frozen() -> None:
+    event = Scaled(before=1, peers=2)
+    with pytest.raises(FrozenInstanceError):
+        event.peers = 3  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("is_resolved", [True, False])
