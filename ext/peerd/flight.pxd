@@ -1,12 +1,12 @@
-"""What a worker is in the middle of, kept where the supervisor can read it when it was killed there.
+"""The system call that a worker is in, kept where the supervisor can read it after a SIGKILL.
 
 A process that gets SIGKILL within recvmmsg or sendmmsg dies when the call is over: the kernel has done
-its part, and nobody has counted it. But the kernel writes msg_len of each message when that one is done.
-So the headers of these two calls live in the scoreboard, with msg_len set to what no message has, and
-beside them the counters as they were before the call. After the worker's death, what is not UNTOUCHED
-was received, or sent. While no call is under way, the counters are right by themselves.
+its part, and the datagrams are not counted. But the kernel writes msg_len of each message when that
+message is done. So the headers of these two calls live in the scoreboard, with msg_len set to a value that
+no message has (UNTOUCHED), beside the counters as they were before the call. After the worker's death,
+each message whose msg_len has changed was received or sent. Outside these calls the counters are exact.
 
-A thread dies between two instructions, so what matters is the order in which the compiler stores.
+A thread dies between two instructions, so only the order of the compiler's stores matters.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -22,7 +22,7 @@ cdef extern from *:
 cdef enum:
     # recvmmsg is flat above 16 on Linux 6.18 (2.15 against 2.28 million datagrams/s at 256).
     RX_BATCH = 16
-    # Room for what the socket's owner may have switched on besides UDP_GRO: time stamps, marks.
+    # Room for control messages that the socket's owner may have enabled besides UDP_GRO.
     RX_CONTROL_BYTES = 256
     # Messages of one sendmmsg.
     TX_WINDOW = 64
@@ -34,7 +34,7 @@ cdef extern from *:
     const uint32_t UNTOUCHED "PEERD_UNTOUCHED"
 
 cdef struct Flight:
-    uint64_t receiving  # how many headers the call has; 0 for no call
+    uint64_t receiving  # number of headers of the call; 0 outside a call
     uint64_t rx_datagrams_before
     uint64_t sending
     uint64_t handled_before

@@ -1,16 +1,16 @@
-"""When to wait a little before the next recvmmsg, so that the queue refills.
+"""When to wait briefly before the next recvmmsg, so that the queue refills.
 
-One process a peer costs a wake-up for each datagram when traffic is spread thin over many peers on
-few cores: 8 peers on one core took 4.8 us of CPU time a datagram (200,000 a second, interleaved), and
-1.0 us when each slept 400 us after a short batch; the senders were faster for it, too, since each
-datagram that finds a sleeper pays for waking it.
+When traffic is spread thinly over many peers on few cores, each datagram costs its process a wake-up: 8
+peers on one core took 4.8 us of CPU time per datagram (200,000 per second, interleaved), and 1.0 us when
+each slept 400 us after a short batch. The senders were faster, too, because a datagram that arrives at a
+sleeping process pays for waking it.
 
-But who sends one request and waits for its answer gains nothing and waits longer. So it is tried, and
-judged by what came of it: a sleep after which fewer than LINGER_WORTH datagrams were waiting was in
-vain, and each one in vain doubles the number of turns until the next try, up to LINGER_REST_TURNS. One
-that was worth it brings the next at once. A client that waits for its answers is thus delayed once in
-LINGER_REST_TURNS requests. Nobody lingers when idle: where the gap before a batch was longer than the
-linger, no more is to be expected within it.
+A client that sends one request and waits for its answer gains nothing and waits longer. So the loop tries
+to linger and judges the result: a linger was useless if fewer than LINGER_WORTH datagrams were waiting
+after it. Each useless one doubles the number of turns until the next try, up to LINGER_REST_TURNS; after a
+useful one the next follows immediately. A client that waits for its answers is thus delayed once in
+LINGER_REST_TURNS requests. An idle loop does not linger: if the gap before a batch was longer than the
+linger, no further datagram is expected within it.
 
 Times are in nanoseconds of CLOCK_MONOTONIC.
 """
@@ -20,7 +20,7 @@ from libc.stdint cimport int64_t
 cdef enum:
     LINGER_WORTH = 2
     LINGER_REST_TURNS = 4096
-    # A batch that is this large pays for its wake-up without any linger.
+    # A batch of this size is worth its wake-up without a linger.
     LINGER_ENOUGH = 64
 
 cdef struct Linger:
@@ -42,9 +42,9 @@ cdef inline void linger_open(Linger *linger, int64_t linger_ns) noexcept nogil:
 cdef inline int64_t linger_after(
     Linger *linger, unsigned int taken, bint more, int64_t begun_ns, int64_t now_ns
 ) noexcept nogil:
-    """How long to sleep after a turn that took ``taken`` datagrams; 0 for not at all.
+    """How long to sleep after a turn that took ``taken`` datagrams; 0 for no sleep.
 
-    ``more``: the queue may hold more, so there is nothing to wait for.
+    ``more``: the queue may hold more datagrams already.
     """
     cdef int64_t gap_ns = begun_ns - linger.last_turn_ns
     if linger.linger_ns == 0:
@@ -58,7 +58,7 @@ cdef inline int64_t linger_after(
         else:
             linger.rest = linger.next_rest
             linger.next_rest = min(2 * linger.next_rest, LINGER_REST_TURNS)
-        gap_ns = 0  # what the linger made of it says nothing
+        gap_ns = 0  # the gap was the linger itself
     if linger.rest > 0:
         linger.rest -= 1
         return 0

@@ -1,7 +1,7 @@
-"""Large buffers of which little may ever be used: pages come when they are first written.
+"""Large buffers that may stay mostly unused: the kernel adds a page when it is first written.
 
-Not calloc: once something large was freed, glibc takes such a size from its heap instead of from the kernel
-(mallopt(3), M_MMAP_THRESHOLD), and writes zeros over all of it.
+calloc would not do: once a large block was freed, glibc takes such sizes from its heap instead of from the
+kernel (mallopt(3), M_MMAP_THRESHOLD), and writes zeros to all of them.
 """
 
 from peerd.linux_udp cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap

@@ -250,10 +250,11 @@ class AsyncServer:
             return
         self._next_full_log_s = now_s + FULL_LOG_INTERVAL_S
         counts = Counter(each.magic for each in self._waiting.values()).most_common(8)
+        full_s = now_s - self._full_since_s
         log.warning(
-            "not reading for %.0f s: %d handlers wait (of %s), and reading continues below %d; "
+            "%s: %d handlers wait (of %s), and reading continues below %d; "
             "a timeout= or max_waiting= in @app.handler bounds them",
-            now_s - self._full_since_s,
+            f"not reading for {full_s:.0f} s" if full_s else "stopped reading",
             self._core.suspended,
             ", ".join(f"{magic!r}: {count}" for magic, count in counts),
             MAX_WAITING // 2,
