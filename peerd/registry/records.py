@@ -10,9 +10,9 @@ names in other cases, so case is ignored.
 Anyone may write to the store, so a value is trusted no more than a datagram: its size and its nesting are
 bounded, every field is checked, and text that would control a terminal (control characters, direction
 overrides) is refused. Reading any bytes returns a record or raises InvalidRecordError: another exception
-would end every listing and every watch for as long as the value is in etcd. Hence the
-bound on nesting comes before anything that recurses (repr, ``==``, orjson.dumps). It is FaasNet's own:
-System.Text.Json reads 64 levels, and one deeper record makes its listing of all peers fail.
+would end every listing and every watch for as long as the value is in etcd. Therefore nesting is checked
+before anything recurses (repr, ``==``, orjson.dumps). The limit is FaasNet's own: System.Text.Json reads 64
+levels, and one record with more makes its listing of all peers fail.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class PeerRecord:
 
     def __post_init__(self) -> None:
         _check_text("url", self.url, MAX_URL_BYTES)
-        # bool is a subclass of int, but True is no number in JSON.
+        # bool is a subclass of int, but True is not a number in JSON.
         if type(self.port) is not int or not 1 <= self.port <= 65535:
             raise _invalid("port", self.port, "an integer from 1 to 65535")
         if self.peer_id == "":
@@ -277,7 +277,7 @@ def _json_copy(metadata: object) -> dict[str, Any]:
         text = orjson.dumps(given)
         copy: dict[str, Any] = orjson.loads(text)
     except (TypeError, ValueError) as error:  # from dumps and from loads
-        # orjson stops at 254 levels, and at a list that contains itself.
+        # orjson refuses more than 254 levels, and therefore a list that contains itself.
         allowed = _LEVELS if "Recursion limit" in str(error) else f"{_JSON} ({error})"
         raise _invalid("metadata", given, allowed) from None
     if _is_deeper(copy, MAX_METADATA_LEVELS + 1):

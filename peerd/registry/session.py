@@ -10,8 +10,8 @@ revisions of the records' keys with those of our own last writes:
     for a whole TTL       soon as etcd answers, then CONNECTED.
     record removed or     LOST: it is put again in the same round, under the same lease.
     overwritten
-    key taken by a live   The claim's ``conflict`` names the holder, and it is retried every second. This is
-    owner meanwhile       no state: etcd answers, and the other records are in place.
+    key taken by a live   The claim's ``conflict`` names the holder, and it is retried every second. This
+    owner meanwhile       does not change the state: etcd answers, and the other records are in place.
 
 A TTL is measured on the monotonic clock from the moment before the request was sent. etcd starts later and
 is never early, so ``registered`` becomes false before the record goes.
