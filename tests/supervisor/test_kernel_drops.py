@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import signal
 import socket
 
+from harness.supervised import Running, Supervised, send_signal
+from harness.supervisor_requests import scale, serving
 from peerd.supervisor.kernel_drops import KernelDrops
 from peerd.supervisor.socket_queue import QueueState
 
@@ -58,3 +61,29 @@ def test_the_kernels_counter_wraps() -> None:
         drops.follow(sock)
         drops._seen = 2**32 - 3
         assert drops.read()[1] == dropped + 3
+
+
+def test_status_has_one_count_through_a_stopped_worker_its_death_and_the_close(
+    supervised: Supervised,
+) -> None:
+    running = supervised.start("--recv-buffer=5000", peers=2)
+    running.wait_ready()
+    pid = running.peer(1)["pid"]
+    send_signal(pid, signal.SIGSTOP)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        for _ in range(1000):
+            client.sendto(bytes(1000), ("127.0.0.1", running.ports[1]))
+    dropped = count_of(running)
+    assert dropped > 900
+    send_signal(pid, signal.SIGKILL)
+    serving(running, 1, but_not=[pid])
+    assert count_of(running) == dropped
+    scale(running, 1)
+    scale(running, 2)
+    assert count_of(running) == dropped
+
+
+def count_of(running: Running) -> int:
+    peer = running.peer(1)
+    assert peer["rx_dropped"] == peer["counters"]["rx_kernel_drops"]
+    return int(peer["rx_dropped"])
