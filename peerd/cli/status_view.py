@@ -27,12 +27,8 @@ COLOURS = {
 }
 
 
-CAUSES = {
-    "oom": ("OOM", "out of memory"),
-    "stuck": ("stuck", "because it was stuck"),
-    "late": ("late", "because it was not ready in time"),
-}
-"""Why a worker died, short and long, if its exit code or signal does not say it."""
+CAUSES = {"oom": "OOM", "stuck": "stuck", "late": "late"}
+"""Why a worker died, if its exit code or signal does not say it."""
 
 
 class Rates:
@@ -116,6 +112,8 @@ def notes(report: Report) -> list[str]:
     for peer in report["peers"]:
         if peer["conflict"]:
             lines.append(f"slot {peer['slot']}: {peer['conflict']}")
+        if peer["state"] == "ready" and not is_fine(peer):
+            lines.append(f"slot {peer['slot']}: {peer['summary']}")
         if peer["last_exit"] is not None and peer["state"] != "ready":
             lines.append(f"slot {peer['slot']}: {_explain(peer, peer['last_exit'])}")
         if unhandled := peer["counters"]["unknown_magic"]:
@@ -166,17 +164,12 @@ def _last_exit(peer: Peer) -> str | None:
     if end is None:
         return None
     how = str(end["how"]).removeprefix("killed by ")
-    cause = f" ({CAUSES[end['cause']][0]})" if end["cause"] in CAUSES else ""
+    cause = f" ({CAUSES[end['cause']]})" if end["cause"] in CAUSES else ""
     return f"{how}{cause} {_ago(end['age_s'])}"
 
 
 def _explain(peer: Peer, end: Mapping[str, Any]) -> str:
-    served = end["ready_for_s"]
-    cause = f", {CAUSES[end['cause']][1]}" if end["cause"] in CAUSES else ""
-    parts = [
-        f"{end['how']}{cause}, {_ago(end['age_s'])}",
-        "before it was ready" if served is None else f"after {duration(served)} of service",
-    ]
+    parts = [f"{end['summary']}, {_ago(end['age_s'])}"]
     if end["lost_in_flight"]:
         parts.append(f"lost {end['lost_in_flight']}")
     if peer["next_start_in_s"] is not None:

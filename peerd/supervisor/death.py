@@ -19,7 +19,7 @@ LAST_LINES = 40
 _CAUSES = {
     "oom": " (out of memory: the kernel's OOM killer)",
     "stuck": " (by the supervisor, because it was stuck)",
-    "late": " (by the supervisor, because it was late)",
+    "late": " (by the supervisor, because it was not ready in time)",
 }
 
 
@@ -67,15 +67,17 @@ class Death(NamedTuple):
 
     @property
     def what_happened(self) -> str:
+        return f"worker pid {self.pid}: {self.summary}; datagrams in hand and lost: {self.lost_in_flight}"
+
+    @property
+    def summary(self) -> str:
+        """Such as ``killed by SIGSEGV after 3.0 s of service``."""
         age = (
             "before it was ready"
             if self.ready_for_s is None
             else f"after {self.ready_for_s:.1f} s of service"
         )
-        return (
-            f"worker pid {self.pid}: {self.how}{_CAUSES.get(self.cause, '')} {age}; datagrams in hand and "
-            f"lost: {self.lost_in_flight}"
-        )
+        return f"{self.how}{_CAUSES.get(self.cause, '')} {age}"
 
 
 def certify(

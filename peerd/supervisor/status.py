@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 REGISTRAR_STALE_S = 5.0
 """Longer than one of the registrar's rounds takes when etcd does not answer."""
 
-EXIT_FIELDS = (*(name for name in Death._fields if name != "at_s"), "oom", "age_s")
+EXIT_FIELDS = (*(name for name in Death._fields if name != "at_s"), "oom", "age_s", "summary")
 """Fields of ``last_exit``, which is null until a worker has died."""
 
 
@@ -156,7 +156,8 @@ def _summary(peer: Peer) -> str:
     """One phrase: ``ready``, another state, or why a ready peer is not healthy."""
     found = peer.health.diagnosis
     if peer.slot.state is PeerState.READY and found is not None and not found.is_healthy:
-        return found.sentence
+        waiting = shortened([f"{magic} {n}" for magic, n in peer.slot.waiting_by_magic.items()])
+        return f"{found.sentence} (waiting: {waiting})" if waiting else found.sentence
     return peer.slot.state.name.lower()
 
 
@@ -164,7 +165,8 @@ def _last_exit(peer: Peer, now_s: float) -> dict[str, object] | None:
     death = peer.last_death
     if death is None:
         return None
-    more = {"oom": death.cause == "oom", "age_s": round(now_s - death.at_s, 3)}
+    age_s = round(now_s - death.at_s, 3)
+    more = {"oom": death.cause == "oom", "age_s": age_s, "summary": death.summary}
     known = {**death._asdict(), **more}
     return {name: known[name] for name in EXIT_FIELDS}
 

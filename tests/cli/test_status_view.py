@@ -34,6 +34,7 @@ def peer(slot: int, **values: Any) -> dict[str, Any]:
         "cpu_percent": 1.5,
         "health": "ok",
         "health_for_s": 0.0,
+        "summary": "ready",
         "last_exit": None,
         "next_start_in_s": None,
         "rx_queued_bytes": 0,
@@ -66,10 +67,11 @@ KILLED = {
     "lost_in_flight": 3,
     "cause": "oom",
     "next": "restarted at once",
+    "summary": "killed by SIGKILL (out of memory) after 3000.0 s of service",
 }
 
 KILLED_TEXT = (
-    "slot 1: killed by SIGKILL, out of memory, 12s ago; after 50m00s of service; lost 3; "
+    "slot 1: killed by SIGKILL (out of memory) after 3000.0 s of service, 12s ago; lost 3; "
     "next start in 47.0s"
 )
 
@@ -169,18 +171,17 @@ def test_problems_of_a_peer_are_listed_below() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cause", "brief", "full"),
+    ("cause", "brief"),
     [
-        ("signal", "SIGKILL 12s ago", "killed by SIGKILL, 12s ago; after"),
-        ("oom", "SIGKILL (OOM) 12s ago", "SIGKILL, out of memory, 12s ago"),
-        ("stuck", "SIGKILL (stuck) 12s ago", "SIGKILL, because it was stuck, 12s ago"),
-        ("late", "SIGKILL (late) 12s ago", "SIGKILL, because it was not ready in time, 12s ago"),
+        ("signal", "SIGKILL 12s ago"),
+        ("oom", "SIGKILL (OOM) 12s ago"),
+        ("stuck", "SIGKILL (stuck) 12s ago"),
+        ("late", "SIGKILL (late) 12s ago"),
     ],
 )
-def test_why_a_worker_was_killed(cause: str, brief: str, full: str) -> None:
+def test_why_a_worker_was_killed(cause: str, brief: str) -> None:
     dead = peer(0, state="backoff", last_exit={**KILLED, "cause": cause})
     assert column("LAST EXIT", dead) == [brief]
-    assert full in status_view.notes(report(dead))[0]
 
 
 def test_unhandled_and_truncated_messages_are_shown() -> None:
