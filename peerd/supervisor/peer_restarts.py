@@ -81,9 +81,9 @@ class PeerRestarts(RestartSchedule):
             return LifecycleEvent.FAIL, f"restarted {when}"
         policy = self.policy
         why = (
-            f"parked again, as it was not ready for {policy.reset_after_ready_s:g} s"
+            f"parked again because it was not ready for {policy.reset_after_ready_s:g} s"
             if was_parked
-            else f"parked, as it failed {policy.max_failures + 1} times within {policy.window_s:g} s"
+            else f"parked because it failed {policy.max_failures + 1} times within {policy.window_s:g} s"
         )
         if self._environment.settings.on_crashloop is OnCrashloop.EXIT:
             return LifecycleEvent.PARK, f"{why}; the supervisor stops (--on-crashloop)"

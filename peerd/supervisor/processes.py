@@ -149,7 +149,7 @@ def spawn(
         raise
 
 
-def reap_stranger() -> None:
+def reap_orphans() -> None:
     """Reap orphans as PID 1 of a container, which inherits processes whose parent has ended.
 
     Our own children are left to wait(), after their pidfd has reported the end; a later call goes on then.

@@ -45,7 +45,7 @@ from peerd.supervisor.metrics_server import MetricsServer
 from peerd.supervisor.output import RecentLines
 from peerd.supervisor.peer_environment import PeerEnvironment
 from peerd.supervisor.peer_table import PeerTable
-from peerd.supervisor.processes import reap_stranger
+from peerd.supervisor.processes import reap_orphans
 from peerd.supervisor.record_conflicts import RecordConflicts
 from peerd.supervisor.recycler import Recycler
 from peerd.supervisor.reloads import Reloads
@@ -215,7 +215,7 @@ class Supervisor:
 
     def _check_health(self) -> None:
         if os.getpid() == 1:
-            reap_stranger()
+            reap_orphans()
         if self._stop is None:
             self._oom_kills.update()
             for peer in self._peers.values():

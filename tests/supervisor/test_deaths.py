@@ -185,7 +185,7 @@ def test_the_next_step_in_a_certificate_is_what_happens(supervised: Supervised) 
         pytest.approx(delay_s, rel=0.25) for delay_s in (0, 0.25, 0.5, 1, 2)
     ]
     assert plans[5] == (
-        "parked, as it failed 6 times within 60 s; tried again in 60 s, or by 'peerd restart 0'"
+        "parked because it failed 6 times within 60 s; tried again in 60 s, or by 'peerd restart 0'"
     )
     assert running.peer(0)["state"] == "crashloop"
     assert 30 < running.peer(0)["next_start_in_s"] <= 60

@@ -31,7 +31,7 @@ ALLOWED_BY_PID = {
     ("processes.py", "spawn", "os.kill"),
     ("processes.py", "spawn", "os.waitpid"),
     # A zombie that waitid(WNOWAIT) has just reported, so it still has its pid.
-    ("processes.py", "reap_stranger", "os.waitpid"),
+    ("processes.py", "reap_orphans", "os.waitpid"),
 }
 
 
