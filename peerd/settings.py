@@ -244,7 +244,7 @@ class OnCrashloop(enum.Enum):
     """What happens to a worker that dies too often (restart.py has the policy)."""
 
     RETRY = "retry"
-    """The supervisor parks the peer and retries it once a minute; the other peers are not affected."""
+    """The supervisor parks the peer and retries it every minute; the other peers are not affected."""
 
     EXIT = "exit"
     """The supervisor stops gracefully and exits with 70."""
