@@ -576,10 +576,10 @@ def test_a_program_that_does_not_close_its_registry_ends(etcd: str, prefix: str)
         ("http://localhost:x", "write http://host:port"),
         ("http://[::1:2379", "write http://host:port"),
         ("http://localhost:2379/v3", "nothing may follow"),
-        ("http://user:secret@localhost:2379", "no user or password"),
+        ("http://user:secret@localhost:2379", "do not put a user or password"),
         ("a:2379,b:2379", "write http://host:port"),
         ("http://a:2379,", "write http://host:port"),
-        ("http://a:2379,https://b:2379", "or none of them"),
+        ("http://a:2379,https://b:2379", "use TLS for all members"),
         ("http://a:2379,http://a:2379/", "each member once"),
     ],
 )
