@@ -1,1 +1,1 @@
-"""What the tests share: real etcds, supervisors, clients and terminals, and ways to wait for facts."""
+"""Shared parts of the tests: real etcds, supervisors, clients and terminals, and ways to wait for facts."""

@@ -21,7 +21,7 @@ from harness.ports import MAX_WORKERS, WORKER
 
 _NUMBERS = itertools.count()
 _SUBNETS = 256 // MAX_WORKERS
-"""Of each worker, so that two never use the same addresses."""
+"""The number of subnets of each xdist worker, so that no two use the same addresses."""
 
 
 @cache
@@ -44,7 +44,7 @@ def why_no_networks() -> str:
 
 
 class ClusterNetwork:
-    """For a ``with`` block around that of the cluster."""
+    """For a ``with`` block around the block of the cluster."""
 
     def __init__(self, members: int) -> None:
         number = next(_NUMBERS)

@@ -1,4 +1,4 @@
-"""Runs a command of peerd as a script does: to its end, or until the test has seen enough."""
+"""Runs a command of peerd as a script does: to its end, or until the end of a ``with`` block."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def command(*args: str) -> list[str]:
 
 @contextmanager
 def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A process that has ended when the block ends, also by a failed assertion. ``options`` of Popen."""
+    """A process that is killed when the block ends. ``options`` are those of Popen."""
     with subprocess.Popen(command, **options) as process:
         try:
             yield process

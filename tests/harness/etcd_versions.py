@@ -45,7 +45,7 @@ def _versions() -> list[Any]:
 
 
 EVERY_ETCD = _versions()
-"""For ``@pytest.fixture(params=EVERY_ETCD)``: tests of what differs between versions."""
+"""For ``@pytest.fixture(params=...)`` of tests whose subject differs between versions."""
 
 ETCD_VERSIONS = [
     pytest.param(*version.values, id=version.id, marks=[*version.marks, pytest.mark.slow])
@@ -53,4 +53,4 @@ ETCD_VERSIONS = [
     else version
     for version in EVERY_ETCD
 ]
-"""The same, but all versions except the newest only in ``make test-all``."""
+"""For all other tests: only the newest version runs in ``make test``."""

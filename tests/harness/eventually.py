@@ -12,7 +12,7 @@ _POLL_S = 0.01
 
 
 def eventually(check: Callable[[], T], within_s: float = 60.0) -> T:
-    """What ``check`` returns once that is true. When the time is over, its last failure is raised."""
+    """Return the first true result of ``check``. Raises its last failure when the time is over."""
     give_up_s = time.monotonic() + within_s
     while True:
         try:

@@ -1,5 +1,5 @@
-"""What systemd does for one service, without being PID 1: its notify socket, its descriptor store, and
-the start of the service with the descriptors from 3 on (sd_notify(3), sd_listen_fds(3))."""
+"""Stands in for systemd with one service: a notify socket, a descriptor store, and the start of the service
+with descriptors from 3 on (sd_notify(3), sd_listen_fds(3))."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-# Runs in the service's process, whose pid LISTEN_PID must be. The copies are out of the way of 3, 4, ...
+# Runs in the service's process, because LISTEN_PID must be its pid. The copies leave 3, 4, ... free.
 LAUNCH = """
 import fcntl, os, sys
 passed = [fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 512) for fd in sys.argv[1].split(",") if fd]
@@ -43,7 +43,7 @@ class FakeSystemd:
     told: list[Told] = field(default_factory=list)
     store: dict[str, list[socket.socket]] = field(default_factory=dict)
     sockets: dict[str, socket.socket] = field(default_factory=dict)
-    """Of a .socket unit: passed at each start, before those of the store."""
+    """Sockets of .socket units: each start passes them before those of the store."""
 
     process: subprocess.Popen[bytes] | None = None
 
@@ -87,7 +87,7 @@ class FakeSystemd:
         return self.process
 
     def passed(self) -> list[tuple[str, socket.socket]]:
-        """What a start gets, in order, with its names."""
+        """The descriptors that a start passes, in order, with their names."""
         stored = [(name, sock) for name, kept in self.store.items() for sock in kept]
         return [*self.sockets.items(), *stored]
 
@@ -111,11 +111,11 @@ class FakeSystemd:
         return (self.folder / "err").read_text()
 
     def values(self, name: str) -> list[str]:
-        """All that it has ever been told of this name, oldest first."""
+        """Every value that the service has sent for this name, oldest first."""
         return [told.fields[name] for told in list(self.told) if name in told.fields]
 
     def names(self) -> list[str]:
-        """What has been told, in order, but for the descriptors and the watchdog's pings."""
+        """The names that the service has sent, in order, without descriptors and pings of the watchdog."""
         names = ("READY", "RELOADING", "STOPPING")
         return [name for told in list(self.told) for name in names if name in told.fields]
 
@@ -141,5 +141,5 @@ class FakeSystemd:
         for sock in sockets:
             if fields.get("FDSTORE") == "1" and os.fstat(sock.fileno()).st_ino not in known:
                 self.store.setdefault(name, []).append(sock)
-            else:  # systemd takes one that it has for a success
+            else:  # systemd accepts a descriptor that it has already
                 sock.close()

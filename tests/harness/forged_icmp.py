@@ -20,7 +20,7 @@ def raw_socket(family: socket.AddressFamily) -> socket.socket:
 
 
 def forge_icmp_error(raw: socket.socket, kind: int, code: int, sender: int, receiver: int) -> None:
-    """Tell the socket on port ``sender`` that a datagram of it did not reach port ``receiver``.
+    """Report to the socket on port ``sender`` that a datagram from it did not reach port ``receiver``.
 
     Both are on loopback. What (3, 4) says of the path, the kernel believes for ten minutes, unless
     the socket has IP_PMTUDISC_INTERFACE.
@@ -36,7 +36,7 @@ def forge_icmp_error(raw: socket.socket, kind: int, code: int, sender: int, rece
         rest = struct.pack(">HH", 0, mtu) + ip + udp + bytes(12)
         raw.sendto(head + internet_checksum(head + rest) + rest, (host, 0))
         return
-    # That of the loopback device, so that nothing changes by it, for this or any other process.
+    # The MTU of the loopback device, so that the error changes no path for any process.
     mtu = 65536 if (kind, code) == PACKET_TOO_BIG else 0
     ip = struct.pack(">IHBB", 6 << 28, 20, socket.IPPROTO_UDP, 64) + address * 2
     # The kernel fills in the checksum of an ICMPv6 socket (RFC 3542 section 3.1).

@@ -1,8 +1,8 @@
 """Finds what a test leaves behind: processes, threads, descriptors and files.
 
 The guard looks once per test, at its end, and compares with the look before. A look reads a few entries of
-/proc. Only if there is something new, the guard collects garbage and gives it time to go away. What a fixture
-of a wider scope sets up belongs to no test: see ``granting()``.
+/proc. Only if it finds something new, the guard collects garbage and waits for it to go away. Fixtures of a
+wider scope than one test leave things on purpose: see ``granting()``.
 
 PR_SET_CHILD_SUBREAPER makes every orphan a child of this process. So the guard finds all processes of a test
 among its own children, without a search of /proc, and pytest-xdist workers do not see each other's.
@@ -28,7 +28,7 @@ PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 _IGNORED = ("anon_inode:[eventpoll]", "anon_inode:[eventfd]", "anon_inode:[timerfd]", "/proc")
 
 _Found = tuple[str, int, str]
-"""Kind, number and name of what was found. A process has no name here: it may change its own."""
+"""Kind, number and name. A process has no name here, because it can change its own."""
 
 
 class LeakGuard:
@@ -47,7 +47,7 @@ class LeakGuard:
 
     @contextlib.contextmanager
     def granting(self) -> Iterator[None]:
-        """What comes up in this block may stay."""
+        """Everything that appears in this block may stay."""
         before = self._look()
         try:
             yield
@@ -55,7 +55,7 @@ class LeakGuard:
             self._known |= self._look() - before
 
     def leftovers(self, *, wait: bool = True) -> list[str]:
-        """What is there now that was not at the last look, and does not go away.
+        """Find everything that was not there at the last look and does not go away.
 
         Processes are then killed and files removed, so that the next test does not meet them.
         """
@@ -91,7 +91,7 @@ class LeakGuard:
         yield from self.runtime.glob("peerd/*")
 
     def _clean_up(self) -> None:
-        # A killed process leaves its children to this one, so they come up in the next look.
+        # The children of a killed process become children of this one: the next look finds them.
         while processes := [pid for kind, pid, _ in self._news() if kind == "process"]:
             for pid in processes:
                 os.kill(pid, signal.SIGKILL)  # a child that was not waited for keeps its pid
@@ -117,7 +117,7 @@ def _children() -> set[int]:
 
 
 def _has_ended(pid: int) -> bool:
-    """Reaps the child if so."""
+    """Reaps a child that has ended."""
     try:
         return os.waitpid(pid, os.WNOHANG) != (0, 0)
     except ChildProcessError:

@@ -1,4 +1,4 @@
-"""A control group with little memory, where this machine lets one be made."""
+"""A control group with little memory, if this machine allows one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MemoryGroup:
 
     @property
     def enter(self) -> list[str]:
-        """Put before a command, it is run in the group."""
+        """The beginning of a command line that runs the rest of the line in the group."""
         return ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(self._directory / "cgroup.procs")]
 
     def pids(self) -> set[int]:
@@ -38,7 +38,7 @@ class MemoryGroup:
 
 @contextmanager
 def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
-    """Skips the test where that is not allowed. What runs in it is killed at the end."""
+    """Kills its processes at the end. Skips the test if this machine allows no group."""
     reasons = []
     for mount_point, is_v2 in _mounts():
         directory = mount_point / f"peerd-test-{os.getpid()}"
@@ -63,7 +63,7 @@ def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
 
 
 def _mounts() -> list[tuple[Path, bool]]:
-    """Where they are mounted, and whether it is version 2."""
+    """The mount points of memory controllers, and whether each is of version 2."""
     found = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         where, _, what = line.partition(" - ")

@@ -1,4 +1,4 @@
-"""Free ports for tests, from a range of its own for each xdist worker: no two workers use the same port."""
+"""Free ports for tests. Each xdist worker has its own range, so no two workers use the same port."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from peerd.free_ports import BELOW_EPHEMERAL, FreePorts
 
 MAX_WORKERS = 16
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-"""The number of this xdist worker; 0 also without xdist."""
+"""The number of this xdist worker; 0 without xdist."""
 
 assert WORKER < MAX_WORKERS, f"pytest -n {MAX_WORKERS} is the most that ports are divided among"
 _SIZE = len(BELOW_EPHEMERAL) // MAX_WORKERS

@@ -1,4 +1,4 @@
-"""A slow and obvious decoder: what the compiled one is compared with."""
+"""A slow and obvious decoder to compare the compiled one with."""
 
 from __future__ import annotations
 

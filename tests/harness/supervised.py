@@ -1,4 +1,4 @@
-"""Runs ``peerd supervise`` the way a user does: a process, its output, its ports, its control socket."""
+"""Runs ``peerd supervise`` as a user does: a process, its output, its ports, its control socket."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class Running:
 
 
 def is_gone(pid: int) -> bool:
-    """No such process, or only its zombie, waiting for whoever adopted it."""
+    """Whether the process has ended; its zombie may still wait to be reaped."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""What tests ask a running supervisor over its control socket."""
+"""Requests to a running supervisor over its control socket."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def scale(running: Running, peers: object) -> Any:
 
 
 def events(running: Running, *kinds: str) -> list[dict[str, Any]]:
-    """Those of these kinds, or all, oldest first."""
+    """The events of these kinds, or all events, oldest first."""
     return [each for each in ask(running, "events") if not kinds or each["event"] in kinds]
 
 
@@ -30,7 +30,7 @@ def logged(running: Running, slot: int) -> list[str]:
     """The messages about one peer, oldest first."""
     try:
         return [each["message"] for each in ask(running, "logs", slot=slot)]
-    except ControlError:  # none so far
+    except ControlError:  # no messages yet
         return []
 
 
@@ -56,7 +56,7 @@ def serving(running: Running, slot: int, but_not: Collection[int] = ()) -> int:
 
 
 def death_of(running: Running, pid: int) -> dict[str, Any]:
-    """As an event, once it is known."""
+    """Waits for the event of this death."""
 
     def find() -> dict[str, Any] | None:
         return next((each for each in events(running, "died") if each["pid"] == pid), None)
@@ -67,7 +67,7 @@ def death_of(running: Running, pid: int) -> dict[str, Any]:
 
 
 class Asked:
-    """A command that is under way while the test goes on."""
+    """A command that runs while the test continues."""
 
     def __init__(self, running: Running, command: str, **arguments: object) -> None:
         self._answer: Any = None
@@ -87,7 +87,7 @@ class Asked:
         return self._thread.is_alive()
 
     def answer(self, timeout_s: float = 60) -> Any:
-        """The result. Raises ControlError, as the supervisor has said it."""
+        """The result. Raises the supervisor's ControlError."""
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), f"no answer within {timeout_s:g} s"
         if self._error is not None:

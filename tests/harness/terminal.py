@@ -18,7 +18,7 @@ ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]")
 
 
 class Terminal:
-    """The command and what it has written. Its end closes the terminal."""
+    """The command and its output so far, for a ``with`` block."""
 
     def __init__(self, command: Sequence[str], columns: int = 80, rows: int = 24) -> None:
         self._fd, inner = pty.openpty()
@@ -32,7 +32,7 @@ class Terminal:
             stdout=inner,
             stderr=inner,
             env=environment,
-            # With the terminal as the controlling one, whose Ctrl-C is a SIGINT.
+            # Makes this the controlling terminal, so that Ctrl-C is a SIGINT.
             preexec_fn=_take_terminal,
         )
         os.close(inner)
@@ -66,7 +66,7 @@ class Terminal:
         os.write(self._fd, keys)
 
     def wait(self, within_s: float = 60) -> int:
-        """The exit code. What it writes is read meanwhile."""
+        """The exit code. Reads the output while it waits."""
         give_up_s = time.monotonic() + within_s
         while self.process.poll() is None:
             assert time.monotonic() < give_up_s, f"still running: {self.text[-2000:]}"
@@ -78,7 +78,7 @@ class Terminal:
         while select.select([self._fd], [], [], timeout_s)[0]:
             try:
                 chunk = os.read(self._fd, 1 << 16)
-            except OSError:  # EIO: nobody has the other end open any more
+            except OSError:  # EIO: the other end is closed
                 return
             self._written += chunk
 
