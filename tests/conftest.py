@@ -1,4 +1,4 @@
-"""Fixtures of all tests, and the guard that each test cleans up after itself."""
+"""Fixtures of all tests, among them the guard that fails tests which leave something behind."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ from typing import Any
 import hypothesis
 import pytest
 
-from harness.etcd_fixture import shared_etcd
 from harness.leak_guard import LeakGuard
+from harness.ports import free_ports
 from harness.supervised import Supervised
+from peerd.registry.embedded_etcd import EmbeddedEtcd
 
 # The timing of examples depends on what else the machine does.
 hypothesis.settings.register_profile("peerd", deadline=None)
 hypothesis.settings.load_profile("peerd")
 
-etcd = shared_etcd
 _GUARD = pytest.StashKey[LeakGuard]()
 _HAS_FAILED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addini(
-        "leak_patience_s", "time for what a test leaves to go away by itself", default="20"
-    )
+    parser.addini("leak_patience_s", "time that leftovers of a test have to go away", default="20")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -41,13 +39,13 @@ def pytest_runtest_makereport(
 
 
 class WiderFixtures:
-    """A plugin, because pytest asks no conftest.py below its root about fixtures of the session."""
+    """A plugin, because pytest calls no hook of tests/conftest.py for fixtures of the session."""
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(
         self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
     ) -> Generator[None, object, object]:
-        """What a fixture of a wider scope sets up is no leak of the test that needs it first."""
+        """Whatever a fixture of a wider scope sets up is no leak of the first test that uses it."""
         guard = request.config.stash.get(_GUARD, None)
         if fixturedef.scope == "function" or guard is None:
             return (yield)
@@ -56,10 +54,10 @@ class WiderFixtures:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Lets every process that a test starts begin with default signals, however the tests were started.
+    """Give every process that a test starts the default signals, however the tests were started.
 
-    Signals that are ignored, as nohup and background jobs of a script have them, stay so for the tests
-    themselves: a handler that does nothing is not inherited.
+    nohup, and a script that starts the tests in the background, have them ignore signals. The test process
+    still ignores these, but by a handler that does nothing, which its children do not inherit.
     """
     config.pluginmanager.register(WiderFixtures())
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -93,6 +91,13 @@ def nothing_left_behind(request: pytest.FixtureRequest, leak_guard: LeakGuard) -
     left = leak_guard.leftovers(wait=not has_failed)
     if left and not has_failed:
         pytest.fail(f"left behind: {'; '.join(left)}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def etcd() -> Iterator[str]:
+    """The endpoint of a running etcd. Its tests use different key prefixes."""
+    with EmbeddedEtcd(free_ports()) as etcd:
+        yield etcd.endpoint
 
 
 @pytest.fixture
