@@ -26,7 +26,7 @@ TESTS = Path(__file__).parents[1]
 def test_tests_of_signals_and_streams_pass(line: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += [f"--rootdir={TESTS.parent}", f"-c{TESTS.parent}/pyproject.toml"]
-    command += [f"{TESTS}/supervisor/test_exit_codes.py::test_128_and_the_number_of_a_signal"]
+    command += [f"{TESTS}/clients/test_peer.py::test_ctrl_c_in_the_foreground"]
     command += [f"{TESTS}/cli/test_streams_of_commands.py"]
     # The path of a socket is short, so the folder is not below this test's own.
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
