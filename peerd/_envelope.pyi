@@ -43,6 +43,13 @@ class Message:
         An IPv4 address in an IPv6 socket is shown as IPv4. None for a message made by hand.
         """
 
+    @property
+    def local(self) -> tuple[str, int] | None:
+        """(address, port) of this host that the datagram was sent to.
+
+        None for a message made by hand, and for a datagram that came by IPv6 multicast.
+        """
+
     def json(self) -> Any:
         """The body as JSON (orjson). Raises orjson.JSONDecodeError, a ValueError."""
 

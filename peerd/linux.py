@@ -1,9 +1,22 @@
-"""Facts about kernel versions that no call reports."""
+"""Socket options without a name in Python, and facts about kernel versions that no call reports."""
 
 from __future__ import annotations
 
 import os
 import re
+
+# linux/udp.h, asm-generic/socket.h, linux/in.h and linux/in6.h: what the socket module lacks.
+SOL_UDP = 17
+UDP_SEGMENT = 103
+UDP_GRO = 104
+SO_SNDBUFFORCE = 32
+SO_RCVBUFFORCE = 33
+SO_TIMESTAMPNS = 35
+SO_MEMINFO = 55
+SO_RCVMARK = 75
+IP_PKTINFO = 8
+IP_RECVERR = 11
+IPV6_RECVERR = 25
 
 FIRST_WITH_GOOD_GRO = (5, 12)
 """Earlier kernels misreported joined datagrams (wireguard-go: "UDP_GRO is kind of buggy")."""

@@ -7,6 +7,7 @@ cimport peerd.linux_udp as linux
 from peerd._coroutines cimport Coroutines
 from peerd._envelope cimport Codec, Message
 from peerd._scoreboard cimport Waiting
+from peerd.destination cimport Destination
 from peerd.outbox cimport Outbox
 
 
@@ -38,7 +39,8 @@ cdef class Dispatcher:
     cdef int open(self, Outbox *outbox, Waiting *waiting) except -1
     cdef int attach(self, object event_loop, object new_task, object on_suspended, object on_ended) except -1
     cdef int detach(self) except -1
-    cdef int dispatch(self, const uint8_t *data, size_t size, linux.msghdr *header) except -1
+    cdef int dispatch(self, const uint8_t *data, size_t size, const Destination *destination,
+                      linux.socklen_t address_bytes) except -1
     cdef int end_turn(self) except -1
     cdef int leave_coroutines(self) except -1
     cdef int answer(self, Message message, object result) except -1

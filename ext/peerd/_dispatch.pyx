@@ -10,6 +10,7 @@ from libc.string cimport memcpy, memset
 cimport peerd.linux_udp as linux
 from peerd._coroutines cimport SUSPENDED, Coroutines
 from peerd._envelope cimport Codec, Message
+from peerd.destination cimport Destination
 from peerd._scoreboard cimport (
     HANDLER_ERRORS,
     MAX_WAITING_NAME_BYTES,
@@ -56,6 +57,7 @@ cdef class Dispatcher:
         self._outbox = outbox
         self._waiting = waiting
         self._counters = self._codec._counters = outbox.counters
+        self._codec.local_port = linux.htons(outbox.guard.own.port)
         memset(waiting, 0, sizeof(Waiting))
         for magic, route in self._routes.items():
             route.waiting_row = MAX_WAITING_ROWS
@@ -79,12 +81,13 @@ cdef class Dispatcher:
         self._coroutines = Coroutines()
         return 0
 
-    cdef int dispatch(self, const uint8_t *data, size_t size, linux.msghdr *header) except -1:
+    cdef int dispatch(self, const uint8_t *data, size_t size, const Destination *destination,
+                      linux.socklen_t address_bytes) except -1:
         """Call the handler of one datagram, and queue its reply."""
         cdef Route route
         cdef Message message
         self._counters[RX_BYTES] += size
-        message = self._codec.read(data, size, header)
+        message = self._codec.read(data, size, destination, address_bytes)
         if message is None:
             self._codec.count_unread()
             return 0

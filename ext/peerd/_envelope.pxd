@@ -1,9 +1,10 @@
 """Declarations of _envelope.pyx for the dispatcher."""
 
 cimport cython
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint64_t
 
 cimport peerd.linux_udp as linux
+from peerd.destination cimport Destination
 from peerd.outbox cimport Outbox
 from peerd.wire cimport DecodeReason, Envelope
 
@@ -18,7 +19,8 @@ cdef class Message:
     cdef readonly bytes body
     cdef tuple _sender
     cdef linux.socklen_t _address_bytes  # 0: not from the network
-    cdef linux.sockaddr_in6 _address  # large enough for an IPv4 one; zeros behind _address_bytes
+    cdef Destination _destination
+    cdef uint16_t _local_port  # network byte order; 0: not from the network
 
 
 @cython.final
@@ -27,6 +29,7 @@ cdef class Codec:
     cdef object route
     cdef size_t header_bytes
 
+    cdef uint16_t local_port  # of the socket, in network byte order
     cdef uint64_t *_counters
     cdef dict _routes
     cdef dict _versions
@@ -36,7 +39,8 @@ cdef class Codec:
     cdef size_t _cached_bytes  # 0 when no header is cached
     cdef DecodeReason _reason
 
-    cdef Message read(self, const uint8_t *data, size_t size, linux.msghdr *header)
+    cdef Message read(self, const uint8_t *data, size_t size, const Destination *destination,
+                      linux.socklen_t address_bytes)
     cdef void count_unread(self) noexcept
     cdef int reply(self, Outbox *outbox, Message request, object result, const uint8_t *header,
                    size_t header_bytes) except -1

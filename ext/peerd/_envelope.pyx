@@ -17,6 +17,7 @@ from libc.string cimport memcmp, memcpy
 cimport peerd.linux_udp as linux
 from peerd._scoreboard cimport DECODE_EMPTY_COUNT, UNKNOWN_MAGIC
 from peerd.outbox cimport Outbox, room
+from peerd.destination cimport Destination, has_local
 from peerd.loop_guard cimport is_checked, why_not_reply
 from peerd.sockaddr cimport address_of
 from peerd.transmit cimport DropReason, count_drops
@@ -66,8 +67,19 @@ cdef class Message:
     def sender(self):
         """The (address, port) that the datagram came from; None for a message made by hand."""
         if self._sender is None and self._address_bytes:
-            self._sender = address_of(<linux.sockaddr *>&self._address)
+            self._sender = address_of(<linux.sockaddr *>&self._destination.address)
         return self._sender
+
+    @property
+    def local(self):
+        """The (address, port) that was asked; None for a message made by hand, and after multicast."""
+        cdef linux.sockaddr_in6 address
+        if self._local_port == 0 or not has_local(&self._destination):
+            return None
+        address.sin6_family = linux.AF_INET6
+        address.sin6_port = self._local_port
+        address.sin6_addr = self._destination.local.ipi6_addr
+        return address_of(<linux.sockaddr *>&address)
 
     def json(self):
         """The body as JSON (orjson). Raises orjson.JSONDecodeError, a ValueError."""
@@ -150,7 +162,8 @@ cdef class Codec:
         self._routes = {magic.encode("ascii"): (magic, route) for magic, route in routes.items()}
         self._versions = {}
 
-    cdef Message read(self, const uint8_t *data, size_t size, linux.msghdr *header):
+    cdef Message read(self, const uint8_t *data, size_t size, const Destination *destination,
+                      linux.socklen_t address_bytes):
         """The message in a datagram, or None when no route takes it: see count_unread.
 
         ``route`` and ``header_bytes`` are those of this message.
@@ -166,8 +179,9 @@ cdef class Codec:
         message.body = PyBytes_FromStringAndSize(
             <const char *>data + self.header_bytes, size - self.header_bytes
         )
-        message._address_bytes = min(header.msg_namelen, <linux.socklen_t>sizeof(message._address))
-        memcpy(&message._address, header.msg_name, message._address_bytes)
+        message._address_bytes = address_bytes
+        message._destination = destination[0]
+        message._local_port = self.local_port
         return message
 
     cdef void count_unread(self) noexcept:
@@ -193,7 +207,7 @@ cdef class Codec:
             body_bytes = PyBytes_GET_SIZE(body)
             if not may_reply(outbox, request, request.magic):
                 return 0
-            at = room(outbox, header_bytes + body_bytes, &request._address, request._address_bytes)
+            at = room(outbox, header_bytes + body_bytes, &request._destination, request._address_bytes)
             if at != NULL:
                 memcpy(at, header, header_bytes)
                 memcpy(at + header_bytes, PyBytes_AS_STRING(body), body_bytes)
@@ -207,7 +221,7 @@ cdef class Codec:
             at = room(
                 outbox,
                 8 + magic_size + version_size + body_bytes,
-                &request._address,
+                &request._destination,
                 request._address_bytes,
             )
             if at != NULL:
@@ -267,12 +281,12 @@ cdef class Codec:
 cdef bint may_reply(Outbox *outbox, Message request, str magic) noexcept:
     """False when the reply could begin a loop (loop_guard.pxd); it is counted then."""
     cdef int reason
-    if not is_checked(&outbox.guard, &request._address):
+    if not is_checked(&outbox.guard, &request._destination.address):
         return True
-    reason = why_not_reply(&outbox.guard, &request._address, magic == request.magic)
+    reason = why_not_reply(&outbox.guard, &request._destination.address, magic == request.magic)
     if reason < 0:
         return True
-    count_drops(&outbox.tx, <DropReason>reason, 1, 0, &request._address)
+    count_drops(&outbox.tx, <DropReason>reason, 1, 0, &request._destination)
     return False
 
 

@@ -43,7 +43,7 @@ cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ENOMEM, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 cimport peerd.linux_udp as linux
 from peerd._dispatch cimport Dispatcher
@@ -62,6 +62,7 @@ from peerd._scoreboard cimport (
     SlotData,
 )
 from peerd.clock cimport monotonic_ns
+from peerd.destination cimport Destination, read_local, report_local_addresses
 from peerd.flight cimport RX_BATCH
 from peerd.icmp cimport may_be_icmp
 from peerd.linger cimport Linger, linger_after, linger_open
@@ -109,6 +110,8 @@ cdef class DatagramLoop:
     cdef Receiver _rx
     cdef Outbox _outbox
     cdef Linger _linger
+    cdef Destination _source  # of the datagrams in a buffer, as the destination of replies to them
+    cdef bint _reports_local
     cdef int _rx_buffers  # how many the next turn may fill
     cdef int _until_clock_check  # datagrams
     cdef int64_t _turn_ns  # when the turn, or its part since the budget was last exceeded, began
@@ -162,6 +165,12 @@ cdef class DatagramLoop:
             max_reply_rate,
             max_reply_rate != <uint64_t>DEFAULT_MAX_REPLY_RATE,
         )
+        self._reports_local = self._outbox.guard.is_wildcard
+        report_local_addresses(fd, self._reports_local)
+        if self._reports_local:
+            self._outbox.tx.family = self._outbox.guard.family
+        else:
+            memcpy(&self._source.local.ipi6_addr, self._outbox.guard.own.address, 16)
         self._dispatcher.open(&self._outbox, &self._stats.waiting)
         if linux.pipe2(ends, linux.O_CLOEXEC | linux.O_NONBLOCK) < 0:
             raise OSError(errno, f"pipe2: {os.strerror(errno)}")
@@ -433,6 +442,7 @@ cdef class DatagramLoop:
         return 0
 
     cdef int _dispatch_buffer(self, linux.mmsghdr *received) except -1:
+        cdef linux.socklen_t address_bytes
         cdef const uint8_t *data = <const uint8_t *>received.msg_hdr.msg_iov.iov_base
         cdef size_t left = received.msg_len
         cdef size_t stride, size
@@ -440,14 +450,19 @@ cdef class DatagramLoop:
             self._stats.counters[RX_TRUNCATED] += 1
             self._outbox.processed += 1
             return 0
-        if is_from_self(&self._outbox.guard, received.msg_hdr.msg_name):
+        address_bytes = min(received.msg_hdr.msg_namelen, <linux.socklen_t>sizeof(self._source.address))
+        memset(&self._source.address, 0, sizeof(self._source.address))
+        memcpy(&self._source.address, received.msg_hdr.msg_name, address_bytes)
+        if is_from_self(&self._outbox.guard, &self._source.address):
             self._stats.counters[RX_OWN] += segments(received)
             self._outbox.processed += segments(received)
             return 0
+        if self._reports_local:
+            read_local(&received.msg_hdr, &self._source.local)
         stride = stride_of(received)
         while True:
             size = stride if stride < left else left
-            self._dispatcher.dispatch(data, size, &received.msg_hdr)
+            self._dispatcher.dispatch(data, size, &self._source, address_bytes)
             self._outbox.processed += 1
             self._until_clock_check -= 1
             if self._until_clock_check == 0:

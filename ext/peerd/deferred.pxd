@@ -19,6 +19,7 @@ from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memcmp, memcpy
 
 cimport peerd.linux_udp as linux
+from peerd.destination cimport Destination
 from peerd.pages cimport free_pages, untouched_pages
 
 cdef enum:
@@ -29,7 +30,7 @@ cdef enum:
     RETRY_INTERVAL_NS = 1000000
 
 cdef struct Entry:
-    linux.sockaddr_in6 address  # large enough for an IPv4 one; zero behind it
+    Destination destination
     linux.socklen_t address_bytes
     unsigned int first  # of the datagrams that are left
     unsigned int end  # 0: the entry is free
@@ -62,21 +63,21 @@ cdef inline void deferred_clear(Deferred *deferred) noexcept nogil:
         deferred.entries[i].end = 0
 
 
-cdef inline Entry *entry_of(Deferred *deferred, const void *address) noexcept nogil:
-    """The entry of an address (sizeof(sockaddr_in6) bytes), NULL when none of its replies is here."""
+cdef inline Entry *entry_of(Deferred *deferred, const Destination *destination) noexcept nogil:
+    """The entry of a destination, NULL when none of its replies is here."""
     cdef int i
     if deferred.datagrams == 0:
         return NULL
     for i in range(MAX_DEFERRED_ADDRESSES):
         if deferred.entries[i].end and (
-            memcmp(&deferred.entries[i].address, address, sizeof(linux.sockaddr_in6)) == 0
+            memcmp(&deferred.entries[i].destination, destination, sizeof(Destination)) == 0
         ):
             return &deferred.entries[i]
     return NULL
 
 
 cdef inline Entry *new_entry(
-    Deferred *deferred, const void *address, linux.socklen_t address_bytes, int64_t now_ns
+    Deferred *deferred, const Destination *destination, linux.socklen_t address_bytes, int64_t now_ns
 ) noexcept nogil:
     """An entry after its first failed attempt; NULL when all are in use. A datagram has to follow."""
     cdef Entry *entry
@@ -84,7 +85,7 @@ cdef inline Entry *new_entry(
     for i in range(MAX_DEFERRED_ADDRESSES):
         entry = &deferred.entries[i]
         if entry.end == 0:
-            memcpy(&entry.address, address, sizeof(linux.sockaddr_in6))
+            entry.destination = destination[0]
             entry.address_bytes = address_bytes
             entry.first = 0
             entry.used_bytes = 0

@@ -37,6 +37,7 @@ cdef extern from "<sys/socket.h>" nogil:
     cmsghdr *CMSG_NXTHDR(msghdr *, cmsghdr *)
     unsigned char *CMSG_DATA(cmsghdr *)
     size_t CMSG_LEN(size_t)
+    size_t CMSG_SPACE(size_t)
 
     ssize_t recvmsg(int, msghdr *, int)
     int recvmmsg(int, mmsghdr *, unsigned int, int, void *)
@@ -84,6 +85,18 @@ cdef extern from "<netinet/in.h>" nogil:
         uint16_t sin6_port
         in6_addr sin6_addr
 
+    cdef struct in_pktinfo:
+        int ipi_ifindex
+        in_addr ipi_spec_dst
+        in_addr ipi_addr
+
+    cdef struct in6_pktinfo:
+        in6_addr ipi6_addr
+        unsigned int ipi6_ifindex
+
+    int IP_PKTINFO
+    int IPV6_PKTINFO
+    int IPV6_RECVPKTINFO
     int IP_RECVERR
     int IPV6_RECVERR
     bint IN6_IS_ADDR_V4MAPPED(const in6_addr *)
@@ -91,6 +104,7 @@ cdef extern from "<netinet/in.h>" nogil:
 cdef extern from "<arpa/inet.h>" nogil:
     const char *inet_ntop(int, const void *, char *, socklen_t)
     uint16_t ntohs(uint16_t)
+    uint16_t htons(uint16_t)
 
 cdef extern from "<ifaddrs.h>" nogil:
     cdef struct ifaddrs:

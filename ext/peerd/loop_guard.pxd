@@ -58,6 +58,7 @@ cdef struct Bucket:
 
 cdef struct Guard:
     Source own
+    int family
     bint is_wildcard
     uint16_t first_port
     const int64_t *slot_count
@@ -86,6 +87,7 @@ cdef inline void guard_open(
     memset(&address, 0, sizeof(address))
     linux.getsockname(fd, <linux.sockaddr *>&address, &size)
     read_source(&address, &guard.own)
+    guard.family = (<linux.sockaddr *>&address).sa_family
     guard.is_wildcard = is_unspecified(guard.own.address)
     guard.first_port = guard.own.port - slot
     guard.slots = slots

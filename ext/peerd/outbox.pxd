@@ -10,6 +10,7 @@ from libc.stdint cimport uint8_t, uint64_t
 
 cimport peerd.linux_udp as linux
 from peerd._scoreboard cimport HANDLED, RX_DATAGRAMS, SlotData
+from peerd.destination cimport Destination
 from peerd.loop_guard cimport Guard, guard_close
 from peerd.transmit cimport (
     DROP_FULL,
@@ -68,20 +69,20 @@ cdef inline void drop_replies(Outbox *outbox) noexcept nogil:
 
 
 cdef inline uint8_t *room(
-    Outbox *outbox, size_t size, const void *address, linux.socklen_t address_bytes
+    Outbox *outbox, size_t size, const Destination *destination, linux.socklen_t address_bytes
 ) noexcept:
     """Where to write a reply of ``size`` bytes; NULL when it was counted as dropped instead.
 
-    ``address`` is as for transmit_room.
+    The address is as for transmit_room.
     """
     cdef uint8_t *at
     if size > MAX_DATAGRAM_BYTES:
-        count_drops(&outbox.tx, DROP_TOO_BIG, 1, EMSGSIZE, address)
+        count_drops(&outbox.tx, DROP_TOO_BIG, 1, EMSGSIZE, destination)
         return NULL
-    at = transmit_room(&outbox.tx, size, address, address_bytes)
+    at = transmit_room(&outbox.tx, size, destination, address_bytes)
     if at == NULL:
         flush(outbox)
-        at = transmit_room(&outbox.tx, size, address, address_bytes)
+        at = transmit_room(&outbox.tx, size, destination, address_bytes)
         if at == NULL:
-            count_drops(&outbox.tx, DROP_FULL, 1, EAGAIN, address)
+            count_drops(&outbox.tx, DROP_FULL, 1, EAGAIN, destination)
     return at

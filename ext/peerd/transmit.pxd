@@ -57,6 +57,7 @@ from peerd.deferred cimport (
     entry_of,
     new_entry,
 )
+from peerd.destination cimport LOCAL_CONTROL_BYTES, Destination, has_local, write_local
 from peerd.flight cimport TX_WINDOW, UNTOUCHED, Flight, store_barrier
 from peerd.icmp cimport may_be_icmp
 from peerd.pages cimport free_pages, untouched_pages
@@ -70,9 +71,9 @@ cdef enum:
     TX_SEGMENTS = 64
     # Addresses that refuse runs, before runs are given up altogether.
     TX_REFUSING = 64
-    TX_ADDRESS_BYTES = sizeof(linux.sockaddr_in6)
     # CMSG_SPACE(sizeof(uint16_t)), which C does not call a constant.
-    TX_CONTROL_BYTES = 24
+    SEGMENT_CONTROL_BYTES = 24
+    TX_CONTROL_BYTES = SEGMENT_CONTROL_BYTES + LOCAL_CONTROL_BYTES
     TX_RETRIES = 3
 
 # In the order of the scoreboard's counters.
@@ -106,7 +107,9 @@ cdef struct Transmitter:
     size_t pages_bytes  # of the mapping that begins with the arena
     linux.mmsghdr *headers
     linux.iovec *vectors
-    uint8_t *addresses
+    Destination *destinations
+    int family  # of a socket whose replies name their local address; else 0
+    uint64_t pieces_control[5]  # LOCAL_CONTROL_BYTES, aligned for a cmsghdr
     uint8_t *control
     Run *runs
     unsigned int prepared  # headers that point where they should; the others are untouched memory
@@ -119,7 +122,7 @@ cdef struct Transmitter:
     int blocked  # why the last flush left something: EAGAIN, or ENOBUFS for deferred replies; else 0
     bint has_drops
     Drops drops[DROP_REASONS]
-    uint8_t refusing[TX_REFUSING][TX_ADDRESS_BYTES]
+    Destination refusing[TX_REFUSING]
     unsigned int refusing_count
     linux.mmsghdr pieces[TX_WINDOW]
     linux.iovec piece_vectors[TX_SEGMENTS]
@@ -137,9 +140,10 @@ cdef inline bint transmitter_open(
     flight.sending = 0
     tx.prepared = 0
     tx.clock_ns = monotonic_ns
+    tx.family = 0
     # The arena, then what each run has, from the strictest alignment to none.
     tx.pages_bytes = TX_ARENA_BYTES + TX_RUNS * (
-        sizeof(linux.mmsghdr) + sizeof(linux.iovec) + sizeof(Run) + TX_CONTROL_BYTES + TX_ADDRESS_BYTES
+        sizeof(linux.mmsghdr) + sizeof(linux.iovec) + sizeof(Run) + TX_CONTROL_BYTES + sizeof(Destination)
     )
     tx.arena = <uint8_t *>untouched_pages(tx.pages_bytes)
     if tx.arena == NULL or not deferred_open(&tx.deferred):
@@ -148,7 +152,7 @@ cdef inline bint transmitter_open(
     tx.vectors = <linux.iovec *>(tx.headers + TX_RUNS)
     tx.runs = <Run *>(tx.vectors + TX_RUNS)
     tx.control = <uint8_t *>(tx.runs + TX_RUNS)
-    tx.addresses = tx.control + TX_RUNS * TX_CONTROL_BYTES
+    tx.destinations = <Destination *>(tx.control + TX_RUNS * TX_CONTROL_BYTES)
     for i in range(TX_WINDOW):
         tx.pieces[i].msg_hdr.msg_iovlen = 1
     return True
@@ -163,21 +167,21 @@ cdef inline void prepare_header(Transmitter *tx, unsigned int i) noexcept nogil:
     cdef linux.cmsghdr *control = <linux.cmsghdr *>(tx.control + i * TX_CONTROL_BYTES)
     tx.headers[i].msg_hdr.msg_iov = &tx.vectors[i]
     tx.headers[i].msg_hdr.msg_iovlen = 1
-    tx.headers[i].msg_hdr.msg_name = tx.addresses + i * TX_ADDRESS_BYTES
+    tx.headers[i].msg_hdr.msg_name = &tx.destinations[i]
     control.cmsg_level = linux.SOL_UDP
     control.cmsg_type = linux.UDP_SEGMENT
     control.cmsg_len = linux.CMSG_LEN(sizeof(uint16_t))
 
 
-cdef inline bint refuses_runs(Transmitter *tx, const void *address) noexcept nogil:
+cdef inline bint refuses_runs(Transmitter *tx, const Destination *destination) noexcept nogil:
     cdef unsigned int i
     for i in range(tx.refusing_count):
-        if memcmp(tx.refusing[i], address, TX_ADDRESS_BYTES) == 0:
+        if memcmp(&tx.refusing[i], destination, sizeof(Destination)) == 0:
             return True
     return False
 
 
-cdef inline uint8_t *extend_run(Transmitter *tx, size_t size, const void *address) noexcept nogil:
+cdef inline uint8_t *extend_run(Transmitter *tx, size_t size, const Destination *destination) noexcept nogil:
     """Room behind the last run if the datagram fits it, else NULL."""
     cdef unsigned int last = tx.end - 1
     cdef Run *run = &tx.runs[last]
@@ -189,7 +193,7 @@ cdef inline uint8_t *extend_run(Transmitter *tx, size_t size, const void *addres
         or run.count == TX_SEGMENTS
         or vector.iov_len + size > MAX_DATAGRAM_BYTES
         or tx.arena_used + size > TX_ARENA_BYTES
-        or memcmp(tx.addresses + last * TX_ADDRESS_BYTES, address, TX_ADDRESS_BYTES) != 0
+        or memcmp(&tx.destinations[last], destination, sizeof(Destination)) != 0
     ):
         return NULL
     at = tx.arena + tx.arena_used
@@ -202,16 +206,16 @@ cdef inline uint8_t *extend_run(Transmitter *tx, size_t size, const void *addres
 
 
 cdef inline uint8_t *transmit_room(
-    Transmitter *tx, size_t size, const void *address, linux.socklen_t address_bytes
+    Transmitter *tx, size_t size, const Destination *destination, linux.socklen_t address_bytes
 ) noexcept nogil:
     """Where to write a datagram of 1 to MAX_DATAGRAM_BYTES bytes; NULL when it must be flushed first.
 
-    ``address`` has TX_ADDRESS_BYTES bytes, zero behind ``address_bytes``.
+    ``address_bytes``: those of the destination's address that are one.
     """
     cdef uint8_t *at
     cdef unsigned int i = tx.end
     if tx.gso and i > tx.first:
-        at = extend_run(tx, size, address)
+        at = extend_run(tx, size, destination)
         if at != NULL:
             return at
     if i == TX_RUNS or tx.arena_used + size > TX_ARENA_BYTES:
@@ -220,13 +224,13 @@ cdef inline uint8_t *transmit_room(
         prepare_header(tx, i)
         tx.prepared += 1
     at = tx.arena + tx.arena_used
-    memcpy(tx.addresses + i * TX_ADDRESS_BYTES, address, TX_ADDRESS_BYTES)
+    tx.destinations[i] = destination[0]
     tx.headers[i].msg_hdr.msg_namelen = address_bytes
     tx.vectors[i].iov_base = at
     tx.vectors[i].iov_len = size
     tx.runs[i].count = 1
     tx.runs[i].segment_bytes = <uint16_t>size
-    tx.runs[i].is_open = tx.gso and not refuses_runs(tx, address)
+    tx.runs[i].is_open = tx.gso and not refuses_runs(tx, destination)
     tx.arena_used += size
     tx.end = i + 1
     tx.queued += 1
@@ -234,23 +238,27 @@ cdef inline uint8_t *transmit_room(
 
 
 cdef inline void close_runs(Transmitter *tx) noexcept nogil:
-    """Write the control message of each unsent run that is one; none of them grows any more."""
+    """Write the control messages of the unsent runs; none of them grows any more."""
     cdef unsigned int i
     cdef linux.msghdr *header
+    cdef uint8_t *control
     for i in range(tx.first, tx.end):
         header = &tx.headers[i].msg_hdr
+        control = tx.control + i * TX_CONTROL_BYTES
         tx.runs[i].is_open = False
+        header.msg_control = NULL
+        header.msg_controllen = 0
         if tx.runs[i].count > 1:
-            header.msg_control = tx.control + i * TX_CONTROL_BYTES
-            header.msg_controllen = TX_CONTROL_BYTES
+            header.msg_control = control
+            header.msg_controllen = SEGMENT_CONTROL_BYTES
             memcpy(
-                linux.CMSG_DATA(<linux.cmsghdr *>header.msg_control),
-                &tx.runs[i].segment_bytes,
-                sizeof(uint16_t),
+                linux.CMSG_DATA(<linux.cmsghdr *>control), &tx.runs[i].segment_bytes, sizeof(uint16_t)
             )
-        else:
-            header.msg_control = NULL
-            header.msg_controllen = 0
+        if tx.family and has_local(&tx.destinations[i]):
+            control += SEGMENT_CONTROL_BYTES
+            if header.msg_control == NULL:
+                header.msg_control = control
+            header.msg_controllen += write_local(tx.family, &tx.destinations[i].local, control)
 
 
 cdef inline void count_sent(Transmitter *tx, unsigned int messages, size_t sent_bytes) noexcept nogil:
@@ -265,26 +273,26 @@ cdef inline bint has_no_room(int error) noexcept nogil:
 
 
 cdef inline void count_drops(
-    Transmitter *tx, DropReason reason, unsigned int datagrams, int error, const void *address
+    Transmitter *tx, DropReason reason, unsigned int datagrams, int error, const Destination *destination
 ) noexcept nogil:
-    """Of replies that are not queued. ``address`` has TX_ADDRESS_BYTES bytes."""
+    """Of replies that are not queued."""
     cdef Drops *drops = &tx.drops[<int>reason]
     tx.counters[TX_DROPPED_FULL + <int>reason] += datagrams
     if drops.count == 0:
         drops.error = error
-        memcpy(&drops.address, address, TX_ADDRESS_BYTES)
+        drops.address = destination.address
     drops.count += datagrams
     tx.has_drops = True
 
 
-cdef inline void drop(Transmitter *tx, int error, const void *address) noexcept nogil:
+cdef inline void drop(Transmitter *tx, int error, const Destination *destination) noexcept nogil:
     """A queued datagram that cannot be sent."""
     cdef DropReason reason = DROP_REFUSED
     if has_no_room(error):
         reason = DROP_CONGESTED
     elif error == EMSGSIZE:
         reason = DROP_TOO_BIG
-    count_drops(tx, reason, 1, error, address)
+    count_drops(tx, reason, 1, error, destination)
     tx.counters[HANDLED] += 1
     tx.queued -= 1
 
@@ -326,7 +334,7 @@ cdef inline int send_in_pieces(
     Transmitter *tx,
     linux.iovec *pieces,
     unsigned int count,
-    void *address,
+    Destination *destination,
     linux.socklen_t address_bytes,
     unsigned int *done,
 ) noexcept nogil:
@@ -337,9 +345,14 @@ cdef inline int send_in_pieces(
     cdef int sent, error
     cdef unsigned int i, asked
     cdef int retries = 0
+    cdef size_t control_bytes = 0
+    if tx.family and has_local(destination):
+        control_bytes = write_local(tx.family, &destination.local, tx.pieces_control)
     for i in range(<unsigned int>TX_WINDOW if count > TX_WINDOW else count):
-        tx.pieces[i].msg_hdr.msg_name = address
+        tx.pieces[i].msg_hdr.msg_name = &destination.address
         tx.pieces[i].msg_hdr.msg_namelen = address_bytes
+        tx.pieces[i].msg_hdr.msg_control = tx.pieces_control if control_bytes else NULL
+        tx.pieces[i].msg_hdr.msg_controllen = control_bytes
     done[0] = 0
     while done[0] < count:
         asked = min(count - done[0], <unsigned int>TX_WINDOW)
@@ -362,7 +375,7 @@ cdef inline int send_in_pieces(
             retries += 1
             tx.met_icmp_error = True
         else:
-            drop(tx, error, address)
+            drop(tx, error, destination)
             done[0] += 1
             retries = 0
     return 0
@@ -392,7 +405,7 @@ cdef inline int send_first_run_in_pieces(Transmitter *tx) noexcept nogil:
     cdef int error
     cut_first_run(tx)
     error = send_in_pieces(
-        tx, tx.piece_vectors, run.count, header.msg_name, header.msg_namelen, &done
+        tx, tx.piece_vectors, run.count, &tx.destinations[tx.first], header.msg_namelen, &done
     )
     if error:
         vector.iov_len -= <uint8_t *>tx.piece_vectors[done].iov_base - <uint8_t *>vector.iov_base
@@ -401,14 +414,14 @@ cdef inline int send_first_run_in_pieces(Transmitter *tx) noexcept nogil:
     return error
 
 
-cdef inline void refuse_runs(Transmitter *tx, const void *address) noexcept nogil:
+cdef inline void refuse_runs(Transmitter *tx, const Destination *destination) noexcept nogil:
     tx.counters[TX_GSO_REFUSED] += 1
-    if refuses_runs(tx, address):
+    if refuses_runs(tx, destination):
         return
     if tx.refusing_count == TX_REFUSING:
         tx.gso = False
         return
-    memcpy(tx.refusing[tx.refusing_count], address, TX_ADDRESS_BYTES)
+    tx.refusing[tx.refusing_count] = destination[0]
     tx.refusing_count += 1
 
 
@@ -421,7 +434,7 @@ cdef inline int fall_back_to_pieces(Transmitter *tx, int error) noexcept nogil:
     if tx.counters[TX_MESSAGES] > sent_before and (
         error == EIO or error == EINVAL or error == EMSGSIZE
     ):
-        refuse_runs(tx, tx.addresses + tx.first * TX_ADDRESS_BYTES)
+        refuse_runs(tx, &tx.destinations[tx.first])
     return rest_error
 
 
@@ -433,7 +446,7 @@ cdef inline int send_runs(Transmitter *tx) noexcept nogil:
     cdef unsigned int asked = min(tx.end - tx.first, <unsigned int>TX_WINDOW)
     if tx.deferred.datagrams:
         for i in range(1, asked):
-            if entry_of(&tx.deferred, tx.addresses + (tx.first + i) * TX_ADDRESS_BYTES) != NULL:
+            if entry_of(&tx.deferred, &tx.destinations[tx.first + i]) != NULL:
                 asked = i
                 break
     while True:
@@ -462,11 +475,13 @@ cdef inline void defer_first_run(Transmitter *tx, Entry *entry, int error) noexc
     cdef linux.msghdr *header = &tx.headers[tx.first].msg_hdr
     cdef unsigned int i
     if entry == NULL:
-        entry = new_entry(&tx.deferred, header.msg_name, header.msg_namelen, tx.clock_ns())
+        entry = new_entry(
+            &tx.deferred, &tx.destinations[tx.first], header.msg_namelen, tx.clock_ns()
+        )
     cut_first_run(tx)
     for i in range(tx.runs[tx.first].count):
         if entry == NULL or not defer(&tx.deferred, entry, &tx.piece_vectors[i]):
-            drop(tx, error, header.msg_name)
+            drop(tx, error, &tx.destinations[tx.first])
 
 
 cdef inline void retry_entry(Transmitter *tx, Entry *entry, int64_t now_ns) noexcept nogil:
@@ -479,14 +494,14 @@ cdef inline void retry_entry(Transmitter *tx, Entry *entry, int64_t now_ns) noex
             tx,
             &entry.datagrams[entry.first],
             entry.end - entry.first,
-            &entry.address,
+            &entry.destination,
             entry.address_bytes,
             &done,
         )
         if error == EAGAIN:
             tx.blocked = EAGAIN
         elif error and entry.attempts >= MAX_ATTEMPTS:
-            drop(tx, error, &entry.address)
+            drop(tx, error, &entry.destination)
             done += 1
             error = 0
         datagrams_done(&tx.deferred, entry, done)
@@ -508,17 +523,17 @@ cdef inline void transmit(Transmitter *tx) noexcept nogil:
     """Give every queued datagram to the kernel, or count why not; ``blocked`` says what is left."""
     cdef int error
     cdef Entry *entry
-    cdef const void *address
+    cdef Destination *destination
     close_runs(tx)
     tx.blocked = 0
     if tx.deferred.datagrams:
         retry_deferred(tx)
     while tx.first < tx.end and tx.blocked == 0:
-        address = tx.addresses + tx.first * TX_ADDRESS_BYTES
-        entry = entry_of(&tx.deferred, address)
+        destination = &tx.destinations[tx.first]
+        entry = entry_of(&tx.deferred, destination)
         if entry != NULL:
             error = ENOBUFS
-        elif tx.runs[tx.first].count > 1 and tx.refusing_count and refuses_runs(tx, address):
+        elif tx.runs[tx.first].count > 1 and tx.refusing_count and refuses_runs(tx, destination):
             error = send_first_run_in_pieces(tx)
         else:
             error = send_runs(tx)
@@ -532,7 +547,7 @@ cdef inline void transmit(Transmitter *tx) noexcept nogil:
         if has_no_room(error):
             defer_first_run(tx, entry, error)
         elif error:
-            drop(tx, error, address)
+            drop(tx, error, destination)
         tx.first += 1
     if tx.blocked == 0:
         tx.first = tx.end = 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 from peerd._envelope import encode
 from peerd.address import Address, address_of
 from peerd.clients.client_sockets import AttemptSockets, SendSockets
+from peerd.clients.endpoints import Endpoint, numeric
 from peerd.errors import NoAnswerError, SettingsError
 
 if TYPE_CHECKING:
@@ -40,11 +41,16 @@ class Peers(Protocol):
 
 
 class ClientBase:
-    def __init__(self, peers: Peers | None = None) -> None:
-        """Without ``peers`` targets are addresses, and ``broadcast`` is refused."""
+    def __init__(self, peers: Peers | None = None, *, source: str | None = None) -> None:
+        """Without ``peers`` targets are addresses, and ``broadcast`` is refused.
+
+        ``source``: a numeric address of this host that all datagrams leave from; None leaves the
+        choice to the kernel. Raises SettingsError when it is not a numeric address.
+        """
         self._peers = peers
-        self._attempt_sockets = AttemptSockets()
-        self._send_sockets = SendSockets()
+        endpoint = None if source is None else _source(source)
+        self._attempt_sockets = AttemptSockets(endpoint)
+        self._send_sockets = SendSockets(endpoint)
 
     def locate(self, target: Target) -> Address:
         """The target's current address. A host name is not resolved.
@@ -114,6 +120,13 @@ def _cause(error: OSError, timeout_s: float | None) -> str:
             "and see that the peer has a handler that replies"
         )
     return f"{error.strerror or error}; {NEXT_STEPS.get(error.errno or 0, NEXT_STEP)}"
+
+
+def _source(address: str) -> Endpoint:
+    endpoint = numeric(Address(address, 0))
+    if endpoint is None:
+        raise SettingsError(f"source {address!r}: give a numeric address of this host")
+    return endpoint
 
 
 def _checked(target: tuple[str, int]) -> Address:

@@ -14,6 +14,7 @@ order and are delivered joined (UDP_GRO).
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import threading
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ IPV6_RECVERR = 25
 class AttemptSockets:
     """Makes one connected socket per attempt, on a port that no recently failed attempt had."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: Endpoint | None = None) -> None:
+        self._source = source
         self._lock = threading.Lock()
         self._failed_ports: dict[int, None] = {}  # oldest first
 
@@ -51,11 +53,11 @@ class AttemptSockets:
 
     def _draw(self, endpoint: Endpoint) -> socket.socket:
         for _ in range(MAX_DRAWS):
-            sock = _connected(endpoint)
+            sock = _connected(endpoint, self._source)
             if sock.getsockname()[1] not in self._failed_ports:
                 return sock
             sock.close()
-        return _connected(endpoint)
+        return _connected(endpoint, self._source)
 
     def _remember(self, port: int) -> None:
         with self._lock:
@@ -65,9 +67,10 @@ class AttemptSockets:
                 del self._failed_ports[next(iter(self._failed_ports))]
 
 
-def _connected(endpoint: Endpoint) -> socket.socket:
+def _connected(endpoint: Endpoint, source: Endpoint | None) -> socket.socket:
     sock = socket.socket(endpoint.family, socket.SOCK_DGRAM)
     try:
+        _bind(sock, source)
         # Without this option Linux does not report "host unreachable" and the like (udp(7)).
         sock.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
         if endpoint.family == socket.AF_INET6:
@@ -79,10 +82,21 @@ def _connected(endpoint: Endpoint) -> socket.socket:
     return sock
 
 
+def _bind(sock: socket.socket, source: Endpoint | None) -> None:
+    if source is None:
+        return
+    if source.family != sock.family:
+        raise OSError(
+            errno.EAFNOSUPPORT, f"the source address {source.sockaddr[0]} is of another family"
+        )
+    sock.bind(source.sockaddr)
+
+
 class SendSockets:
     """One unconnected socket per address family, opened on first use."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: Endpoint | None = None) -> None:
+        self._source = source
         self._lock = threading.Lock()
         self._sockets: dict[int, socket.socket] = {}
         self._closed = False
@@ -97,7 +111,13 @@ class SendSockets:
             self.check_open()
             sock = self._sockets.get(family)
             if sock is None:
-                sock = self._sockets[family] = socket.socket(family, socket.SOCK_DGRAM)
+                sock = socket.socket(family, socket.SOCK_DGRAM)
+                try:
+                    _bind(sock, self._source)
+                except BaseException:
+                    sock.close()
+                    raise
+                self._sockets[family] = sock
                 # Replies are never read, so the kernel should keep as few as possible.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
             return sock

@@ -233,9 +233,9 @@ def test_the_port_of_a_failed_try_is_not_drawn_again(
     drawn: list[int] = []
     connected = client_sockets._connected
 
-    def same_port_again(endpoint: Endpoint) -> socket.socket:
+    def same_port_again(endpoint: Endpoint, source: Endpoint | None) -> socket.socket:
         if len(drawn) % 2 == 0:
-            sock = connected(endpoint)
+            sock = connected(endpoint, source)
         else:
             sock = socket.socket(V4, socket.SOCK_DGRAM)
             sock.bind(("0.0.0.0", drawn[-1]))

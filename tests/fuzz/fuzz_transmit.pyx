@@ -28,11 +28,11 @@ from peerd._scoreboard cimport (
     TX_DROPPED_TOO_BIG,
     TX_MESSAGES,
 )
+from peerd.destination cimport Destination
 from peerd.deferred cimport RETRY_INTERVAL_NS, deferred_clear
 from peerd.flight cimport Flight
 from peerd.transmit cimport (
     MAX_DATAGRAM_BYTES,
-    TX_ADDRESS_BYTES,
     TX_RETRIES,
     TX_SEGMENTS,
     Transmitter,
@@ -66,6 +66,7 @@ cdef enum:
     REFUSE_RUNS_TO_ODD_CLIENTS = 2
     REFUSE_ALL_TO_HIGH_CLIENTS = 4
     DROP_AT_THE_END = 128
+    HAS_LOCAL = 64
 
 cdef struct Kernel:
     const uint8_t *at
@@ -103,10 +104,14 @@ cdef inline uint8_t next_byte() noexcept nogil:
     return value
 
 
-cdef inline void address_of(uint8_t client, uint8_t *address) noexcept nogil:
-    memset(address, 0, TX_ADDRESS_BYTES)
-    address[0] = linux.AF_INET
-    address[3] = client
+cdef inline void destination_of(uint8_t client, Destination *destination) noexcept nogil:
+    """Clients with the bit HAS_LOCAL have asked at an address of their own."""
+    memset(destination, 0, sizeof(Destination))
+    (<uint8_t *>destination)[0] = linux.AF_INET
+    (<uint8_t *>destination)[3] = client
+    if client & HAS_LOCAL:
+        destination.local.ipi6_addr.s6_addr[15] = client
+        destination.local.ipi6_ifindex = 3
 
 
 cdef inline uint8_t client_of(linux.mmsghdr *message) noexcept nogil:
@@ -140,7 +145,7 @@ cdef int refuse(linux.mmsghdr *first, int error) noexcept nogil:
         if not is_the_datagrams_own(error):
             kernel.others_errors += 1
         if is_the_datagrams_own(error) or kernel.others_errors > TX_RETRIES:
-            if first.msg_hdr.msg_controllen == 0:
+            if stride_of_run(first) == 0:
                 kernel.refused_for_good += 1
             elif not refuses_all(client_of(first)):
                 kernel.refused_runs += 1
@@ -150,7 +155,7 @@ cdef int refuse(linux.mmsghdr *first, int error) noexcept nogil:
 
 cdef void take_one(const uint8_t *data, size_t size, linux.msghdr *header) noexcept nogil:
     cdef uint32_t number, written_size
-    cdef uint8_t address[TX_ADDRESS_BYTES]
+    cdef Destination destination
     cdef uint8_t difference = 0
     cdef size_t i
     memcpy(&number, data, 4)
@@ -159,14 +164,38 @@ cdef void take_one(const uint8_t *data, size_t size, linux.msghdr *header) noexc
     check(written_size == size)
     check(size == 8 or data[size - 1] == <uint8_t>number)
     check(number >= kernel.next_number[clients[number]])
-    address_of(clients[number], address)
+    destination_of(clients[number], &destination)
     check(header.msg_namelen == sizeof(linux.sockaddr_in))
     for i in range(sizeof(linux.sockaddr_in)):
-        difference |= (<uint8_t *>header.msg_name)[i] ^ address[i]
+        difference |= (<uint8_t *>header.msg_name)[i] ^ (<uint8_t *>&destination)[i]
     check(difference == 0)
     kernel.next_number[clients[number]] = number + 1
     kernel.messages += 1
     kernel.message_bytes += size
+
+
+cdef uint16_t stride_of_run(linux.mmsghdr *message) noexcept nogil:
+    """0 for a single datagram. Checks that all control messages are whole, and the local address."""
+    cdef linux.msghdr *header = &message.msg_hdr
+    cdef linux.cmsghdr *control = NULL
+    cdef linux.in_pktinfo local
+    cdef uint16_t stride = 0
+    cdef bint has_local = False
+    if header.msg_controllen:
+        control = linux.CMSG_FIRSTHDR(header)
+    while control != NULL:
+        if control.cmsg_level == linux.SOL_UDP and control.cmsg_type == linux.UDP_SEGMENT:
+            check(control.cmsg_len == linux.CMSG_LEN(sizeof(uint16_t)))
+            memcpy(&stride, linux.CMSG_DATA(control), sizeof(stride))
+        else:
+            check(control.cmsg_level == linux.IPPROTO_IP and control.cmsg_type == linux.IP_PKTINFO)
+            check(control.cmsg_len == linux.CMSG_LEN(sizeof(local)))
+            memcpy(&local, linux.CMSG_DATA(control), sizeof(local))
+            check((<uint8_t *>&local.ipi_spec_dst)[3] == client_of(message) and local.ipi_ifindex == 3)
+            has_local = True
+        control = linux.CMSG_NXTHDR(header, control)
+    check(has_local == (client_of(message) & HAS_LOCAL != 0))
+    return stride
 
 
 cdef void take(linux.mmsghdr *message) noexcept nogil:
@@ -174,19 +203,13 @@ cdef void take(linux.mmsghdr *message) noexcept nogil:
     cdef linux.msghdr *header = &message.msg_hdr
     cdef const uint8_t *data = <const uint8_t *>header.msg_iov.iov_base
     cdef size_t left = header.msg_iov.iov_len
-    cdef linux.cmsghdr *control
-    cdef uint16_t stride = 0
+    cdef uint16_t stride = stride_of_run(message)
     check(header.msg_iovlen == 1)
     check(left > 0 and left <= MAX_DATAGRAM_BYTES)
-    if header.msg_controllen == 0:
+    if stride == 0:
         take_one(data, left, header)
         return
-    control = linux.CMSG_FIRSTHDR(header)
-    check(control.cmsg_level == linux.SOL_UDP and control.cmsg_type == linux.UDP_SEGMENT)
-    check(control.cmsg_len == linux.CMSG_LEN(sizeof(uint16_t)))
-    check(control.cmsg_len <= header.msg_controllen)
-    memcpy(&stride, linux.CMSG_DATA(control), sizeof(stride))
-    check(stride > 0 and stride < left)
+    check(stride < left)
     check((left + stride - 1) // stride <= TX_SEGMENTS)
     while left > stride:
         take_one(data, stride, header)
@@ -210,7 +233,7 @@ cdef public int sendmmsg(int fd, linux.mmsghdr *messages, unsigned int count, in
         # As in the kernel, an error behind messages that were sent is not reported.
         if refuses_all(client):
             return i if i > 0 else refuse(messages, errno.EINVAL)
-        if messages[i].msg_hdr.msg_controllen and (
+        if stride_of_run(&messages[i]) and (
             kernel.gso_mode & REFUSE_ALL_RUNS
             or (client & 1 and kernel.gso_mode & REFUSE_RUNS_TO_ODD_CLIENTS)
         ):
@@ -233,17 +256,17 @@ cdef void flush() noexcept nogil:
 cdef void offer(uint8_t client, size_t size) noexcept nogil:
     """As DatagramLoop._queue does."""
     global offered
-    cdef uint8_t address[TX_ADDRESS_BYTES]
+    cdef Destination destination
     cdef uint32_t written_size = <uint32_t>size
     cdef uint8_t *at
     if offered == MAX_REPLIES:
         return
-    address_of(client, address)
+    destination_of(client, &destination)
     clients[offered] = client
-    at = transmit_room(&tx, size, address, sizeof(linux.sockaddr_in))
+    at = transmit_room(&tx, size, &destination, sizeof(linux.sockaddr_in))
     if at == NULL:
         flush()
-        at = transmit_room(&tx, size, address, sizeof(linux.sockaddr_in))
+        at = transmit_room(&tx, size, &destination, sizeof(linux.sockaddr_in))
     if at == NULL:
         counters[TX_DROPPED_FULL] += 1
     else:
@@ -282,6 +305,7 @@ cdef public int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) noexcep
     if not opened:
         check(transmitter_open(&tx, 7, True, counters, &flight))
         tx.clock_ns = clock_ns
+        tx.family = linux.AF_INET
         opened = True
     memset(counters, 0, sizeof(counters))
     memset(&kernel, 0, sizeof(kernel))

@@ -150,6 +150,8 @@ def _transmits() -> dict[str, bytes]:
     files["crash-addresses-that-refuse-everything"] = (
         b"\4" + b"".join(reply(2, client, 1) for client in range(128, 200)) + flush
     )
+    # A control message of pieces began where a cmsghdr may not.
+    files["crash-control-message-not-aligned"] = b"\x7f\xffC\xff"
     # Of all that ICMP messages can cause, three were known.
     files["crash-errors-of-others"] = b"\0" + reply(1, 5) + flush + fails(7) + fails(8) + fails(10)
     return files
