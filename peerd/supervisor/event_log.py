@@ -15,13 +15,13 @@ from peerd.supervisor.journal import (
     WorkerReplaced,
     WorkerStuck,
 )
-from peerd.supervisor.peer_table import Peers
+from peerd.supervisor.peer_table import PeerView
 
 log = logging.getLogger(__name__)
 
 
 class EventLog:
-    def __init__(self, journal: Journal, peers: Peers, endpoint: str) -> None:
+    def __init__(self, journal: Journal, peers: PeerView, endpoint: str) -> None:
         """``endpoint``: of etcd, named in the line that says that all peers are registered."""
         self._peers = peers
         self._endpoint = endpoint

@@ -15,13 +15,18 @@ from peerd.supervisor.journal import (
 )
 from peerd.supervisor.loop import Loop
 from peerd.supervisor.notify import Notifier
-from peerd.supervisor.peer_table import Peers
+from peerd.supervisor.peer_table import PeerView
 from peerd.supervisor.status import StatusReport
 
 
 class ManagerStatus:
     def __init__(
-        self, loop: Loop, journal: Journal, notifier: Notifier, peers: Peers, status: StatusReport
+        self,
+        loop: Loop,
+        journal: Journal,
+        notifier: Notifier,
+        peers: PeerView,
+        status: StatusReport,
     ) -> None:
         self._loop = loop
         self._notifier = notifier

@@ -19,7 +19,7 @@ from peerd.supervisor.journal import CannotStart, Journal, WorkerDied, WorkerRep
 from peerd.supervisor.resources import Resources
 from peerd.supervisor.socket_queue import QueueState
 from peerd.supervisor.status import StatusReport
-from peerd.supervisor.supervised_peer import Peer
+from peerd.supervisor.supervised_peer import SupervisedPeer
 
 COUNTERS: Mapping[str, tuple[str, str]] = {
     "rx_datagrams": ("peerd_rx_datagrams_total", "Datagrams that workers have read."),
@@ -66,7 +66,7 @@ RELOAD_GAP_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 
 class Metrics:
     def __init__(
         self,
-        peers: Mapping[int, Peer],
+        peers: Mapping[int, SupervisedPeer],
         board: Scoreboard,
         status: StatusReport,
         journal: Journal,
@@ -163,7 +163,7 @@ class _Reading:
     is_healthy: bool
 
 
-def _read(peer: Peer, now_ns: int, started_ns: int) -> _Reading:
+def _read(peer: SupervisedPeer, now_ns: int, started_ns: int) -> _Reading:
     slot = peer.slot
     return _Reading(
         peer.peer_id,
@@ -248,7 +248,7 @@ PEER_METRICS = (
 class _RestartTotals:
     """Restarts by reason, and gaps of reloads, since the supervisor started."""
 
-    def __init__(self, journal: Journal, peers: Mapping[int, Peer]) -> None:
+    def __init__(self, journal: Journal, peers: Mapping[int, SupervisedPeer]) -> None:
         self._peers = peers
         self._restarts: dict[int, dict[str, int]] = {}
         self.gap_counts = [0] * (len(RELOAD_GAP_BOUNDS_S) + 1)

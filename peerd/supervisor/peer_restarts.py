@@ -14,11 +14,11 @@ from peerd.supervisor.restart import RestartPolicy
 from peerd.supervisor.restart_schedule import RestartSchedule
 
 if TYPE_CHECKING:
-    from peerd.supervisor.supervised_peer import Peer
+    from peerd.supervisor.supervised_peer import SupervisedPeer
 
 
 class PeerRestarts(RestartSchedule):
-    def __init__(self, peer: Peer, environment: PeerEnvironment) -> None:
+    def __init__(self, peer: SupervisedPeer, environment: PeerEnvironment) -> None:
         super().__init__(environment.loop, RestartPolicy(), peer.start)
         self._peer = peer
         self._environment = environment

@@ -1,4 +1,4 @@
-"""The peers of a supervisor, by slot. PeerTable adds and removes them; all other parts read Peers.
+"""The peers of a supervisor, by slot. PeerTable adds and removes them; all other parts read PeerView.
 
 A socket is in systemd's descriptor store exactly while its peer is in the table. It leaves the store before
 it is closed: after that, no datagram can arrive in a socket that a later supervisor would inherit.
@@ -14,16 +14,16 @@ from peerd.supervisor.journal import PeersChanged
 from peerd.supervisor.kernel_drops import KernelDrops
 from peerd.supervisor.notify import Notifier, socket_name
 from peerd.supervisor.peer_environment import PeerEnvironment
-from peerd.supervisor.supervised_peer import Peer
+from peerd.supervisor.supervised_peer import SupervisedPeer
 
 
-class Peers(Mapping[int, Peer]):
+class PeerView(Mapping[int, SupervisedPeer]):
     """The read view: slot -> peer, in the order of the slots."""
 
-    def __init__(self, by_slot: Mapping[int, Peer]) -> None:
+    def __init__(self, by_slot: Mapping[int, SupervisedPeer]) -> None:
         self._by_slot = by_slot
 
-    def __getitem__(self, slot: int) -> Peer:
+    def __getitem__(self, slot: int) -> SupervisedPeer:
         return self._by_slot[slot]
 
     def __iter__(self) -> Iterator[int]:
@@ -49,21 +49,21 @@ class PeerTable:
         self._environment = environment
         self._board = board
         self._notifier = notifier
-        self._by_slot: dict[int, Peer] = {}
+        self._by_slot: dict[int, SupervisedPeer] = {}
         self._drops: dict[int, KernelDrops] = {}
         """Outlive the peers, so that the counts never go back when a slot is used again."""
 
-        self.view = Peers(self._by_slot)
+        self.view = PeerView(self._by_slot)
         for index, sock in enumerate(sockets):
             self._add(index, sock)
 
-    def add(self, sockets: Mapping[int, socket.socket]) -> list[Peer]:
+    def add(self, sockets: Mapping[int, socket.socket]) -> list[SupervisedPeer]:
         """One provisional peer for each slot and socket."""
         peers = [self._add(index, sock, is_provisional=True) for index, sock in sockets.items()]
         self._environment.journal.publish(PeersChanged())
         return peers
 
-    def remove(self, peer: Peer) -> None:
+    def remove(self, peer: SupervisedPeer) -> None:
         """Remove a peer that has ended, and close its socket."""
         del self._by_slot[peer.slot.index]
         self._notifier.discard(socket_name(peer.port))
@@ -79,12 +79,14 @@ class PeerTable:
                 worker.wait()
             peer.close(is_kept=self._notifier.has_manager)
 
-    def _add(self, index: int, sock: socket.socket, *, is_provisional: bool = False) -> Peer:
+    def _add(
+        self, index: int, sock: socket.socket, *, is_provisional: bool = False
+    ) -> SupervisedPeer:
         self._board.grow(index + 1)
         slot = self._board.slots[index]
         drops = self._drops.setdefault(index, KernelDrops())
         drops.follow(sock)
-        peer = Peer(self._environment, slot, sock, drops, is_provisional=is_provisional)
+        peer = SupervisedPeer(self._environment, slot, sock, drops, is_provisional=is_provisional)
         self._by_slot[index] = peer
         self._notifier.store(socket_name(peer.port), sock)
         return peer

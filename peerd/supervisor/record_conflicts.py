@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peerd.supervisor.journal import Journal, RecordInConflict, RecordRecovered, RecordsChanged
-from peerd.supervisor.supervised_peer import Peer
+from peerd.supervisor.supervised_peer import SupervisedPeer
 
 
 class RecordConflicts:
-    def __init__(self, peers: Mapping[int, Peer], journal: Journal) -> None:
+    def __init__(self, peers: Mapping[int, SupervisedPeer], journal: Journal) -> None:
         self._peers = peers
         self._journal = journal
         self._known: set[int] = set()

@@ -16,7 +16,7 @@ from peerd.procfs import rss_bytes
 from peerd.settings import SupervisorSettings
 from peerd.supervisor.journal import Journal, Stopping
 from peerd.supervisor.loop import Loop, Timer
-from peerd.supervisor.supervised_peer import Peer
+from peerd.supervisor.supervised_peer import SupervisedPeer
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +29,16 @@ RETRY_DELAY_S = 60.0
 
 class Recycler:
     def __init__(
-        self, settings: SupervisorSettings, loop: Loop, journal: Journal, peers: Mapping[int, Peer]
+        self,
+        settings: SupervisorSettings,
+        loop: Loop,
+        journal: Journal,
+        peers: Mapping[int, SupervisedPeer],
     ) -> None:
         self._settings = settings
         self._loop = loop
         self._peers = peers
-        self._due: deque[tuple[Peer, str]] = deque()
+        self._due: deque[tuple[SupervisedPeer, str]] = deque()
         self._paused_until_s = 0.0
         self._large: dict[int, int] = {}
         """Slot -> pid of a worker that was too large at the last check."""
@@ -76,7 +80,7 @@ class Recycler:
             self._paused_until_s = time.monotonic() + RETRY_DELAY_S
         self._replace_next()
 
-    def _reason(self, peer: Peer) -> str | None:
+    def _reason(self, peer: SupervisedPeer) -> str | None:
         worker, max_age_s = peer.worker, self._settings.max_age_s
         if worker is None or worker.ready_for_s is None:
             return None
@@ -96,5 +100,5 @@ class Recycler:
         return f"having {size_bytes} bytes of memory (--max-rss)"
 
 
-def _is_serving(peer: Peer) -> bool:
+def _is_serving(peer: SupervisedPeer) -> bool:
     return peer.slot.state is PeerState.READY and not peer.is_stopping

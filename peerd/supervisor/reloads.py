@@ -14,7 +14,7 @@ from dataclasses import asdict
 from peerd.supervisor.journal import Journal, ReloadChanged, Stopping, WorkerReplaced
 from peerd.supervisor.loop import Loop
 from peerd.supervisor.promise import Promise
-from peerd.supervisor.supervised_peer import Peer
+from peerd.supervisor.supervised_peer import SupervisedPeer
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ ReloadResult = dict[str, object]
 class Reloads:
     """The first worker that cannot be replaced ends the reload; the workers behind it stay."""
 
-    def __init__(self, loop: Loop, journal: Journal, peers: Mapping[int, Peer]) -> None:
+    def __init__(self, loop: Loop, journal: Journal, peers: Mapping[int, SupervisedPeer]) -> None:
         self._loop = loop
         self._journal = journal
         self._peers = peers
         self._next: Promise[ReloadResult] | None = None
         self._current: Promise[ReloadResult] | None = None
-        self._todo: deque[Peer] = deque()
+        self._todo: deque[SupervisedPeer] = deque()
         self._done: list[WorkerReplaced] = []
         self._total = 0
         self._is_stopping = False
@@ -73,7 +73,7 @@ class Reloads:
         self._done.append(replaced)
         self._replace_next()
 
-    def _on_not_replaced(self, peer: Peer, why: str) -> None:
+    def _on_not_replaced(self, peer: SupervisedPeer, why: str) -> None:
         if self._is_being_removed(peer):
             self._replace_next()
             return
@@ -81,7 +81,7 @@ class Reloads:
         log.error("reload: not replaced%s: %s", kept, why)
         self._end().reject(why + kept)
 
-    def _is_being_removed(self, peer: Peer) -> bool:
+    def _is_being_removed(self, peer: SupervisedPeer) -> bool:
         """It is being scaled away. (Its slot may have another peer by now.)"""
         return peer.is_stopping and not self._is_stopping
 

@@ -29,7 +29,7 @@ from peerd.supervisor.promise import Promise
 from peerd.supervisor.worker_process import Worker
 
 if TYPE_CHECKING:
-    from peerd.supervisor.supervised_peer import Peer
+    from peerd.supervisor.supervised_peer import SupervisedPeer
 
 
 class ReplacementPhase(enum.Enum):
@@ -83,7 +83,7 @@ TABLE: Mapping[tuple[_Phase, _Event], tuple[_Phase, _Action]] = {
 
 
 class Replacement:
-    def __init__(self, peer: Peer, replacements: Replacements) -> None:
+    def __init__(self, peer: SupervisedPeer, replacements: Replacements) -> None:
         self.successor: Worker | None = None
         """None before it begins, and once it has taken over."""
 
@@ -214,7 +214,7 @@ class Replacements:
     All requests that come while one is under way are served by the next one.
     """
 
-    def __init__(self, peer: Peer, environment: PeerEnvironment) -> None:
+    def __init__(self, peer: SupervisedPeer, environment: PeerEnvironment) -> None:
         self.current: Replacement | None = None
         self._peer = peer
         self._environment = environment

@@ -34,7 +34,7 @@ from peerd.supervisor.peer_table import PeerTable
 from peerd.supervisor.promise import Promise
 from peerd.supervisor.sockets import bind_one, resolve
 from peerd.supervisor.stopping import WITHDRAW_TIMEOUT_S
-from peerd.supervisor.supervised_peer import Peer
+from peerd.supervisor.supervised_peer import SupervisedPeer
 from peerd.supervisor.worker_process import DESCRIPTORS
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class _Scaling:
 
     promise: Promise[ScaleResult]
     before: int = 0
-    started: list[Peer] = field(default_factory=list)
+    started: list[SupervisedPeer] = field(default_factory=list)
     starting: set[int] = field(default_factory=set)
     """Slots of those that are not ready yet."""
 
@@ -180,7 +180,7 @@ class Scaler:
             raise
         return sockets
 
-    def _end(self, peers: Sequence[Peer]) -> None:
+    def _end(self, peers: Sequence[SupervisedPeer]) -> None:
         """Begin to remove peers."""
         scaling = self._current
         assert scaling is not None
@@ -198,12 +198,12 @@ class Scaler:
             if not peer.slot.lease_id:
                 peer.drain()
 
-    def _drain(self, peers: Sequence[Peer]) -> None:
+    def _drain(self, peers: Sequence[SupervisedPeer]) -> None:
         for peer in peers:
             if self._peers.get(peer.slot.index) is peer:
                 peer.drain()
 
-    def _kill(self, peers: Sequence[Peer]) -> None:
+    def _kill(self, peers: Sequence[SupervisedPeer]) -> None:
         for peer in peers:
             if self._peers.get(peer.slot.index) is peer:
                 log.warning("the worker of %s has not stopped in time: SIGKILL", peer.peer_id)

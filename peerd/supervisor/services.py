@@ -45,7 +45,7 @@ is gone. It writes a byte to the report when a registration has changed.
 """
 
 
-class _Service(abc.ABC):
+class _RestartedService(abc.ABC):
     """A child that is restarted whenever it ends, until that is disabled."""
 
     name = "service"
@@ -113,7 +113,7 @@ class _Service(abc.ABC):
     def _on_ended(self, pid: int, end: Exit) -> None: ...
 
 
-class RegistrarService(_Service):
+class RegistrarService(_RestartedService):
     name = "registrar"
 
     def __init__(
@@ -191,7 +191,7 @@ class RegistrarService(_Service):
             self._report_fd = None
 
 
-class EtcdService(_Service):
+class EtcdService(_RestartedService):
     name = "etcd"
 
     def __init__(

@@ -14,7 +14,7 @@ from peerd.name_list import shortened
 from peerd.settings import SupervisorSettings
 from peerd.supervisor.death import Death
 from peerd.supervisor.resources import Resources
-from peerd.supervisor.supervised_peer import Peer
+from peerd.supervisor.supervised_peer import SupervisedPeer
 
 if TYPE_CHECKING:
     import psutil
@@ -32,7 +32,7 @@ class StatusReport:
     def __init__(
         self,
         settings: SupervisorSettings,
-        peers: Mapping[int, Peer],
+        peers: Mapping[int, SupervisedPeer],
         board: Scoreboard,
         resources: Resources,
     ) -> None:
@@ -89,7 +89,7 @@ class StatusReport:
             return RegistryState.SUSPENDED
         return self._board.registry_state
 
-    def _peer(self, peer: Peer) -> dict[str, object]:
+    def _peer(self, peer: SupervisedPeer) -> dict[str, object]:
         slot, found, now_s = peer.slot, peer.health.diagnosis, time.monotonic()
         counters = slot.counters()
         rss_bytes, cpu_percent = self._usage(slot.pid)
@@ -152,7 +152,7 @@ class StatusReport:
                 self._processes[pid] = psutil.Process(pid)
 
 
-def _summary(peer: Peer) -> str:
+def _summary(peer: SupervisedPeer) -> str:
     """One phrase: ``ready``, another state, or why a ready peer is not healthy."""
     found = peer.health.diagnosis
     if peer.slot.state is PeerState.READY and found is not None and not found.is_healthy:
@@ -161,7 +161,7 @@ def _summary(peer: Peer) -> str:
     return peer.slot.state.name.lower()
 
 
-def _last_exit(peer: Peer, now_s: float) -> dict[str, object] | None:
+def _last_exit(peer: SupervisedPeer, now_s: float) -> dict[str, object] | None:
     death = peer.last_death
     if death is None:
         return None

@@ -25,7 +25,7 @@ from peerd.supervisor.journal import Journal, PeerEnded, RecordsChanged, Service
 from peerd.supervisor.loop import Callback, Loop, Timer
 from peerd.supervisor.services import EtcdService, RegistrarService
 from peerd.supervisor.socket_queue import queue_state
-from peerd.supervisor.supervised_peer import Peer
+from peerd.supervisor.supervised_peer import SupervisedPeer
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Stop:
         loop: Loop,
         journal: Journal,
         settings: SupervisorSettings,
-        peers: Mapping[int, Peer],
+        peers: Mapping[int, SupervisedPeer],
         registrar: RegistrarService,
         etcd: EtcdService | None,
         on_done: Callback,
@@ -182,7 +182,7 @@ class Stop:
         self._timers.append(self._loop.call_later(delay_s, callback))
 
 
-def _progress_of(peer: Peer) -> str:
+def _progress_of(peer: SupervisedPeer) -> str:
     age_s = (time.monotonic_ns() - peer.slot.heartbeat_ns) / 1e9
     if peer.worker is not None and peer.worker.is_ready and age_s > NOTICE_INTERVAL_S:
         return f"its loop is blocked for {age_s:.0f} s"

@@ -48,7 +48,7 @@ MAX_QUEUE_STARTS = 3
 """Workers that are started to serve the queue of a peer that stops and has none."""
 
 
-class Peer:
+class SupervisedPeer:
     def __init__(
         self,
         environment: PeerEnvironment,

@@ -6,7 +6,8 @@ There is no gRPC and no other thread in this process, so fork is safe at any tim
 
 This file puts the parts together, and each has its theory in its own file: one peer and its workers
 (supervised_peer.py), the other children (services.py), reloads.py, scaler.py, recycler.py, the end
-(stopping.py), the commands (commands.py). They learn of each other's work from the journal (journal.py).
+(stopping.py), the commands (control_commands.py). The journal (journal.py) reports to each part what happened
+in the others.
 
 The functions that run in the children are handed in: nothing here imports the worker or the registrar.
 """
@@ -25,7 +26,7 @@ from peerd._scoreboard import Scoreboard
 from peerd.errors import ControlError
 from peerd.settings import MAX_PEERS, OnCrashloop, SupervisorSettings
 from peerd.supervisor.cgroup import OomKills
-from peerd.supervisor.commands import Commands, SupervisorParts
+from peerd.supervisor.control_commands import ControlCommands, SupervisorParts
 from peerd.supervisor.control_server import ControlServer
 from peerd.supervisor.event_log import EventLog
 from peerd.supervisor.history import History
@@ -114,7 +115,7 @@ class Supervisor:
         self._reloads = Reloads(self._loop, self._journal, self._peers)
         self._scaler = Scaler(settings, self._loop, self._journal, self._table)
         self._recycler = Recycler(settings, self._loop, self._journal, self._peers)
-        self._commands = Commands(
+        self._commands = ControlCommands(
             SupervisorParts(
                 loop=self._loop,
                 peers=self._peers,

@@ -26,7 +26,7 @@ from peerd.supervisor.peer_environment import PeerEnvironment
 from peerd.supervisor.resources import Resources
 from peerd.supervisor.sockets import listen
 from peerd.supervisor.status import StatusReport
-from peerd.supervisor.supervised_peer import Peer
+from peerd.supervisor.supervised_peer import SupervisedPeer
 
 PEERS = 64
 SETTINGS = SupervisorSettings(peers=PEERS)
@@ -48,11 +48,11 @@ class Processes:
             claim_oom_kill=lambda: False,
             has_been_ready=lambda: False,
         )
-        self.peers: dict[int, Peer] = {}
+        self.peers: dict[int, SupervisedPeer] = {}
         for slot, sock in zip(self.board.slots, sockets, strict=True):
             drops = KernelDrops()
             drops.follow(sock)
-            self.peers[slot.index] = Peer(environment, slot, sock, drops)
+            self.peers[slot.index] = SupervisedPeer(environment, slot, sock, drops)
         resources = Resources(
             sockets=sockets,
             control_path=Path("/nowhere"),

@@ -12,12 +12,12 @@ from peerd.supervisor.control_server import Command
 from peerd.supervisor.history import History
 from peerd.supervisor.loop import Loop
 from peerd.supervisor.output import RecentLines
-from peerd.supervisor.peer_table import Peers
+from peerd.supervisor.peer_table import PeerView
 from peerd.supervisor.promise import Promise
 from peerd.supervisor.reloads import Reloads
 from peerd.supervisor.scaler import Scaler
 from peerd.supervisor.status import StatusReport
-from peerd.supervisor.supervised_peer import Peer
+from peerd.supervisor.supervised_peer import SupervisedPeer
 
 Arguments = Mapping[str, object]
 Result = dict[str, object]
@@ -29,7 +29,7 @@ class SupervisorParts:
     """The parts that the commands act on."""
 
     loop: Loop
-    peers: Peers
+    peers: PeerView
     status: StatusReport
     reloads: Reloads
     scaler: Scaler
@@ -42,7 +42,7 @@ class SupervisorParts:
     stop_timeout_s: float
 
 
-class Commands:
+class ControlCommands:
     def __init__(self, parts: SupervisorParts) -> None:
         self._parts = parts
         # A pid is not enough: in a container, all supervisors have the same one.
@@ -109,7 +109,7 @@ class Commands:
         entries = since(arguments if is_known else {**arguments, "after": 0})
         return {"supervisor": self._name, "entries": entries}
 
-    def _peer_at(self, slot: object) -> Peer:
+    def _peer_at(self, slot: object) -> SupervisedPeer:
         peers = self._parts.peers
         peer = peers.get(slot) if type(slot) is int else None
         if peer is None:
