@@ -117,7 +117,7 @@ def test_check_does_not_promise_that_a_refused_login_registers_later(
     checked = peerd("check", "--etcd-user=peer", *where)
     assert checked.returncode == 0
     assert "refuses user 'peer'" in checked.stderr
-    assert "the peers would serve, and not be registered until that is mended" in checked.stderr
+    assert "the peers would serve, and not register until this is corrected" in checked.stderr
 
 
 def test_a_restart_forgets_all_tokens(guarded: EtcdProcess) -> None:
