@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from bench.children import BenchmarkError
-from peerd.supervisor.socket_queue import SOL_UDP, UDP_GRO, queue_state
-from peerd.supervisor.sockets import SO_RCVBUFFORCE
+from peerd.linux import SO_RCVBUFFORCE, SOL_UDP, UDP_GRO
+from peerd.supervisor.socket_queue import queue_state
 
 BUFFER_BYTES = 16 << 20
 """The receive buffer that every receiver asks for."""

@@ -1,4 +1,4 @@
-"""What an ICMP error of an earlier datagram looks like in the call that comes next.
+"""ICMP errors about earlier datagrams, as the next system call reports them.
 
 The kernel turns the type and code of the message into an errno (icmp_err_convert in net/ipv4/icmp.c,
 icmpv6_err_convert in net/ipv6/icmp.c) and leaves it on the socket, where the next call finds it,

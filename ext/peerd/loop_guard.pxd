@@ -132,7 +132,7 @@ cdef inline int why_not_reply(Guard *guard, const void *to, bint same_magic) noe
     cdef int cost = 1
     cdef uint16_t slot = port_of(to) - guard.first_port
     read_source(to, &source)
-    # Only a slot that has a peer: another program may have the port of a peer that was scaled away.
+    # Only a slot that has a peer: another program may have taken the port of a removed peer.
     if (
         same_magic
         and slot < guard.slot_count[0]

@@ -4,7 +4,7 @@ A reply is copied into the arena, and its address beside it, so no object has to
 Neighbours of one size to one address (the last may be shorter) make a run, which leaves as one
 UDP_SEGMENT send (udp(7)): the kernel walks its path once for up to 64 datagrams.
 
-What an error of sendmmsg concerns:
+An error of sendmmsg concerns one of these:
 
 - The socket: EAGAIN, its send buffer is full. All replies wait in the arena, which is the bounded queue;
   when the arena is full, further replies are dropped and counted.

@@ -34,8 +34,8 @@ import orjson
 
 from peerd import encode
 from peerd.chaos.streams import Stream
+from peerd.linux import SO_RCVBUFFORCE
 from peerd.supervisor.socket_queue import queue_state
-from peerd.supervisor.sockets import SO_RCVBUFFORCE
 
 HOST = "127.0.0.1"
 RECV_BUFFER_BYTES = 256 * 1024 * 1024

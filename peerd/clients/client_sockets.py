@@ -20,16 +20,13 @@ import threading
 from collections.abc import Iterator
 
 from peerd.clients.endpoints import Endpoint
+from peerd.linux import IP_RECVERR, IPV6_RECVERR
 
 MAX_FAILED_PORTS = 4096
 """Remembered, of Linux's 28,232 ephemeral ports."""
 
 MAX_DRAWS = 16
 """Draws of a port that has not failed; after these, any port is better than none."""
-
-# linux/in.h and linux/in6.h; the socket module has them from Python 3.14 on.
-IP_RECVERR = 11
-IPV6_RECVERR = 25
 
 
 class AttemptSockets:

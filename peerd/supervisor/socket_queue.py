@@ -8,14 +8,11 @@ import struct
 import sys
 from typing import NamedTuple
 
-# asm-generic/socket.h; not in the socket module.
-SO_MEMINFO = 55
+from peerd.linux import SO_MEMINFO, SOL_UDP, UDP_GRO
+
 # linux/sock_diag.h: SK_MEMINFO_RMEM_ALLOC, ..., SK_MEMINFO_DROPS.
 MEMINFO = struct.Struct("9I")
 
-# linux/udp.h
-SOL_UDP = 17
-UDP_GRO = 104
 
 MIN_SKB_BYTES = 256
 """About the size of an empty sk_buff; the kernel charges more for each datagram (SKB_TRUESIZE)."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from peerd.address import Address
 from peerd.errors import BindError, PortInUseError
+from peerd.linux import SO_RCVBUFFORCE
 from peerd.settings import WILDCARDS
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# asm-generic/socket.h; not in the socket module.
-SO_RCVBUFFORCE = 33
 
 LISTEN_BACKLOG = 64
 

@@ -25,11 +25,9 @@ from harness.eventually import eventually
 from peerd import App, Message, decode, encode
 from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
+from peerd.linux import SO_RCVMARK, SO_TIMESTAMPNS, SOL_UDP, UDP_SEGMENT
 from peerd.supervisor.socket_queue import queue_state
 
-# linux/udp.h, asm-generic/socket.h and linux/in6.h; the socket module has none of these.
-SOL_UDP, UDP_SEGMENT = 17, 103
-SO_TIMESTAMPNS, SO_RCVMARK = 35, 75
 IPV6_2292PKTINFO, IPV6_2292HOPLIMIT, IPV6_FLOWINFO, IPV6_ORIGDSTADDR = 2, 8, 11, 74
 # RX_BATCH of ext/peerd/receive.pxd.
 RX_BATCH = 16
@@ -128,7 +126,7 @@ def outcome_of(datagram: bytes) -> str:
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 @pytest.mark.parametrize("gro", [False, True], ids=["gro-off", "gro-on"])
 def test_a_socket_that_overran(gro: bool, family: socket.AddressFamily) -> None:
-    """Nobody reads while 5,000 are sent; what was dropped is known from the first turn on."""
+    """5,000 are sent before the first turn; the drops are known from that turn on."""
     with peer_and_client(recv_buffer=20_000, gro=gro, family=family) as (peer, client):
         for number in range(5000):
             client.send(encode("M", "1", b"%04d" % number))
@@ -141,7 +139,7 @@ def test_a_socket_that_overran(gro: bool, family: socket.AddressFamily) -> None:
 
 
 def test_a_socket_that_overruns_while_it_is_served() -> None:
-    """Whatever is sent, at any speed: the counters add up once the loop has looked at the socket again."""
+    """Any datagrams at any speed: the counters add up once the loop has looked at the socket again."""
     generator = random.Random(4)
     datagrams = [random_datagram(generator) for _ in range(2000)]
     expected = Counter(map(outcome_of, datagrams))
@@ -186,7 +184,7 @@ def test_drops_of_the_time_before_the_loop_are_counted() -> None:
 
 
 def test_drops_are_seen_while_nothing_arrives() -> None:
-    """No datagram has to come to tell of those that did not (SO_RXQ_OVFL would need one)."""
+    """Drops are counted without a further datagram (SO_RXQ_OVFL would need one)."""
     entered, go_on = threading.Event(), threading.Event()
 
     def wait(message: Message) -> None:
@@ -207,7 +205,7 @@ def test_drops_are_seen_while_nothing_arrives() -> None:
 
 
 def test_what_has_lost_its_control_messages_is_not_delivered() -> None:
-    """The owner of the socket asked for so many that they do not fit: MSG_CTRUNC, by the kernel itself."""
+    """The control messages that the owner of the socket asked for do not fit: the kernel sets MSG_CTRUNC."""
     with peer_and_client(family=socket.AF_INET6) as (peer, client):
         client.send(encode("M", "1", b"before"))
         peer.turn_until_empty()

@@ -98,7 +98,7 @@ def test_a_slow_link_does_not_slow_the_others() -> None:
         with asking(slow, 400):
             eventually(lambda: slot.counters()["tx_dropped_congested"] > 100)
             assert median(pings(fast, 150)) < 0.05  # it was 0.23 s with one queue for all
-        # What the link has room for arrives.
+        # The replies that the link has room for arrive.
         assert decode(slow.recv(2000)).body == bytes(400)
 
 

@@ -20,9 +20,8 @@ import pytest
 from peerd import App, Message, decode, encode
 from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
+from peerd.linux import SOL_UDP, UDP_GRO, UDP_SEGMENT
 
-# linux/udp.h; the socket module has neither.
-SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104
 # 65,535 less the IPv4 and UDP headers (RFC 791, RFC 768).
 MAX_DATAGRAM_BYTES = 65507
 # RX_BATCH of ext/peerd/receive.pxd.
@@ -223,7 +222,7 @@ def test_datagrams_of_no_bytes_between_joined_ones(family: Family, gro: bool) ->
 @pytest.mark.parametrize("gro", [False, True], ids=["gro-off", "gro-on"])
 @pytest.mark.parametrize("few", [1, 5])
 def test_few_after_a_full_batch(gro: bool, few: int) -> None:
-    """What is left in the buffers that recvmmsg did not fill is not parsed again (brubeck's bug)."""
+    """Buffers that recvmmsg did not fill are not parsed again (brubeck's bug)."""
     full = [encode("M", "1", b"%05d" % number) for number in range(RX_BATCH)]
     after = [encode("M", "1", b"%d" % number) for number in range(few)]
     with exchange(FAMILIES["v4"], gro) as peer:

@@ -1,8 +1,8 @@
-"""Whatever recvmmsg and sendmmsg answer: no reply is lost, doubled or out of order, and each is counted.
+"""For any result of recvmmsg and sendmmsg: no reply is lost, doubled or out of order, and each is counted.
 
 The requests are in the socket's queue before a peer starts on it, in a process of its own with
 faults.c in front of the two calls. So each case is the same every time, and what the kernel does in
-between is real. At its end the peer tells what it counted.
+between is real. At its end the peer reports its counters.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ import pytest
 from peerd import App, decode, encode
 from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard
+from peerd.linux import SOL_UDP, UDP_GRO, UDP_SEGMENT
 
 EVER = 1 << 30
-# linux/udp.h, and what ext/peerd/transmit.pxd has.
-SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104
 TX_ARENA_BYTES, TX_SEGMENTS, TX_REFUSING, TX_RETRIES = 1 << 18, 64, 64, 3
 MAX_ATTEMPTS = 5  # ext/peerd/deferred.pxd
 
@@ -69,7 +68,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Job:
-    """What the peer is asked to do."""
+    """The peer's task."""
 
     fd: int
     faults: int
@@ -82,7 +81,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Told:
-    """What the peer says at its end."""
+    """The peer's report at its end."""
 
     counters: dict[str, int]
     gso: bool
@@ -292,7 +291,7 @@ def test_a_datagram_that_was_cut_off_is_not_delivered(library: Path) -> None:
 
 
 def test_joined_datagrams_without_their_stride_are_not_delivered(library: Path) -> None:
-    """No room for the control message (MSG_CTRUNC): one buffer, 64 datagrams, and no way to tell."""
+    """No room for the control message (MSG_CTRUNC): one buffer, 64 datagrams, and no way to split it."""
     outcome = serve(
         library,
         Fault("recvmmsg", 1, EVER, "control", 8),

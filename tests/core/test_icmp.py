@@ -23,9 +23,8 @@ from harness.forged_icmp import FRAGMENTATION_NEEDED, LOOPBACK, PACKET_TOO_BIG, 
 from peerd import App, Message, decode, encode
 from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
+from peerd.linux import SO_MEMINFO
 
-# asm-generic/socket.h and linux/in.h; the socket module has neither.
-SO_MEMINFO = 55
 IP_MTU_DISCOVER, IP_PMTUDISC_INTERFACE = 10, 4
 V4, V6 = socket.AF_INET, socket.AF_INET6
 
@@ -184,7 +183,7 @@ def test_icmp_errors_take_no_room_from_datagrams_in_a_loop_that_is_never_idle() 
     with bound(V4) as sock, connected(V4, sock) as client:
         peer = Peer(sock)
         for _ in range(50):
-            # Each batch is full, so nobody waits; and the last send of each works.
+            # Each batch is full, so the loop does not wait; and the last send of each works.
             for number in range(8):
                 ask_and_leave(V4, sock)
                 ask(client, b"%d" % number)
@@ -199,7 +198,7 @@ def test_icmp_errors_take_no_room_from_datagrams_in_a_loop_that_is_never_idle() 
 def forge_icmp_error(
     raw: socket.socket, kind: int, code: int, peer: socket.socket, client: socket.socket
 ) -> None:
-    """Tell the peer that a datagram from it did not reach the client."""
+    """Report to the peer that a datagram from it did not reach the client."""
     if peer.family == V4 and (kind, code) == FRAGMENTATION_NEEDED:
         # Else the kernel would believe it, of this address, for ten minutes and for every process.
         peer.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_INTERFACE)

@@ -16,13 +16,10 @@ import time
 
 import pytest
 
-from harness.loop_harness import SOL_UDP, UDP_SEGMENT
 from peerd import encode
 from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
-
-# asm-generic/socket.h; the socket module has none of these.
-SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_MEMINFO = 32, 33, 55
+from peerd.linux import SO_MEMINFO, SO_RCVBUFFORCE, SO_SNDBUFFORCE, SOL_UDP, UDP_SEGMENT
 
 SIZE = 64
 JOINED = 20

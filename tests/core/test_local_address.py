@@ -87,7 +87,7 @@ def test_each_client_is_answered_from_where_it_asked(
         sock = stack.enter_context(bound(host, V6 if host == "::" else V4))
         peer = LoopPeer(sock, gso)
         clients = [stack.enter_context(connected(address, peer.port)) for address in asked]
-        # The same source asks at two addresses: nothing but the local address tells them apart.
+        # The same source asks at two addresses: only the local address distinguishes the requests.
         one = stack.enter_context(socket.socket(clients[0].family, socket.SOCK_DGRAM))
         one.settimeout(5)
         request = encode("ECHO", "1", b"%03d" % 0)

@@ -13,16 +13,10 @@ import psutil
 import pytest
 
 from harness.eventually import eventually
-from harness.loop_harness import (
-    SO_RCVMARK,
-    SO_TIMESTAMPNS,
-    SOL_UDP,
-    UDP_GRO,
-    UDP_SEGMENT,
-    LoopHarness,
-)
+from harness.loop_harness import LoopHarness
 from peerd import App, Message, decode, encode
 from peerd._loop import DatagramLoop
+from peerd.linux import SO_RCVMARK, SO_TIMESTAMPNS, SOL_UDP, UDP_GRO, UDP_SEGMENT
 from peerd.serving.app import builtin_app
 
 

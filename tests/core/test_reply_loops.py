@@ -182,7 +182,7 @@ def test_a_rate_of_ones_own_is_for_every_source() -> None:
             for _ in range(200):
                 client.send(encode("ASK", "1", b""))
             eventually(lambda: peer["handled"] == 200 * (number + 1))  # noqa: B023
-            # What a second brings, and what came since.
+            # The tokens of one second, and those that came since.
             most = (number + 1) * 100 * (1 + time.monotonic() - began_s) + 1
             assert (number + 1) * 100 <= peer["tx_messages"] <= most
         assert peer["tx_messages"] + peer["tx_dropped_rate"] == 600

@@ -1,4 +1,4 @@
-"""Whatever the bytes are: a Message or a DecodeError, and the same as the reference decoder's."""
+"""For any bytes: a Message or a DecodeError, and the same as the reference decoder's."""
 
 from __future__ import annotations
 

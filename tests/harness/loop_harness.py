@@ -14,10 +14,7 @@ from typing import Any, Self
 from peerd import App, Message, decode
 from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
-
-# linux/udp.h and asm-generic/socket.h; the socket module has none of them.
-SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104
-SO_TIMESTAMPNS, SO_RCVMARK = 35, 75
+from peerd.linux import SOL_UDP, UDP_SEGMENT
 
 LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
 PATIENCE_S = 60.0

@@ -26,12 +26,12 @@ from harness.eventually import eventually
 from harness.ports import free_ports
 from harness.supervised import Supervised, is_gone, send_signal
 from peerd import control
+from peerd.linux import SOL_UDP, UDP_SEGMENT
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 ATTEMPTS = 50 if LONG else 20
 PEERS = 4
 POLL_S = 0.002
-SOL_UDP, UDP_SEGMENT = 17, 103  # linux/udp.h
 
 APP = """
 import os, subprocess, time, peerd
