@@ -41,25 +41,28 @@ EXIT_CODES: tuple[tuple[type[PeerdError], int], ...] = (
 )
 
 COMMANDS = {
-    "supervise": ("supervise", "Run peers: one worker process for each UDP port."),
-    "check": ("check", "Validate a configuration without starting anything."),
-    "nodes": ("list_nodes", "List the peers that are registered in etcd."),
-    "ping": ("ping_and_send", "Check that a peer answers, and measure round trips."),
-    "send": ("ping_and_send", "Send a message to a peer and print its reply."),
-    "status": ("show_status", "Show the state of a running supervisor and its peers."),
-    "wait": ("manage", "Wait until all peers are ready."),
-    "events": ("show_events", "Show deaths, replacements and other events of a supervisor."),
-    "logs": ("show_logs", "Show the last lines that the workers printed or logged."),
-    "reload": ("manage", "Replace all workers, one at a time, without losing datagrams."),
-    "restart": ("manage", "Replace the worker of one slot without losing datagrams."),
-    "scale": ("manage", "Change the number of peers while they run."),
-    "stop": ("manage", "Stop a supervisor gracefully and wait until it has exited."),
-    "systemd-unit": ("print_systemd_unit", "Print a systemd unit that runs peers."),
-    "etcd": ("run_etcd", "Run an etcd for trials, in the foreground."),
-    "chaos": ("run_chaos", "Inject faults into a supervisor under load and verify its guarantees."),
-    "completion": ("print_completion", "Print a shell completion script for peerd."),
+    "supervise": (".supervise", "Run peers: one worker process for each UDP port."),
+    "check": (".check", "Validate a configuration without starting anything."),
+    "nodes": (".list_nodes", "List the peers that are registered in etcd."),
+    "ping": (".ping_and_send", "Check that a peer answers, and measure round trips."),
+    "send": (".ping_and_send", "Send a message to a peer and print its reply."),
+    "status": (".show_status", "Show the state of a running supervisor and its peers."),
+    "wait": (".manage", "Wait until all peers are ready."),
+    "events": (".show_events", "Show deaths, replacements and other events of a supervisor."),
+    "logs": (".show_logs", "Show the last lines that the workers printed or logged."),
+    "reload": (".manage", "Replace all workers, one at a time, without losing datagrams."),
+    "restart": (".manage", "Replace the worker of one slot without losing datagrams."),
+    "scale": (".manage", "Change the number of peers while they run."),
+    "stop": (".manage", "Stop a supervisor gracefully and wait until it has exited."),
+    "systemd-unit": (".print_systemd_unit", "Print a systemd unit that runs peers."),
+    "etcd": (".run_etcd", "Run an etcd for trials, in the foreground."),
+    "chaos": (
+        "peerd_chaos.chaos_command",
+        "Inject faults into a supervisor under load and verify its guarantees.",
+    ),
+    "completion": (".print_completion", "Print a shell completion script for peerd."),
 }
-"""The module of each command, in peerd.cli.commands, and its summary."""
+"""The module of each command (".name" is in peerd.cli.commands) and its summary."""
 
 
 @contextlib.contextmanager
@@ -105,7 +108,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"peerd.cli.commands.{COMMANDS[cmd_name][0]}")
+        module = importlib.import_module(COMMANDS[cmd_name][0], "peerd.cli.commands")
         command = getattr(module, cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command)
         _add_variables(cmd_name, command)

@@ -16,8 +16,8 @@ import pytest
 from harness.command import command, peerd, started
 from harness.supervised import send_signal
 from peerd import control
-from peerd.chaos.schedule import Kind, schedule
-from peerd.cli.commands.run_chaos import DEFAULT_PEERS
+from peerd_chaos.chaos_command import DEFAULT_PEERS
+from peerd_chaos.schedule import Kind, schedule
 
 SEED = 2184
 """It does each kind of action more than once within 20 s, and kills 18 times."""

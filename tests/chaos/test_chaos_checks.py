@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from peerd.chaos import checks
-from peerd.chaos.chaos_apps import DIE_CODE
-from peerd.chaos.drive import ChaosSettings
-from peerd.chaos.load import LoadReport
-from peerd.chaos.schedule import Kind
-from peerd.chaos.streams import Count
-from peerd.cli.commands.run_chaos import _command_line, chaos
+from peerd_chaos import checks
+from peerd_chaos.accounts import Count
+from peerd_chaos.chaos_apps import DIE_CODE
+from peerd_chaos.chaos_command import _command_line, chaos
+from peerd_chaos.drive import ChaosSettings
+from peerd_chaos.load import LoadReport
+from peerd_chaos.schedule import Kind
 
 PEER = {
     "slot": 0,

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from harness.eventually import eventually
-from peerd.chaos.load import Load, LoadError
-from peerd.chaos.load_process import set_receive_buffer
+from peerd_chaos.load import Load, LoadError
+from peerd_chaos.load_process import set_receive_buffer
 
 RATE = 2000.0
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "peerd"
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("peerd", "peerd_chaos")
 
 
 def table() -> list[set[str]]:
     """The table of ARCHITECTURE.md, top to bottom."""
-    text = (PACKAGE.parent / "ARCHITECTURE.md").read_text().split("<!-- layers -->")[1]
+    text = (ROOT / "ARCHITECTURE.md").read_text().split("<!-- layers -->")[1]
     rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("| ")][1:]
     return [{name.strip(" `") for name in row.split(",")} for row in rows]
 
@@ -28,14 +29,16 @@ STRANGERS = {"peerd.serving.worker", "peerd.registry.registrar", "peerd.supervis
 
 def modules() -> dict[str, Path]:
     found = {}
-    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")]:
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    for path in (path for name in PACKAGES for path in (ROOT / name).rglob("*.py*")):
+        if path.suffix not in (".py", ".pyi"):
+            continue
+        parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(part for part in parts if part != "__init__")] = path
     return found
 
 
 def imports(path: Path) -> set[str]:
-    """Every module of the package that a file imports, at any place in the file."""
+    """Every module of the packages that a file imports, at any place in the file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -45,7 +48,7 @@ def imports(path: Path) -> set[str]:
             module = node.module or ""
             names = {f"{module}.{alias.name}" for alias in node.names}
             found |= {name if name in modules() else module for name in names}
-    return {name for name in found if name == "peerd" or name.startswith("peerd.")}
+    return {name for name in found if name.split(".")[0] in PACKAGES}
 
 
 def home(module: str) -> tuple[int, str]:
@@ -103,7 +106,7 @@ def test_modules_that_run_before_a_fork_do_not_import_grpc(module: str) -> None:
 
 def test_only_the_command_line_prints_or_exits() -> None:
     for module, path in modules().items():
-        if module.startswith(("peerd.cli", "peerd.__main__")):
+        if module.startswith(("peerd.cli", "peerd.__main__", "peerd_chaos.chaos_command")):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):

@@ -34,6 +34,7 @@ def test_the_sdist_builds_a_wheel(tmp_path: Path) -> None:
         "peerd/_loop.pyi",
         "peerd/cli/__init__.py",
         "peerd/cli/commands/peerd.service.in",
+        "peerd_chaos/chaos_command.py",
     } <= names
     compiled = {Path(name).name.partition(".")[0] for name in names if name.endswith(".so")}
     assert compiled == {path.stem for path in ROOT.glob("ext/peerd/*.pyx")}

@@ -14,7 +14,7 @@ from harness.eventually import eventually
 from harness.supervised import Running, Supervised
 from harness.supervisor_requests import events
 from peerd import control
-from peerd.chaos.load import Load
+from peerd_chaos.load import Load
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 POISONED_S = 120.0 if LONG else 20.0
@@ -82,7 +82,7 @@ def test_a_worker_that_always_dies_is_started_at_most_ten_times_in_30_s(
 
 def test_one_poisoned_peer_of_eight_does_not_affect_the_others(supervised: Supervised) -> None:
     """Once parked, it is started by hand and dies again."""
-    running = supervised.start("--app=peerd.chaos.chaos_apps:app", peers=PEERS)
+    running = supervised.start("--app=peerd_chaos.chaos_apps:app", peers=PEERS)
     running.wait_registered()
     before = [peer["pid"] for peer in running.status()["peers"]]
     poisoned = running.ports[POISONED]

@@ -15,7 +15,7 @@ from harness import raw_client
 from harness.eventually import eventually
 from harness.supervised import Running, Supervised, send_signal
 from harness.supervisor_requests import events, pids
-from peerd.chaos.load import Load
+from peerd_chaos.load import Load
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 BURN_S = 600.0 if LONG else 10.0

@@ -26,8 +26,8 @@ from harness.supervised import Running, Supervised, send_signal
 from harness.supervisor_requests import serving
 from peerd import control
 from peerd.address import MAX_PORT
-from peerd.chaos.load import Load
 from peerd.supervisor import metrics, metrics_server
+from peerd_chaos.load import Load
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 """(name, labels) -> value"""
@@ -189,7 +189,7 @@ def test_no_counter_decreases_over_20_kills(supervised: Supervised) -> None:
 def test_scrapes_are_quick_while_workers_are_killed(supervised: Supervised) -> None:
     """200 kills with PEERD_LONG_TESTS=1. A parked peer is started by a command, to be killed again."""
     port = free_ports()
-    running = start(supervised, port, "--app=peerd.chaos.chaos_apps:app", peers=KILLED_PEERS)
+    running = start(supervised, port, "--app=peerd_chaos.chaos_apps:app", peers=KILLED_PEERS)
     eventually(lambda: is_ready(port))
     chance = random.Random(10)
     with Load(running.ports, rate=2_000.0), watched(port) as seen:

@@ -17,9 +17,9 @@ from harness.eventually import eventually
 from harness.supervised import Running, Supervised, is_gone, send_signal
 from harness.supervisor_requests import Asked, death_of, events, pids
 from peerd import decode, encode
-from peerd.chaos.load import Load
 from peerd.errors import ControlError
 from peerd.registry import Joined, Registry
+from peerd_chaos.load import Load
 
 PLAIN = """
 import time, peerd

@@ -20,7 +20,7 @@ from harness.ports import free_ports
 from harness.raw_client import request
 from harness.supervised import alive, send_signal
 from peerd import control
-from peerd.chaos.load import Load
+from peerd_chaos.load import Load
 
 PEERS = 4
 RX_BATCH = 16

@@ -23,8 +23,8 @@ from harness.ports import free_ports
 from harness.supervised import Running, Supervised, send_signal
 from harness.supervisor_requests import ask, serving
 from peerd import control
-from peerd.chaos.chaos_apps import HANDLER_VARIABLE
-from peerd.chaos.load import Load, LoadReport
+from peerd_chaos.chaos_apps import HANDLER_VARIABLE
+from peerd_chaos.load import Load, LoadReport
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 PEERS = 8
@@ -57,7 +57,7 @@ def slow_handler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(supervised: Supervised, *args: str) -> Running:
-    running = supervised.start("--app=peerd.chaos.chaos_apps:app", RECV_BUFFER, *args, peers=PEERS)
+    running = supervised.start("--app=peerd_chaos.chaos_apps:app", RECV_BUFFER, *args, peers=PEERS)
     running.wait_registered()
     return running
 

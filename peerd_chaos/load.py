@@ -19,8 +19,8 @@ from typing import Any
 
 import orjson
 
-from peerd.chaos.streams import Count
 from peerd.errors import PeerdError
+from peerd_chaos.accounts import Count
 
 PATIENCE_S = 30.0
 """For an answer that should take no time."""
@@ -103,7 +103,7 @@ class Load:
 
     def __enter__(self) -> Load:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "peerd.chaos.load_process", str(self._clients), str(self._rate)],
+            [sys.executable, "-m", "peerd_chaos.load_process", str(self._clients), str(self._rate)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from peerd.chaos.schedule import Kind
-from peerd.chaos.subject import Subject
+from peerd_chaos.schedule import Kind
+from peerd_chaos.subject import Subject
 
 
 @dataclass

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerd.chaos.schedule import SLOT_KINDS, SPARE_PEERS, Kind, schedule
-from peerd.chaos.streams import Count, Stream
+from peerd_chaos.accounts import Count, Stream
+from peerd_chaos.schedule import SLOT_KINDS, SPARE_PEERS, Kind, schedule
 
 SENT = 8
 

@@ -1,4 +1,4 @@
-"""The process that sends numbers to ports and counts the answers: ``python -m peerd.chaos.load_process``.
+"""The process that sends numbers to ports and counts the answers: ``python -m peerd_chaos.load_process``.
 
 It is a separate process because 20,000 datagrams per second and their answers take a good part of a
 core, and the driver has other work at exact times. Its one thread wakes every millisecond, sends the
@@ -33,9 +33,9 @@ from typing import Any
 import orjson
 
 from peerd import encode
-from peerd.chaos.streams import Stream
 from peerd.linux import SO_RCVBUFFORCE
 from peerd.supervisor.socket_queue import queue_state
+from peerd_chaos.accounts import Stream
 
 HOST = "127.0.0.1"
 RECV_BUFFER_BYTES = 256 * 1024 * 1024

@@ -20,12 +20,12 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from peerd.chaos.load import Load
-from peerd.chaos.record import Record
-from peerd.chaos.schedule import Action, Kind
-from peerd.chaos.subject import COMMAND_TIMEOUT_S, Subject, wait_for
 from peerd.errors import ControlError, NotRunningError
 from peerd.registry.embedded_etcd import EmbeddedEtcd
+from peerd_chaos.load import Load
+from peerd_chaos.record import Record
+from peerd_chaos.schedule import Action, Kind
+from peerd_chaos.subject import COMMAND_TIMEOUT_S, Subject, wait_for
 
 UPDATE_INTERVAL_S = 0.25
 MAX_COMMANDS_AT_ONCE = 32

@@ -14,17 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from peerd.chaos import checks
-from peerd.chaos.chaos_apps import HANDLER_VARIABLE
-from peerd.chaos.checks import Invariant
-from peerd.chaos.disturber import Disturber, OnProgress
-from peerd.chaos.load import Load
-from peerd.chaos.record import Record
-from peerd.chaos.schedule import SPARE_PEERS, Kind, schedule
-from peerd.chaos.subject import COMMAND_TIMEOUT_S, START_TIMEOUT_S, Subject, wait_for
 from peerd.errors import ControlError, NotRunningError
 from peerd.registry.embedded_etcd import EmbeddedEtcd
 from peerd.supervisor.restart import RestartPolicy
+from peerd_chaos import checks
+from peerd_chaos.chaos_apps import HANDLER_VARIABLE
+from peerd_chaos.checks import Invariant
+from peerd_chaos.disturber import Disturber, OnProgress
+from peerd_chaos.load import Load
+from peerd_chaos.record import Record
+from peerd_chaos.schedule import SPARE_PEERS, Kind, schedule
+from peerd_chaos.subject import COMMAND_TIMEOUT_S, START_TIMEOUT_S, Subject, wait_for
 
 LEASE_TTL_S = 4
 RECV_BUFFER_BYTES = 64 * 1024 * 1024
@@ -86,7 +86,7 @@ def run(settings: ChaosSettings, folder: Path, on_progress: OnProgress) -> Chaos
         subject = Subject(
             folder,
             etcd.endpoint,
-            app=f"peerd.chaos.chaos_apps:{'coroutines' if settings.coroutines else 'app'}",
+            app=f"peerd_chaos.chaos_apps:{'coroutines' if settings.coroutines else 'app'}",
             peers=settings.peers,
             max_peers=max_peers,
             arguments=[f"--ttl={LEASE_TTL_S}", f"--recv-buffer={RECV_BUFFER_BYTES}"],

@@ -14,11 +14,11 @@ from typing import Any
 
 import psutil
 
-from peerd.chaos.chaos_apps import DIE_CODE
-from peerd.chaos.load import LoadReport
-from peerd.chaos.subject import Subject, wait_for
 from peerd.errors import RegistryError
 from peerd.free_ports import is_free
+from peerd_chaos.chaos_apps import DIE_CODE
+from peerd_chaos.load import LoadReport
+from peerd_chaos.subject import Subject, wait_for
 
 Events = Iterable[Mapping[str, Any]]
 

@@ -1,4 +1,4 @@
-"""``peerd chaos``"""
+"""``peerd chaos``: peerd.cli imports this module when the command is used."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import click
 import orjson
 
-from peerd.chaos.schedule import Kind
 from peerd.cli.option_types import SECONDS
 from peerd.cli.options import json_option
 from peerd.cli.text_output import print_table
 from peerd.settings import MAX_PEERS
+from peerd_chaos.schedule import Kind
 
 if TYPE_CHECKING:
-    from peerd.chaos.drive import ChaosReport, ChaosSettings
+    from peerd_chaos.drive import ChaosReport, ChaosSettings
 
 DEFAULT_SECONDS = 20.0
 DEFAULT_PEERS = 4
@@ -109,7 +109,7 @@ def chaos(
       1    a guarantee does not hold
     """
     # Not imported at the top, so that --help is fast.
-    from peerd.chaos.drive import ChaosSettings, run
+    from peerd_chaos.drive import ChaosSettings, run
 
     settings = ChaosSettings(
         seed=random.randrange(1 << 32) if seed is None else seed,
