@@ -29,7 +29,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from peerd.errors import InvalidRecordError, PeerConflictError, RegistryUnavailableError
-from peerd.registry.etcd import Etcd, KeyValue, Lease, LeaseNotFoundError
+from peerd.registry.etcd import Etcd
+from peerd.registry.etcd_errors import LeaseNotFoundError
+from peerd.registry.etcd_types import KeyValue, Lease
 from peerd.registry.owner import Owner
 from peerd.registry.records import PeerRecord
 
@@ -135,10 +137,7 @@ class Claimant:
             if claim.mod_revision:
                 claim.conflict = ""
                 return
-        raise RegistryUnavailableError(
-            f"{claim.key.decode()} in etcd at {self._etcd.urls} changed under each of {MAX_ATTEMPTS} "
-            "attempts to put it: find out what else writes it"
-        )
+        raise self._changed_each_time(claim, "put")
 
     def update(self, claim: Claim, record: PeerRecord) -> None:
         """Replace the record under the same lease. Also completes an update whose answer was lost.
@@ -151,7 +150,7 @@ class Claimant:
             if lease is None or found is None:
                 claim.mod_revision = 0
                 raise RegistryUnavailableError(
-                    f"{key.decode()} is not in etcd at {self._etcd.urls} now: it will be put again "
+                    f"{key.decode()} is not in etcd at {self._etcd.members.urls} now: it will be put again "
                     "soon, and can be updated then"
                 )
             if found.lease_id != lease.lease_id:
@@ -163,9 +162,12 @@ class Claimant:
             if revision:
                 claim.record, claim.value, claim.mod_revision = record, value, revision
                 return
-        raise RegistryUnavailableError(
-            f"{key.decode()} in etcd at {self._etcd.urls} changed under each of {MAX_ATTEMPTS} "
-            "attempts to update it: find out what else writes it"
+        raise self._changed_each_time(claim, "update")
+
+    def _changed_each_time(self, claim: Claim, action: str) -> RegistryUnavailableError:
+        return RegistryUnavailableError(
+            f"{claim.key.decode()} in etcd at {self._etcd.members.urls} changed under each of "
+            f"{MAX_ATTEMPTS} attempts to {action} it: find out what else writes it"
         )
 
     def find_changed(self, claims: Collection[Claim], timeout_s: float) -> list[Claim]:

@@ -149,29 +149,6 @@ class Members:
             if attempts % len(self._order) == 0:
                 time.sleep(min(ROUND_PAUSE_S, max(deadline_s - time.monotonic(), 0.0)))
 
-    def start_call(self, method: Callable[[Connection], Any], request: Any) -> Callable[[], Any]:
-        """Like ``call``, but returns once the request is sent; the returned function waits for the answer."""
-        deadline_s = time.monotonic() + self.timeout_s
-        try:
-            connection = self.connection()
-            timeout_s = self._attempt_timeout_s(0, deadline_s)
-            with self.translating_errors(connection, timeout_s):
-                metadata = self.metadata(connection, timeout_s)
-                future = method(connection).future(request, timeout=timeout_s, metadata=metadata)
-        except RegistryUnavailableError:
-            return lambda: self.call(method, request, deadline_s)
-
-        def answer() -> Any:
-            try:
-                with self.translating_errors(connection, timeout_s):
-                    return future.result()
-            except RegistryUnavailableError:
-                if time.monotonic() >= deadline_s:
-                    raise
-                return self.call(method, request, deadline_s)
-
-        return answer
-
     @contextlib.contextmanager
     def stream(self, probe: Any) -> Iterator[Connection]:
         """A connection that fails over if it does not answer ``probe``, a RangeRequest, in time."""
@@ -228,7 +205,13 @@ class Members:
             request = rpc.AuthenticateRequest(
                 name=self._access.user, password=self._access.password
             )
-            token = self._token = self._authenticate(connection, request, timeout_s)
+            try:
+                token = connection.logins.Authenticate(request, timeout=timeout_s).token
+            except grpc.RpcError as error:
+                if "authentication is not enabled" not in (error.details() or ""):
+                    raise
+                token = ""
+            self._token = token
         return (("token", token),) if token else ()
 
     def forget_login(self) -> None:
@@ -297,14 +280,6 @@ class Members:
         except OSError as error:
             raise SettingsError(f"{error.filename}: {error.strerror}") from None
         return Connection(member, client)
-
-    def _authenticate(self, connection: Connection, request: Any, timeout_s: float) -> str:
-        try:
-            return str(connection.logins.Authenticate(request, timeout=timeout_s).token)
-        except grpc.RpcError as error:
-            if "authentication is not enabled" in (error.details() or ""):
-                return ""
-            raise
 
     def _probe_connection(self, probe: Any, no_streams: threading.Event) -> None:
         """In a thread while there are streams, whose own threads wait for events."""

@@ -12,28 +12,16 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any
 
 from peerd.errors import RegistryError, RegistryUnavailableError
-from peerd.registry.connection import Connection, Members, etcd3, rpc
+from peerd.registry.connection import Members, etcd3, rpc
 from peerd.registry.etcd_errors import CompactedError, LeaseNotFoundError, TooLargeError
-from peerd.registry.etcd_types import Change, KeyValue, Lease, Range
-from peerd.registry.streams import KeepAliveStream, WatchStream
+from peerd.registry.etcd_types import KeyValue, Lease, Range
+from peerd.registry.streams import KeepAliveStream
 from peerd.settings import ANONYMOUS, EtcdAccess
-
-__all__ = [
-    "Change",
-    "CompactedError",
-    "Etcd",
-    "KeyValue",
-    "Lease",
-    "LeaseNotFoundError",
-    "Range",
-    "TooLargeError",
-    "WatchStream",
-]
 
 _PAGE_KEYS = 1000
 """Of the first page, when the sizes of the values are unknown. Later pages are larger if that fits: each
@@ -47,6 +35,11 @@ _MAX_COMPARED_KEYS = 100
 """Per transaction; etcd's own limit is 128 by default (``--max-txn-ops``)."""
 
 _KEY, _VALUE = attrgetter("key"), attrgetter("value")
+_RANGE, _PUT, _TXN = attrgetter("kv.Range"), attrgetter("kv.Put"), attrgetter("kv.Txn")
+_GRANT = attrgetter("leases.LeaseGrant")
+
+_Pages = list[tuple[Any, list[bytes]]]
+"""etcd's answers, each with the values in it."""
 
 
 class Etcd:
@@ -57,33 +50,15 @@ class Etcd:
     """
 
     def __init__(self, urls: str, timeout_s: float = 5.0, access: EtcdAccess = ANONYMOUS) -> None:
-        self._members = Members(urls, access, timeout_s)
+        self.members = Members(urls, access, timeout_s)
         self._first_limit = _PAGE_KEYS
         self._keep_alive_lock = threading.Lock()
         self._keep_alives: KeepAliveStream | None = None
 
-    @property
-    def urls(self) -> str:
-        return self._members.urls
-
-    @property
-    def member_url(self) -> str:
-        """The URL of the member that is asked first."""
-        return self._members.url
-
-    @property
-    def timeout_s(self) -> float:
-        return self._members.timeout_s
-
-    @property
-    def last_answer_s(self) -> float:
-        """When etcd last answered, on the monotonic clock. Every second while a watch is open."""
-        return self._members.last_answer_s
-
     def close(self) -> None:
         """Close the connection. Calls under way in other threads raise RegistryUnavailableError."""
         self._end_keep_alives()
-        self._members.close()
+        self.members.close()
 
     # Keys
 
@@ -92,90 +67,69 @@ class Etcd:
 
         ``serializable``: any member answers from its own state, without asking the others.
         """
-        items: list[KeyValue] = []
-
-        def take(page: Any, _values: Collection[bytes]) -> None:
-            items.extend(map(KeyValue.of, page))
-
-        revision = self._read(prefix, serializable, items.clear, take)
-        return Range(items, revision)
+        pages = self._pages(prefix, serializable)
+        items = [KeyValue.of(item) for page, _ in pages for item in page.kvs]
+        return Range(items, pages[0][0].header.revision)
 
     def values(self, prefix: bytes, *, serializable: bool = False) -> dict[bytes, bytes]:
         """Like ``list``, but only keys and values: for 10,000 keys in half the time."""
         found: dict[bytes, bytes] = {}
-
-        def take(page: Any, values: Collection[bytes]) -> None:
+        for page, values in self._pages(prefix, serializable):
             # No tuple per item, which every run of the garbage collector would visit.
-            found.update(zip(map(_KEY, page), values, strict=True))
-
-        self._read(prefix, serializable, found.clear, take)
+            found.update(zip(map(_KEY, page.kvs), values, strict=True))
         return found
 
-    def _read(
-        self,
-        prefix: bytes,
-        serializable: bool,
-        begin: Callable[[], None],
-        take: Callable[[Any, Collection[bytes]], None],
-    ) -> int:
-        """The revision at which all pages were read."""
+    def _pages(self, prefix: bytes, serializable: bool) -> _Pages:
+        """All at the revision of the first."""
         for _ in range(2):
             # Raised if the store is compacted between two pages, which does not soon happen again.
             with contextlib.suppress(CompactedError):
-                begin()
-                return self._read_pages(prefix, serializable, take)
-        begin()
-        return self._read_pages(prefix, serializable, take)
+                return self._read_pages(prefix, serializable)
+        return self._read_pages(prefix, serializable)
 
-    def _read_pages(
-        self, prefix: bytes, serializable: bool, take: Callable[[Any, Collection[bytes]], None]
-    ) -> int:
+    def _read_pages(self, prefix: bytes, serializable: bool) -> _Pages:
         request = rpc.RangeRequest(
             key=prefix,
             range_end=etcd3.utils.increment_last_byte(prefix),
             limit=self._first_limit,
             serializable=serializable,
         )
+        pages: _Pages = []
         keys = size_bytes = 0
-        page = self._page(request, self._members.start_call(_range, request))
-        request.revision = page.header.revision
         while True:
-            kvs, values = page.kvs, list(map(_VALUE, page.kvs))
+            page = self._page(request)
+            values = list(map(_VALUE, page.kvs))
+            pages.append((page, values))
             keys += len(values)
             size_bytes += sum(map(len, values))
             fit = _PAGE_BYTES * keys // max(size_bytes, 1)
             if not page.more:
                 break
-            request.key = kvs[-1].key + b"\0"  # the next possible key
+            request.revision = pages[0][0].header.revision
+            request.key = page.kvs[-1].key + b"\0"  # the next possible key
             request.limit = max(_PAGE_KEYS, min(_PAGE_GROWTH * keys, fit))
-            # etcd reads the next page while this one is decoded here.
-            following = self._members.start_call(_range, request)
-            take(kvs, values)
-            page = self._page(request, following)
-        take(kvs, values)
         # The next listing is expected to be as large, with room for a quarter more.
         self._first_limit = max(_PAGE_KEYS, min(keys + keys // 4, fit))
-        return int(request.revision)
+        return pages
 
-    def _page(self, request: Any, answer: Callable[[], Any]) -> Any:
+    def _page(self, request: Any) -> Any:
         """The answer to the request, with fewer keys if these values are larger than those before."""
         while True:
             try:
-                return answer()
+                return self.members.call(_RANGE, request)
             except TooLargeError:
                 if request.limit == 1:
                     raise
                 request.limit = max(request.limit // 8, 1)
-                answer = self._members.start_call(_range, request)
 
     def get(self, key: bytes, revision: int = 0) -> KeyValue | None:
         """The key now, or at a revision. Raises CompactedError for a revision that is not in the store."""
-        answer = self._members.call(_range, rpc.RangeRequest(key=key, revision=revision))
+        answer = self.members.call(_RANGE, rpc.RangeRequest(key=key, revision=revision))
         return KeyValue.of(answer.kvs[0]) if answer.kvs else None
 
     def put(self, key: bytes, value: bytes, lease_id: int = 0) -> None:
         """Raises LeaseNotFoundError if there is no such lease, like ``create`` and ``replace``."""
-        self._members.call(_put, rpc.PutRequest(key=key, value=value, lease=lease_id))
+        self.members.call(_PUT, rpc.PutRequest(key=key, value=value, lease=lease_id))
 
     def create(self, key: bytes, value: bytes, lease_id: int) -> tuple[int, KeyValue | None]:
         """Put the key if it does not exist. Returns its mod revision and None, else 0 and what exists."""
@@ -203,7 +157,7 @@ class Etcd:
             success=[rpc.RequestOp(request_put=put)],
             failure=[rpc.RequestOp(request_range=rpc.RangeRequest(key=key))],
         )
-        return self._members.call(_txn, request)
+        return self.members.call(_TXN, request)
 
     def find_changed(self, revisions: Mapping[bytes, int], timeout_s: float) -> set[bytes]:
         """The keys that do not have the given mod revision, or do not exist.
@@ -223,7 +177,7 @@ class Etcd:
                     for key in batch
                 ],
             )
-            answer = self._members.call(_txn, request, deadline_s)
+            answer = self.members.call(_TXN, request, deadline_s)
             if answer.succeeded:
                 continue
             for key, response in zip(batch, answer.responses, strict=True):
@@ -235,7 +189,7 @@ class Etcd:
     # Leases
 
     def grant(self, ttl_s: int) -> Lease:
-        lease = self._members.call(_grant, rpc.LeaseGrantRequest(TTL=ttl_s))
+        lease = self.members.call(_GRANT, rpc.LeaseGrantRequest(TTL=ttl_s))
         return Lease(lease.ID, lease.TTL)
 
     def keep_alive(
@@ -246,17 +200,17 @@ class Etcd:
         All calls use one stream, one call at a time; it is reopened only if it broke. A generator, so that
         the answers before a failure are not lost.
         """
-        timeout_s = timeout_s or self.timeout_s
+        timeout_s = timeout_s or self.members.timeout_s
         if not self._keep_alive_lock.acquire(timeout=timeout_s):
             raise RegistryUnavailableError(
-                f"etcd at {self.urls} has not answered the previous keep-alives"
+                f"etcd at {self.members.urls} has not answered the previous keep-alives"
             )
         is_complete = False
         try:
             if self._keep_alives is not None and not self._keep_alives.is_open:
                 self._end_keep_alives()
             if self._keep_alives is None:
-                self._keep_alives = KeepAliveStream(self._members, timeout_s)
+                self._keep_alives = KeepAliveStream(self.members, timeout_s)
             yield from self._keep_alives.refresh(lease_ids, timeout_s)
             is_complete = True
         finally:
@@ -271,7 +225,8 @@ class Etcd:
 
     def revoke(self, lease_ids: Iterable[int], timeout_s: float | None = None) -> None:
         """Revoke all leases in parallel, which deletes their keys. A lease that is gone is no error."""
-        members, timeout_s = self._members, timeout_s or self.timeout_s
+        members = self.members
+        timeout_s = timeout_s or members.timeout_s
         deadline_s = time.monotonic() + timeout_s
         failure: RegistryError | None = None
         connection = members.connection()
@@ -296,30 +251,8 @@ class Etcd:
         if failure is not None:
             raise failure
 
-    # Changes
-
-    def watch(self, prefix: bytes, from_revision: int) -> WatchStream:
-        """All changes of keys that start with ``prefix``, starting at a revision."""
-        return WatchStream(self._members, prefix, from_revision)
-
 
 def _has_mod_revision(key: bytes, revision: int) -> Any:
     return rpc.Compare(
         key=key, target=rpc.Compare.MOD, result=rpc.Compare.EQUAL, mod_revision=revision
     )
-
-
-def _range(connection: Connection) -> Any:
-    return connection.kv.Range
-
-
-def _put(connection: Connection) -> Any:
-    return connection.kv.Put
-
-
-def _txn(connection: Connection) -> Any:
-    return connection.kv.Txn
-
-
-def _grant(connection: Connection) -> Any:
-    return connection.leases.LeaseGrant

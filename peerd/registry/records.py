@@ -60,9 +60,6 @@ _FIELDS = {
     "PeerId": "peer_id",
     "Metadata": "metadata",
 }
-_PLAIN_FIELDS = frozenset(_FIELDS)
-_MAX_PLAIN_VALUE_BYTES = MAX_METADATA_BYTES
-_set = object.__setattr__
 _FIELDS_IN_LOWER_CASE = {name.lower(): name for name in _FIELDS}
 
 
@@ -127,7 +124,7 @@ class PeerRecord:
             )
         if not isinstance(members, dict):
             raise InvalidRecordError(f"the value {_short(value)} is not a JSON object")
-        if members.keys() >= _PLAIN_FIELDS and len(value) <= _MAX_PLAIN_VALUE_BYTES:
+        if members.keys() >= _FIELDS.keys() and len(value) <= MAX_METADATA_BYTES:
             record = cls._of_plain(value, members)
             if record is not None and (stored_as is None or record.peer_id.encode() == stored_as):
                 return record
@@ -181,17 +178,13 @@ class PeerRecord:
             and (partition_key is None or len(partition_key) <= MAX_PARTITION_KEY_BYTES)
         ):
             record = object.__new__(cls)
-            _set(
-                record,
-                "__dict__",
-                {
-                    "url": url,
-                    "port": port,
-                    "peer_id": peer_id,
-                    "protocol": protocol,
-                    "partition_key": partition_key,
-                    "metadata": metadata,
-                },
+            record.__dict__.update(
+                url=url,
+                port=port,
+                peer_id=peer_id,
+                protocol=protocol,
+                partition_key=partition_key,
+                metadata=metadata,
             )
             return record
         return None

@@ -18,6 +18,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from setproctitle import setproctitle
@@ -104,34 +105,27 @@ def _wait_for_peers(board: Scoreboard, lifeline: Lifeline) -> None:
         lifeline.wait(left_s)
 
 
+@dataclass
 class _Reconciler:
-    def __init__(
-        self,
-        settings: SupervisorSettings,
-        board: Scoreboard,
-        registry: Registry,
-        lifeline: Lifeline,
-        report_fd: int,
-    ) -> None:
-        self._settings = settings
-        self._board = board
-        self._registry = registry
-        self._lifeline = lifeline
-        self._report_fd = report_fd
-        self._registrations: dict[int, Registration] = {}
-        self._retry_at_s: dict[int, float] = {}
-        self._warn_at_s = 0.0
-        self._health: dict[int, HealthCheck] = {}
+    settings: SupervisorSettings
+    board: Scoreboard
+    registry: Registry
+    lifeline: Lifeline
+    report_fd: int
+    registrations: dict[int, Registration] = field(default_factory=dict)
+    retry_at_s: dict[int, float] = field(default_factory=dict)
+    warn_at_s: float = 0.0
+    health: dict[int, HealthCheck] = field(default_factory=dict)
 
     def reconcile(self) -> None:
         """One round. Stops half way if the supervisor has died: all records are revoked then."""
-        self._board.registrar_heartbeat_ns = time.monotonic_ns()
-        for slot in self._board.slots:
-            if self._lifeline.has_ended:
+        self.board.registrar_heartbeat_ns = time.monotonic_ns()
+        for slot in self.board.slots:
+            if self.lifeline.has_ended:
                 return
             diagnosis = self._judge(slot)
             desired = diagnosis is not None and diagnosis.is_healthy
-            registration = self._registrations.get(slot.index)
+            registration = self.registrations.get(slot.index)
             if registration is None:
                 if desired:
                     self._register(slot)
@@ -144,14 +138,14 @@ class _Reconciler:
 
     def _register(self, slot: Slot) -> None:
         now_s = time.monotonic()
-        if now_s < self._retry_at_s.get(slot.index, 0.0):
+        if now_s < self.retry_at_s.get(slot.index, 0.0):
             return
 
         def on_lease(lease_id: int) -> None:
             slot.lease_id = lease_id
 
         try:
-            self._registrations[slot.index] = self._registry.register(
+            self.registrations[slot.index] = self.registry.register(
                 self._record(slot), adopt_lease_id=slot.lease_id, on_lease=on_lease
             )
         except PeerConflictError as error:
@@ -159,38 +153,38 @@ class _Reconciler:
                 log.error("%s", error)
             slot.lease_id = 0
             self._publish(slot, 0.0, str(error))
-            self._retry_at_s[slot.index] = now_s + RETRY_INTERVAL_S
+            self.retry_at_s[slot.index] = now_s + RETRY_INTERVAL_S
         except RegistryError as error:
-            if now_s >= self._warn_at_s:
-                self._warn_at_s = now_s + WARN_INTERVAL_S
+            if now_s >= self.warn_at_s:
+                self.warn_at_s = now_s + WARN_INTERVAL_S
                 log.warning("not registered, retrying every %g s: %s", RETRY_INTERVAL_S, error)
             # All peers would wait for the same etcd: one attempt per interval is enough.
-            for other in self._board.slots:
-                self._retry_at_s[other.index] = time.monotonic() + RETRY_INTERVAL_S
+            for other in self.board.slots:
+                self.retry_at_s[other.index] = time.monotonic() + RETRY_INTERVAL_S
         else:
-            self._publish(slot, self._registrations[slot.index].registered_until_s, "")
+            self._publish(slot, self.registrations[slot.index].registered_until_s, "")
 
     def _judge(self, slot: Slot) -> Diagnosis | None:
-        timeout_s = self._settings.liveness_timeout_s
-        check = self._health.setdefault(slot.index, HealthCheck(timeout_s))
+        timeout_s = self.settings.liveness_timeout_s
+        check = self.health.setdefault(slot.index, HealthCheck(timeout_s))
         return check.judge(slot, time.monotonic_ns())
 
     def _revoke(self, slot: Slot, registration: Registration, diagnosis: Diagnosis | None) -> None:
         if diagnosis is not None:
             log.error(
                 "peer=%s: %s: its record is withdrawn until the peer is healthy again",
-                self._settings.peer_id(slot.index),
+                self.settings.peer_id(slot.index),
                 diagnosis.sentence,
             )
         registration.close()
-        del self._registrations[slot.index]
+        del self.registrations[slot.index]
         slot.lease_id = 0
         self._publish(slot, 0.0, "")
 
     def _adopt_to_revoke(self, slot: Slot) -> None:
         """Revoke the lease that a dead registrar has left of a peer that has stopped since."""
         try:
-            self._registry.revoke(slot.lease_id)
+            self.registry.revoke(slot.lease_id)
         except RegistryError:
             return  # next round
         slot.lease_id = 0
@@ -201,16 +195,16 @@ class _Reconciler:
         slot.registered_until_ns = int(registered_until_s * 1e9)
         slot.holder = conflict
         if before != (slot.registered, slot.holder):
-            _notify(self._report_fd)
+            _notify(self.report_fd)
 
     def _record(self, slot: Slot) -> PeerRecord:
         from peerd.registry import PeerRecord
 
         return PeerRecord(
-            url=self._settings.advertised_host,
-            port=self._settings.base_port + slot.index,
-            peer_id=self._settings.peer_id(slot.index),
-            partition_key=self._settings.partition_key,
+            url=self.settings.advertised_host,
+            port=self.settings.base_port + slot.index,
+            peer_id=self.settings.peer_id(slot.index),
+            partition_key=self.settings.partition_key,
         )
 
 

@@ -112,7 +112,7 @@ class Registry:
     @property
     def endpoint(self) -> str:
         """The URL of the member in use."""
-        return self._etcd.member_url
+        return self._etcd.members.url
 
     @property
     def state(self) -> SessionState:

@@ -145,7 +145,7 @@ class Session:
         except BaseException:
             # Not an adopted lease: it is of no use here, but may hold another process's key.
             if claim.lease is not None and claim.lease.lease_id != adopt_lease_id:
-                self._revoke([claim.lease.lease_id], self._etcd.timeout_s)
+                self._revoke([claim.lease.lease_id], self._etcd.members.timeout_s)
             raise
         with self._lock:
             self.check_usable()  # closed meanwhile: the record is left to its TTL
@@ -178,7 +178,7 @@ class Session:
         """Revoke the leases of all claims in parallel. Never raises. Does nothing in a forked child."""
         if not self.is_of_this_process:
             return  # the records are the parent's
-        deadline_s = time.monotonic() + (timeout_s or self._etcd.timeout_s)
+        deadline_s = time.monotonic() + (timeout_s or self._etcd.members.timeout_s)
         with self._lock:
             claims = list(claims)
             for claim in claims:
@@ -205,7 +205,7 @@ class Session:
         """
         if self._closing or not self.is_of_this_process:
             return
-        deadline_s = time.monotonic() + self._etcd.timeout_s
+        deadline_s = time.monotonic() + self._etcd.members.timeout_s
         with self._lock:
             self._closing = True
         self._wake.set()
@@ -213,7 +213,7 @@ class Session:
         if thread is threading.current_thread():  # a listener closes: the thread ends after it
             thread = None
         if thread is not None:
-            thread.join(self._etcd.timeout_s / 4)  # returns immediately unless etcd hangs
+            thread.join(self._etcd.members.timeout_s / 4)  # returns immediately unless etcd hangs
         self.withdraw(self._claims, max(deadline_s - time.monotonic(), _MIN_REVOKE_TIMEOUT_S))
         self._etcd.close()  # and with it a call that the thread may still be in
         if thread is not None:
@@ -262,7 +262,7 @@ class Session:
                 held[lease.lease_id].append(lease)
         if held:
             shortest_s = min(lease.ttl_s for leases in held.values() for lease in leases)
-            timeout_s = min(self._etcd.timeout_s, max(shortest_s / 3, _RETRY_INTERVAL_S))
+            timeout_s = min(self._etcd.members.timeout_s, max(shortest_s / 3, _RETRY_INTERVAL_S))
             for lease_id, ttl_s in self._etcd.keep_alive(held, timeout_s):
                 for lease in held[lease_id]:
                     lease.ends_at_s = now_s + ttl_s if ttl_s > 0 else 0.0
@@ -376,7 +376,7 @@ class Session:
             if state is self._state:
                 return
             self._state = state
-            log.info("etcd at %s: %s", self._etcd.urls, state.value)
+            log.info("etcd at %s: %s", self._etcd.members.urls, state.value)
             if self._on_state is not None:
                 try:
                     self._on_state(state)

@@ -37,8 +37,11 @@ from dataclasses import dataclass
 from typing import Self
 
 from peerd.errors import RegistryAuthError, RegistryError
-from peerd.registry.etcd import Change, CompactedError, Etcd, KeyValue, TooLargeError, WatchStream
+from peerd.registry.etcd import Etcd
+from peerd.registry.etcd_errors import CompactedError, TooLargeError
+from peerd.registry.etcd_types import Change, KeyValue
 from peerd.registry.records import PeerRecord, RecordReader
+from peerd.registry.streams import WatchStream
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +194,7 @@ class Watch:
         """
         if self._stream is None:
             return self._last_confirmed_s
-        return max(self._last_confirmed_s, self._etcd.last_answer_s)
+        return max(self._last_confirmed_s, self._etcd.members.last_answer_s)
 
     def __enter__(self) -> Self:
         return self
@@ -213,23 +216,16 @@ class Watch:
                 events = self._list()
             self._last_confirmed_s = time.monotonic()
             return events
-        except (CompactedError, TooLargeError) as error:
-            log.info("%s: listing the peers again", error)
-            self._close_stream()
-            return self._list_again()
-        except RegistryAuthError:
+        except RegistryError as error:
             self._close_stream()
             if self._closed.is_set():
                 return None
-            raise
-        except RegistryError as error:
-            self._close_stream()
-            return self._pause(error)
-
-    def _list_again(self) -> list[Event] | None:
-        try:
-            return self._list()
-        except RegistryError as error:
+            if isinstance(error, RegistryAuthError):
+                raise
+            if self._is_listed and isinstance(error, (CompactedError, TooLargeError)):
+                log.info("%s: listing the peers again", error)
+                self._is_listed = False
+                return []
             return self._pause(error)
 
     def _close_stream(self) -> None:
@@ -239,8 +235,6 @@ class Watch:
             stream.close()
 
     def _pause(self, error: RegistryError) -> list[Event] | None:
-        if self._closed.is_set():
-            return None
         if not self._has_warned:
             self._has_warned = True
             log.warning("the watch waits for etcd: %s", error)
@@ -250,7 +244,7 @@ class Watch:
         return []
 
     def _open(self) -> list[Event]:
-        stream = self._stream = self._etcd.watch(self._folder, self._revision + 1)
+        stream = self._stream = WatchStream(self._etcd.members, self._folder, self._revision + 1)
         if self._closed.is_set():
             stream.cancel()
         first = next(stream)

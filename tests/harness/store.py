@@ -6,7 +6,8 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
-from peerd.registry.etcd import Etcd, KeyValue
+from peerd.registry.etcd import Etcd
+from peerd.registry.etcd_types import KeyValue
 
 
 class Store:

@@ -26,7 +26,7 @@ from peerd.errors import (
 )
 from peerd.registry import PeerRecord, Registry, SessionState, nodes
 from peerd.registry.embedded_etcd import EmbeddedEtcd
-from peerd.registry.etcd import KeyValue
+from peerd.registry.etcd_types import KeyValue
 
 CONNECTED, SUSPENDED, LOST = SessionState.CONNECTED, SessionState.SUSPENDED, SessionState.LOST
 FAASNETS = b'{"Url":"localhost","Port":5009,"PartitionKey":null,"Id":"..."}'

@@ -17,7 +17,7 @@ from peerd.errors import InvalidRecordError, PeerConflictError, RegistryUnavaila
 from peerd.registry import EtcdAccess, Joined, Left, PeerRecord, Registry, Updated, Watch
 from peerd.registry.connection import Members
 from peerd.registry.embedded_etcd import EmbeddedEtcd
-from peerd.registry.etcd import WatchStream
+from peerd.registry.streams import WatchStream
 
 FAASNETS = b'{"Url":"localhost","Port":5009,"PartitionKey":"eu","Id":"..."}'
 SEED = PeerRecord(url="localhost", port=5001, peer_id="seedId")
