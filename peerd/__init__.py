@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from peerd.address import Address
     from peerd.clients.asynchronous import AsyncPeerClient
     from peerd.clients.blocking import PeerClient
-    from peerd.clients.client_base import Peers
+    from peerd.clients.client_base import KnownPeers
     from peerd.registry import Cache, PeerRecord, Registry
     from peerd.serving.in_process import Peer
     from peerd.settings import EtcdAccess
@@ -60,6 +60,7 @@ __all__ = [
     "DecodeError",
     "EtcdAccess",
     "InvalidRecordError",
+    "KnownPeers",
     "Message",
     "NoAnswerError",
     "NotRunningError",
@@ -68,7 +69,6 @@ __all__ = [
     "PeerConflictError",
     "PeerRecord",
     "PeerdError",
-    "Peers",
     "PortInUseError",
     "Registry",
     "RegistryAuthError",
@@ -85,10 +85,10 @@ _LAZY = {
     "AsyncPeerClient": "peerd.clients.asynchronous",
     "Cache": "peerd.registry",
     "EtcdAccess": "peerd.settings",
+    "KnownPeers": "peerd.clients.client_base",
     "Peer": "peerd.serving.in_process",
     "PeerClient": "peerd.clients.blocking",
     "PeerRecord": "peerd.registry",
-    "Peers": "peerd.clients.client_base",
     "Registry": "peerd.registry",
 }
 """The module of each name that is imported at its first use: Peer imports psutil, AsyncPeerClient asyncio,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 from typing import TYPE_CHECKING, Self
 
@@ -15,6 +14,7 @@ from peerd.clients.client_base import (
     ClientBase,
     Target,
     failures_named,
+    unreachable_skipped,
 )
 from peerd.clients.endpoints import Endpoint, numeric, preferred
 from peerd.clients.request import IsAnswer, Request
@@ -22,8 +22,6 @@ from peerd.errors import NoAnswerError
 
 if TYPE_CHECKING:
     from peerd.registry import PeerRecord
-
-log = logging.getLogger(__name__)
 
 
 class AsyncPeerClient(ClientBase):
@@ -73,8 +71,15 @@ class AsyncPeerClient(ClientBase):
     ) -> int:
         """See :meth:`peerd.PeerClient.broadcast`; host names are resolved concurrently."""
         datagram = self._encode(magic, version, body)
-        records = self._recipients(partition_key)
-        return sum(await asyncio.gather(*(self._try_send(record, datagram) for record in records)))
+        sent = []
+
+        async def try_send(record: PeerRecord) -> None:
+            with unreachable_skipped():
+                await self._send(record, datagram)
+                sent.append(record)
+
+        await asyncio.gather(*map(try_send, self._recipients(partition_key)))
+        return len(sent)
 
     async def close(self) -> None:
         """Requests that are under way in other tasks run to their end."""
@@ -108,21 +113,10 @@ class AsyncPeerClient(ClientBase):
                 loop = asyncio.get_running_loop()
                 await loop.run_in_executor(None, sock.sendto, datagram, endpoint.sockaddr)
 
-    async def _try_send(self, record: PeerRecord, datagram: bytes) -> bool:
-        try:
-            await self._send(record, datagram)
-        except NoAnswerError as error:
-            log.debug("broadcast: %s", error)
-            return False
-        return True
-
 
 async def _resolve(address: Address) -> Endpoint:
-    endpoint = numeric(address)
-    if endpoint is not None:
-        return endpoint
     loop = asyncio.get_running_loop()
-    return preferred(await loop.getaddrinfo(*address, type=socket.SOCK_DGRAM))
+    return numeric(address) or preferred(await loop.getaddrinfo(*address, type=socket.SOCK_DGRAM))
 
 
 async def _receive_answer(sock: socket.socket, endpoint: Endpoint, request: Request) -> Message:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from peerd._envelope import Message
 from peerd.clients.client_base import (
@@ -13,15 +12,11 @@ from peerd.clients.client_base import (
     ClientBase,
     Target,
     failures_named,
+    unreachable_skipped,
 )
 from peerd.clients.endpoints import resolve
 from peerd.clients.request import IsAnswer, Request
 from peerd.errors import NoAnswerError
-
-if TYPE_CHECKING:
-    from peerd.registry import PeerRecord
-
-log = logging.getLogger(__name__)
 
 
 class PeerClient(ClientBase):
@@ -82,7 +77,12 @@ class PeerClient(ClientBase):
         A peer that cannot be sent to is logged (debug) and skipped.
         """
         datagram = self._encode(magic, version, body)
-        return sum(self._try_send(record, datagram) for record in self._recipients(partition_key))
+        sent = 0
+        for record in self._recipients(partition_key):
+            with unreachable_skipped():
+                self._send(record, datagram)
+                sent += 1
+        return sent
 
     def close(self) -> None:
         """Requests that are under way in other threads run to their end."""
@@ -111,11 +111,3 @@ class PeerClient(ClientBase):
         with failures_named(target, address):
             endpoint = resolve(address)
             self._send_sockets.of(endpoint.family).sendto(datagram, endpoint.sockaddr)
-
-    def _try_send(self, record: PeerRecord, datagram: bytes) -> bool:
-        try:
-            self._send(record, datagram)
-        except NoAnswerError as error:
-            log.debug("broadcast: %s", error)
-            return False
-        return True

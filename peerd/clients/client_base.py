@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from peerd._envelope import encode
 from peerd.address import Address, address_of
 from peerd.clients.client_sockets import AttemptSockets, SendSockets
-from peerd.clients.endpoints import Endpoint, numeric
+from peerd.clients.endpoints import numeric
 from peerd.errors import NoAnswerError, SettingsError
 
 if TYPE_CHECKING:
     from peerd.registry import PeerRecord
+
+log = logging.getLogger(__name__)
 
 Target: TypeAlias = "str | tuple[str, int] | PeerRecord"
 
@@ -29,8 +32,8 @@ NEXT_STEPS = {
 }
 
 
-class Peers(Protocol):
-    """The known peers: a registry's cache, or any object with these two methods."""
+class KnownPeers(Protocol):
+    """A registry's cache, or any object with these two methods."""
 
     def get(self, peer_id: str, /) -> PeerRecord | None:
         """None for a peer id that is not known."""
@@ -41,14 +44,16 @@ class Peers(Protocol):
 
 
 class ClientBase:
-    def __init__(self, peers: Peers | None = None, *, source: str | None = None) -> None:
+    def __init__(self, peers: KnownPeers | None = None, *, source: str | None = None) -> None:
         """Without ``peers`` targets are addresses, and ``broadcast`` is refused.
 
         ``source``: a numeric address of this host that all datagrams leave from; None leaves the
         choice to the kernel. Raises SettingsError when it is not a numeric address.
         """
         self._peers = peers
-        endpoint = None if source is None else _source(source)
+        endpoint = None if source is None else numeric(Address(source, 0))
+        if source is not None and endpoint is None:
+            raise SettingsError(f"source {source!r}: give a numeric address of this host")
         self._attempt_sockets = AttemptSockets(endpoint)
         self._send_sockets = SendSockets(endpoint)
 
@@ -81,9 +86,8 @@ class ClientBase:
 
     def _recipients(self, partition_key: str | None) -> Sequence[PeerRecord]:
         if self._peers is None:
-            raise SettingsError(
-                "no peers to broadcast to: make the client with a registry's cache, which knows them"
-            )
+            how = "make the client with a registry's cache, which knows them"
+            raise SettingsError(f"no peers to broadcast to: {how}")
         return self._peers.nodes(partition_key=partition_key)
 
     def _encode(self, magic: str, version: str, body: bytes) -> bytes:
@@ -113,6 +117,15 @@ def failures_named(
         raise NoAnswerError(f"no answer from {named}: {_cause(error, timeout_s)}") from None
 
 
+@contextlib.contextmanager
+def unreachable_skipped() -> Iterator[None]:
+    """For a broadcast: log that a peer cannot be sent to."""
+    try:
+        yield
+    except NoAnswerError as error:
+        log.debug("broadcast: %s", error)
+
+
 def _cause(error: OSError, timeout_s: float | None) -> str:
     if isinstance(error, TimeoutError) and timeout_s is not None:
         return (
@@ -120,13 +133,6 @@ def _cause(error: OSError, timeout_s: float | None) -> str:
             "and see that the peer has a handler that replies"
         )
     return f"{error.strerror or error}; {NEXT_STEPS.get(error.errno or 0, NEXT_STEP)}"
-
-
-def _source(address: str) -> Endpoint:
-    endpoint = numeric(Address(address, 0))
-    if endpoint is None:
-        raise SettingsError(f"source {address!r}: give a numeric address of this host")
-    return endpoint
 
 
 def _checked(target: tuple[str, int]) -> Address:

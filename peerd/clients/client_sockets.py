@@ -65,28 +65,29 @@ class AttemptSockets:
 
 
 def _connected(endpoint: Endpoint, source: Endpoint | None) -> socket.socket:
-    sock = socket.socket(endpoint.family, socket.SOCK_DGRAM)
-    try:
-        _bind(sock, source)
+    with _opening(endpoint.family, source) as sock:
         # Without this option Linux does not report "host unreachable" and the like (udp(7)).
         sock.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
         if endpoint.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
         sock.connect(endpoint.sockaddr)
-    except BaseException:
-        sock.close()
-        raise
     return sock
 
 
-def _bind(sock: socket.socket, source: Endpoint | None) -> None:
-    if source is None:
-        return
-    if source.family != sock.family:
-        raise OSError(
-            errno.EAFNOSUPPORT, f"the source address {source.sockaddr[0]} is of another family"
-        )
-    sock.bind(source.sockaddr)
+@contextlib.contextmanager
+def _opening(family: int, source: Endpoint | None) -> Iterator[socket.socket]:
+    """A socket that stays open after the block, unless the block raises."""
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        if source is not None:
+            if source.family != family:
+                what = f"the source address {source.sockaddr[0]} is of another family"
+                raise OSError(errno.EAFNOSUPPORT, what)
+            sock.bind(source.sockaddr)
+        yield sock
+    except BaseException:
+        sock.close()
+        raise
 
 
 class SendSockets:
@@ -106,18 +107,12 @@ class SendSockets:
     def of(self, family: int) -> socket.socket:
         with self._lock:
             self.check_open()
-            sock = self._sockets.get(family)
-            if sock is None:
-                sock = socket.socket(family, socket.SOCK_DGRAM)
-                try:
-                    _bind(sock, self._source)
-                except BaseException:
-                    sock.close()
-                    raise
+            if family not in self._sockets:
+                with _opening(family, self._source) as sock:
+                    # Replies are never read, so the kernel should keep as few as possible.
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
                 self._sockets[family] = sock
-                # Replies are never read, so the kernel should keep as few as possible.
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-            return sock
+            return self._sockets[family]
 
     def close(self) -> None:
         with self._lock:

@@ -31,7 +31,7 @@ from peerd import (
 )
 from peerd.address import Address
 from peerd.clients import client_sockets
-from peerd.clients.client_base import Peers
+from peerd.clients.client_base import KnownPeers
 from peerd.clients.endpoints import Endpoint, preferred
 from peerd.clients.request import RETRY_PAUSE_S
 from peerd.registry import PeerRecord, Registry
@@ -63,7 +63,7 @@ class Client(Protocol):
 class InEventLoop:
     """An AsyncPeerClient with blocking methods."""
 
-    def __init__(self, runner: asyncio.Runner, peers: Peers | None) -> None:
+    def __init__(self, runner: asyncio.Runner, peers: KnownPeers | None) -> None:
         self._runner = runner
         self._client = AsyncPeerClient(peers)
         self.locate = self._client.locate
@@ -95,7 +95,7 @@ def client_of(request: pytest.FixtureRequest) -> Iterator[MakeClient]:
     """Makes a client with the given peers; each test runs with every kind of client."""
     with contextlib.ExitStack() as stack:
 
-        def make(peers: Peers | None = None) -> Client:
+        def make(peers: KnownPeers | None = None) -> Client:
             if request.param == "blocking":
                 return stack.enter_context(PeerClient(peers))
             runner = stack.enter_context(asyncio.Runner(loop_factory=EVENT_LOOPS[request.param]))
@@ -139,10 +139,7 @@ def scripted(
     script: Callable[[socket.socket], object], family: socket.AddressFamily = V4
 ) -> Iterator[Address]:
     """A peer that runs the script in a thread; the script ends before the test does."""
-    with (
-        socket.socket(family, socket.SOCK_DGRAM) as sock,
-        ThreadPoolExecutor(1) as pool,
-    ):
+    with socket.socket(family, socket.SOCK_DGRAM) as sock, ThreadPoolExecutor(1) as pool:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
         sock.settimeout(30)
         sock.bind((forged_icmp.LOOPBACK[family], 0))
@@ -282,9 +279,7 @@ def test_garbage_and_unwanted_messages_are_skipped(client_of: MakeClient) -> Non
     assert answer.body == b"2"
 
 
-def test_a_peer_that_floods_does_not_hold_the_request_beyond_its_timeout(
-    client_of: MakeClient,
-) -> None:
+def test_a_flood_does_not_hold_a_request_beyond_its_timeout(client_of: MakeClient) -> None:
     """There is always one more datagram to read, and none is the answer."""
     asked: list[tuple[socket.socket, Any]] = []
 
@@ -340,30 +335,18 @@ def test_an_icmp_error_from_a_router_is_reported_without_waiting(
         assert time.monotonic() - started_s < AT_ONCE_S
 
 
+@pytest.mark.parametrize("registered", [True, False])
 def test_each_try_locates_the_peer_anew(
-    client_of: MakeClient,
+    client_of: MakeClient, echo: Peer, registered: bool
 ) -> None:
-    first_port = free_ports(2)
-    with contextlib.ExitStack() as stack:
-        peers = Known(PeerRecord(url="localhost", port=first_port, peer_id="moving"))
-
-        def move_before_the_third_try() -> None:
-            if peers.gets == 3:
-                peer = stack.enter_context(Peer(echo_app(), port=first_port + 1))
-                moved = PeerRecord(url="localhost", port=peer.port, peer_id="moving")
-                peers.records["moving"] = moved
-
-        peers.before_get = move_before_the_third_try
-        answer = client_of(peers).request("moving", "ECHO", b"x", timeout=LONG_S, retries=5)
-        assert answer.sender == ("127.0.0.1", first_port + 1)
-        assert peers.gets == 3
-
-
-def test_a_peer_that_registers_between_tries(client_of: MakeClient, echo: Peer) -> None:
-    peers = Known()
-    record = PeerRecord(url="localhost", port=echo.port, peer_id="new")
-    peers.before_get = lambda: peers.gets == 2 and peers.records.update(new=record)
-    assert client_of(peers).request("new", "ECHO", b"x", retries=1).body == b"x"
+    """The peer moves, or registers for the first time, before the third try."""
+    old = PeerRecord(url="localhost", port=free_ports(), peer_id="moving")
+    new = PeerRecord(url="localhost", port=echo.port, peer_id="moving")
+    peers = Known(*([old] if registered else []))
+    peers.before_get = lambda: peers.gets == 3 and peers.records.update(moving=new)
+    answer = client_of(peers).request("moving", "ECHO", b"x", timeout=LONG_S, retries=5)
+    assert (answer.body, answer.sender) == (b"x", ("127.0.0.1", echo.port))
+    assert peers.gets == 3
 
 
 def test_there_are_as_many_tries_as_allowed(client_of: MakeClient) -> None:
@@ -389,11 +372,8 @@ def test_there_are_as_many_tries_as_allowed(client_of: MakeClient) -> None:
         ("unknown", NoAnswerError, "no peer has the id 'unknown'"),
         ("", NoAnswerError, "no peer has the id"),
         (":5001", NoAnswerError, "no peer has the id"),
-        (
-            "::1:5001",
-            NoAnswerError,
-            "no peer has the id",
-        ),  # ambiguous: the last group may be the port
+        # Ambiguous: the last group may be the port.
+        ("::1:5001", NoAnswerError, "no peer has the id"),
         (f"{NO_HOST}:5001", NoAnswerError, "cannot be a host name"),
         ("x" * 64 + ":5001", NoAnswerError, "cannot be a host name"),
     ],
@@ -403,10 +383,9 @@ def test_targets_that_cannot_be_reached(
     client_of: MakeClient, target: Any, error: type[Exception], says: str
 ) -> None:
     client = client_of(Known())
-    with pytest.raises(error, match=says):
-        client.request(target, "PING")
-    with pytest.raises(error, match=says):
-        client.send(target, "PING")
+    for call in (client.request, client.send):
+        with pytest.raises(error, match=says):
+            call(target, "PING")
 
 
 def test_ids_and_broadcasts_need_peers(client_of: MakeClient) -> None:
