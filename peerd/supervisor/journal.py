@@ -238,6 +238,18 @@ class RecordRecovered(PeerEvent):
 
 
 @event
+class RepliesWithheld(PeerEvent):
+    """Replies that looked like a loop of servers were not sent (ext/peerd/loop_guard.pxd)."""
+
+    shown_as = "replies withheld"
+    to_peers: int
+    """Replies to the socket of a peer of this supervisor."""
+
+    over_rate: int
+    """Replies above --max-reply-rate."""
+
+
+@event
 class ReloadChanged(Event):
     """A reload began or ended."""
 

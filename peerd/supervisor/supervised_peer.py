@@ -41,6 +41,7 @@ from peerd.supervisor.peer_health import PeerHealth
 from peerd.supervisor.peer_restarts import PeerRestarts
 from peerd.supervisor.promise import Promise
 from peerd.supervisor.replacement import Replacements
+from peerd.supervisor.reply_limits import ReplyLimits
 from peerd.supervisor.socket_queue import count_unread, has_datagrams
 from peerd.supervisor.worker_process import Worker, start_worker
 
@@ -83,6 +84,7 @@ class SupervisedPeer:
         self._is_draining = False
         self._queue_starts_left = MAX_QUEUE_STARTS
         self.health = PeerHealth(slot, sock, environment.settings, environment.journal, self.log)
+        self._reply_limits = ReplyLimits(slot, self.peer_id, environment.journal)
         self._actions: dict[LifecycleAction, Callable[[], object]] = {
             LifecycleAction.LIMIT_BOOT: self._limit_boot,
             LifecycleAction.ANNOUNCE: self._announce,
@@ -147,6 +149,7 @@ class SupervisedPeer:
 
     def check_health(self) -> None:
         """Judge the worker, and end one that is stuck. Call it about twice per second."""
+        self._reply_limits.check()
         self.health.check()
         worker, found = self.worker, self.health.diagnosis
         if worker is None or found is None or found.health is not Health.STUCK or worker.killed_for:

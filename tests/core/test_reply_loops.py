@@ -17,7 +17,7 @@ import pytest
 from harness.eventually import eventually
 from harness.forged_datagram import forge_datagram
 from harness.ports import free_ports
-from harness.supervised import Supervised
+from harness.supervised import Running, Supervised
 from peerd import App, Message, Peer, control, decode, encode
 from peerd._scoreboard import PeerState, Scoreboard, Slot
 from peerd.serving.worker import make_loop
@@ -217,6 +217,13 @@ def test_a_forged_datagram_starts_no_loop_that_survives(supervised: Supervised) 
     forge(6)
     assert running.peer(0)["rx_messages"] == 0
     assert "another magic code" in running.err
+    eventually(lambda: events(running))
+    assert [event["peer_id"] for event in events(running)] == [running.peer(1)["peer_id"]]
+
+
+def events(running: Running) -> list[dict[str, object]]:
+    shown: list[dict[str, object]] = control.request(running.control, "events")
+    return [event for event in shown if event["event"] == "replies withheld"]
 
 
 def test_a_forged_datagram_between_two_supervisors(supervised: Supervised) -> None:
@@ -234,6 +241,7 @@ def test_a_forged_datagram_between_two_supervisors(supervised: Supervised) -> No
     for forged, magic in enumerate(("ECHO", "CHAT"), 1):
         forge_datagram(ports[0], ports[1], encode(magic, "1", b"x"))
         eventually(lambda: dropped() >= forged)  # noqa: B023
+    eventually(lambda: any(events(running) for running in both))
     before = [running.peer(0)["rx_messages"] for running in both]
     for running in both:
         counters = running.peer(0)["counters"]
