@@ -9,50 +9,47 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from statistics import median
 
 import pytest
 
 from harness.eventually import eventually
-from harness.namespaces import Host, Hosts
+from harness.loop_harness import LoopHarness
+from harness.namespaces import Hosts
 from harness.supervised import Supervised
 from peerd import control, decode, encode
-from peerd._loop import DatagramLoop
-from peerd._scoreboard import Scoreboard, Slot
-from peerd.serving.app import builtin_app
-from peerd.serving.worker import make_loop
-from peerd.settings import DatagramSettings
+from peerd.serving.dropped_replies import DroppedReplyLog
 
 PORT = 5001
 # 1 Mbit/s and a queue of seven datagrams: 1,000 replies of 400 bytes per second fill it.
 SLOW = "tc qdisc add dev slow root tbf rate 1mbit burst 2000 limit 3000"
 
 
-@contextmanager
+@pytest.fixture
 def hosts() -> Iterator[Hosts]:
     with Hosts("slow", "fast") as made:
         yield made
 
 
-@contextmanager
-def peer_on(host: Host) -> Iterator[Slot]:
-    with host.socket("0.0.0.0", PORT) as sock:
-        slot = Scoreboard(1).slots[0]
-        loop: DatagramLoop = make_loop(builtin_app(), sock.fileno(), slot, DatagramSettings())
-        thread = threading.Thread(target=loop.run)
-        thread.start()
-        try:
-            yield slot
-        finally:
-            loop.stop()
-            thread.join()
+def clients_of(hosts: Hosts, stack: ExitStack) -> list[socket.socket]:
+    """One behind either link, the slow one first."""
+    made = []
+    for number, link in enumerate(("slow", "fast"), 77):
+        client = stack.enter_context(hosts.behind[link].socket())
+        client.connect((f"10.{number}.0.1", PORT))
+        made.append(client)
+    return made
 
 
 @contextmanager
-def client_of(made: Hosts, link: str, number: int = 0) -> Iterator[socket.socket]:
-    with made.behind[link].socket() as client:
-        client.settimeout(5)
-        client.connect((f"10.{77 + ('slow', 'fast').index(link)}.0.1", PORT + number))
-        yield client
+def peer_and_clients(hosts: Hosts) -> Iterator[tuple[LoopHarness, socket.socket, socket.socket]]:
+    with ExitStack() as stack:
+        sock = hosts.server.socket("0.0.0.0", PORT)
+        log = DroppedReplyLog("")
+        peer = stack.enter_context(LoopHarness(sock=sock, on_replies_dropped=log))
+        slow, fast = clients_of(hosts, stack)
+        stack.enter_context(peer.running())
+        yield peer, slow, fast
 
 
 @contextmanager
@@ -84,40 +81,27 @@ def pings(client: socket.socket, count: int) -> list[float]:
     return took_s
 
 
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
-
-
-def test_a_slow_link_does_not_slow_the_others() -> None:
-    with ExitStack() as stack:
-        made = stack.enter_context(hosts())
-        made.server.run(SLOW)
-        slot = stack.enter_context(peer_on(made.server))
-        slow = stack.enter_context(client_of(made, "slow"))
-        fast = stack.enter_context(client_of(made, "fast"))
+def test_a_slow_link_does_not_slow_the_others(hosts: Hosts) -> None:
+    hosts.server.run(SLOW)
+    with peer_and_clients(hosts) as (peer, slow, fast):
         with asking(slow, 400):
-            eventually(lambda: slot.counters()["tx_dropped_congested"] > 100)
+            eventually(lambda: peer["tx_dropped_congested"] > 100)
             assert median(pings(fast, 150)) < 0.05  # it was 0.23 s with one queue for all
         # The replies that the link has room for arrive.
         assert decode(slow.recv(2000)).body == bytes(400)
 
 
 def test_a_link_with_a_smaller_mtu_costs_large_replies_only(
-    caplog: pytest.LogCaptureFixture,
+    hosts: Hosts, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One ECHO of 1,440 bytes, which the far end of the link drops: the sender gets ENOBUFS."""
-    with ExitStack() as stack:
-        made = stack.enter_context(hosts())
-        made.behind["slow"].ip("link set slow mtu 1400")
-        slot = stack.enter_context(peer_on(made.server))
-        slow = stack.enter_context(client_of(made, "slow"))
-        fast = stack.enter_context(client_of(made, "fast"))
-        with caplog.at_level(logging.WARNING):
-            slow.send(encode("ECHO", "1", bytes(1440)))
-            assert median(pings(fast, 20)) < 0.05
-            assert median(pings(slow, 20)) < 0.05
-            eventually(lambda: caplog.records)
-        assert slot.counters()["tx_dropped_congested"] == 1
+    hosts.behind["slow"].ip("link set slow mtu 1400")
+    with peer_and_clients(hosts) as (peer, slow, fast), caplog.at_level(logging.WARNING):
+        slow.send(encode("ECHO", "1", bytes(1440)))
+        assert median(pings(fast, 20)) < 0.05
+        assert median(pings(slow, 20)) < 0.05
+        eventually(lambda: caplog.records)
+        assert peer["tx_dropped_congested"] == 1
         assert "1 reply dropped" in caplog.text
         assert "ENOBUFS" in caplog.text
 
@@ -126,20 +110,20 @@ def test_a_link_with_a_smaller_mtu_costs_large_replies_only(
 @pytest.mark.parametrize(
     ("hook", "reason"), [("egress device slow", "congested"), ("output", "refused")]
 )
-def test_a_filter_that_drops_for_one_client_costs_no_other(hook: str, reason: str) -> None:
+def test_a_filter_that_drops_for_one_client_costs_no_other(
+    hosts: Hosts, hook: str, reason: str
+) -> None:
     """A filter at the device reports ENOBUFS, one of the output hook EPERM."""
     table = "netdev" if "device" in hook else "ip"
-    with ExitStack() as stack:
-        made = stack.enter_context(hosts())
-        made.server.run(f"nft add table {table} t")
-        made.server.run(f"nft add chain {table} t c {{ type filter hook {hook} priority 0 ; }}")
-        made.server.run(f"nft add rule {table} t c udp sport {PORT} ip daddr 10.77.0.2 drop")
-        slot = stack.enter_context(peer_on(made.server))
-        slow = stack.enter_context(client_of(made, "slow"))
-        fast = stack.enter_context(client_of(made, "fast"))
-        with asking(slow, 10):
-            eventually(lambda: slot.counters()[f"tx_dropped_{reason}"] > 20)
-            assert median(pings(fast, 100)) < 0.05
+    for command in (
+        f"table {table} t",
+        f"chain {table} t c {{ type filter hook {hook} priority 0 ; }}",
+        f"rule {table} t c udp sport {PORT} ip daddr 10.77.0.2 drop",
+    ):
+        hosts.server.run(f"nft add {command}")
+    with peer_and_clients(hosts) as (peer, slow, fast), asking(slow, 10):
+        eventually(lambda: peer[f"tx_dropped_{reason}"] > 20)
+        assert median(pings(fast, 100)) < 0.05
 
 
 ASYNC_APP = """
@@ -160,22 +144,22 @@ async def ping(message):
 
 
 @pytest.mark.parametrize("kind", ["plain", "async"])
-def test_a_reload_over_a_slow_link_has_no_gap(supervised: Supervised, kind: str) -> None:
+def test_a_reload_over_a_slow_link_has_no_gap(
+    hosts: Hosts, supervised: Supervised, kind: str
+) -> None:
+    hosts.server.run(SLOW)
+    (supervised.folder / "late.py").write_text(ASYNC_APP)
+    running = supervised.start(
+        "--host=0.0.0.0",
+        *(["--app=late:app"] if kind == "async" else []),
+        peers=1,
+        base_port=PORT,
+        etcd="http://127.0.0.1:1",
+        through=["ip", "netns", "exec", hosts.server.name],
+    )
+    running.wait_ready()
     with ExitStack() as stack:
-        made = stack.enter_context(hosts())
-        made.server.run(SLOW)
-        (supervised.folder / "late.py").write_text(ASYNC_APP)
-        running = supervised.start(
-            "--host=0.0.0.0",
-            *(["--app=late:app"] if kind == "async" else []),
-            peers=1,
-            base_port=PORT,
-            etcd="http://127.0.0.1:1",
-            through=["ip", "netns", "exec", made.server.name],
-        )
-        running.wait_ready()
-        slow = stack.enter_context(client_of(made, "slow"))
-        fast = stack.enter_context(client_of(made, "fast"))
+        slow, fast = clients_of(hosts, stack)
         with asking(slow, 400):
             eventually(lambda: running.peer(0)["counters"]["tx_dropped_congested"] > 20)
             assert median(pings(fast, 100)) < 0.05

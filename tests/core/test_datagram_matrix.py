@@ -7,20 +7,16 @@ hands it over joined; and the client asks for UDP_GRO itself, so it sees whether
 
 from __future__ import annotations
 
-import select
 import socket
 import struct
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import pytest
 
+from harness.loop_harness import LoopHarness, bound
 from peerd import App, Message, decode, encode
-from peerd._loop import DatagramLoop
-from peerd._scoreboard import Scoreboard, Slot
-from peerd.linux import SOL_UDP, UDP_GRO, UDP_SEGMENT
+from peerd.linux import SOL_UDP, UDP_GRO
 
 # 65,535 less the IPv4 and UDP headers (RFC 791, RFC 768).
 MAX_DATAGRAM_BYTES = 65507
@@ -32,40 +28,28 @@ TURN_BUDGET_NS = 2_000_000
 
 @dataclass(frozen=True)
 class Family:
-    peer: socket.AddressFamily
     bound_to: str
     client: socket.AddressFamily
-    connects_to: str
 
 
 FAMILIES = {
-    "v4": Family(socket.AF_INET, "127.0.0.1", socket.AF_INET, "127.0.0.1"),
-    "v6": Family(socket.AF_INET6, "::1", socket.AF_INET6, "::1"),
-    "dual-v4": Family(socket.AF_INET6, "::", socket.AF_INET, "127.0.0.1"),
-    "dual-v6": Family(socket.AF_INET6, "::", socket.AF_INET6, "::1"),
+    "v4": Family("127.0.0.1", socket.AF_INET),
+    "v6": Family("::1", socket.AF_INET6),
+    "dual-v4": Family("::", socket.AF_INET),
+    "dual-v6": Family("::", socket.AF_INET6),
 }
 
 
-class Exchange:
-    """A peer that echoes, and a client of it."""
+class Exchange(LoopHarness):
+    """A peer that echoes, and a client of it that asks for UDP_GRO."""
 
-    def __init__(self, peer: socket.socket, client: socket.socket, gro: bool, gso: bool) -> None:
-        self.client = client
+    def __init__(self, family: Family, gro: bool = True, gso: bool = True) -> None:
         self.seen: list[Message] = []
-        self.slot: Slot = Scoreboard(1).slots[0]
-        self.errors: list[object] = []
         app = App()
         app.handler("M")(self._echo)
-        self.loop = DatagramLoop(
-            peer.fileno(),
-            app.handlers,
-            {},
-            self.slot,
-            lambda *e: self.errors.append(e),
-            gro=gro,
-            gso=gso,
-        )
+        super().__init__(app, family.client, sock=bound(family.bound_to), gro=gro, gso=gso)
         assert (self.loop.gro, self.loop.gso) == (gro, gso)
+        self.client.setsockopt(SOL_UDP, UDP_GRO, 1)
         self.was_held_up = False
         """Whether another process had the CPU during a turn: the loop then sends its replies in between,
         and takes less in the next turn.
@@ -75,26 +59,13 @@ class Exchange:
         self.seen.append(message)
         return message.body
 
-    def send(self, *datagrams: bytes) -> None:
-        """As one send: all of one size, but for the last, which may be shorter."""
-        size = struct.pack("=H", max(map(len, datagrams)))
-        control = [(SOL_UDP, UDP_SEGMENT, size)] if len(datagrams) > 1 else []
-        self.client.sendmsg([b"".join(datagrams)], control)
+    def turn(self) -> int:
+        begun_ns = time.monotonic_ns()
+        taken = super().turn()
+        self.was_held_up |= time.monotonic_ns() - begun_ns > TURN_BUDGET_NS
+        return taken
 
-    def take(self, datagrams: int) -> list[int]:
-        """Turn until so many are taken; how many each turn took."""
-        turns: list[int] = []
-        while sum(turns) < datagrams:
-            assert select.select([self.loop], [], [], 30)[0], (
-                f"{datagrams - sum(turns)} did not come"
-            )
-            begun_ns = time.monotonic_ns()
-            turns.append(self.loop.turn())
-            self.was_held_up |= time.monotonic_ns() - begun_ns > TURN_BUDGET_NS
-        assert sum(turns) == datagrams
-        return turns
-
-    def receive(self, count: int) -> tuple[list[bytes], int]:
+    def receive_all(self, count: int) -> tuple[list[bytes], int]:
         """All replies there are, and how many of them came joined to another."""
         replies: list[bytes] = []
         joined = 0
@@ -120,7 +91,7 @@ class Exchange:
             Message(message.magic, message.version, message.body, sender)
             for message in map(decode, sent)
         ]
-        replies, joined = self.receive(len(sent))
+        replies, joined = self.receive_all(len(sent))
         assert replies == sent
         size = sum(map(len, sent))
         counters = {name: value for name, value in self.slot.counters().items() if value}
@@ -131,22 +102,6 @@ class Exchange:
         }
         assert not self.errors
         return joined
-
-
-@contextmanager
-def exchange(family: Family, gro: bool = True, gso: bool = True) -> Iterator[Exchange]:
-    with ExitStack() as stack:
-        peer = stack.enter_context(socket.socket(family.peer, socket.SOCK_DGRAM))
-        if family.peer == socket.AF_INET6:
-            peer.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, family.bound_to != "::")
-        peer.bind((family.bound_to, 0))
-        client = stack.enter_context(socket.socket(family.client, socket.SOCK_DGRAM))
-        for sock in (peer, client):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        client.setsockopt(SOL_UDP, UDP_GRO, 1)
-        client.settimeout(30)
-        client.connect((family.connects_to, peer.getsockname()[1]))
-        yield Exchange(peer, client, gro, gso)
 
 
 def numbered(count: int, size: int, first: int = 0) -> list[bytes]:
@@ -164,7 +119,7 @@ def numbered(count: int, size: int, first: int = 0) -> list[bytes]:
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 @pytest.mark.parametrize("size", [64, 300])
 def test_there_and_back(family: Family, gro: bool, gso: bool, batch: int, size: int) -> None:
-    with exchange(family, gro, gso) as peer:
+    with Exchange(family, gro, gso) as peer:
         sends = [numbered(batch, size, first=number * batch) for number in range(3)]
         for send in sends:
             peer.send(*send)
@@ -180,7 +135,7 @@ def test_there_and_back(family: Family, gro: bool, gso: bool, batch: int, size: 
 def test_sizes_in_any_order(family: Family, gro: bool) -> None:
     sizes = [14, 14, 15, 14, 1400, 9, 9, 9, 30000, 14, 1400, 1400, 9, 65507, 10, 9]
     datagrams = [encode("M", "", bytes([i]) * (size - 9)) for i, size in enumerate(sizes)]
-    with exchange(family, gro) as peer:
+    with Exchange(family, gro) as peer:
         for datagram in datagrams:
             peer.send(datagram)
         peer.take(len(datagrams))
@@ -195,7 +150,7 @@ def test_the_largest_datagram_and_the_largest_send(family: Family, gro: bool) ->
     send = [encode("M", "1", bytes([i]) * 1013) for i in range(64)]
     assert len(largest) == MAX_DATAGRAM_BYTES
     assert MAX_DATAGRAM_BYTES - sum(map(len, send)) < 64
-    with exchange(family, gro) as peer:
+    with Exchange(family, gro) as peer:
         for datagrams in ([largest], send):
             peer.send(*datagrams)
             peer.take(len(datagrams))
@@ -207,7 +162,7 @@ def test_the_largest_datagram_and_the_largest_send(family: Family, gro: bool) ->
 def test_datagrams_of_no_bytes_between_joined_ones(family: Family, gro: bool) -> None:
     """They are datagrams too, and must neither end the batch nor be taken for a part of it."""
     first, second = numbered(8, 100), numbered(8, 100, first=8)
-    with exchange(family, gro) as peer:
+    with Exchange(family, gro) as peer:
         for datagrams in ([b""], first, [b""], [b""], second, [b""]):
             peer.send(*datagrams)
         peer.take(20)
@@ -215,7 +170,7 @@ def test_datagrams_of_no_bytes_between_joined_ones(family: Family, gro: bool) ->
         assert [message.body for message in peer.seen] == [
             decode(datagram).body for datagram in first + second
         ]
-        replies, _ = peer.receive(16)
+        replies, _ = peer.receive_all(16)
         assert replies == first + second
 
 
@@ -225,7 +180,7 @@ def test_few_after_a_full_batch(gro: bool, few: int) -> None:
     """Buffers that recvmmsg did not fill are not parsed again (brubeck's bug)."""
     full = [encode("M", "1", b"%05d" % number) for number in range(RX_BATCH)]
     after = [encode("M", "1", b"%d" % number) for number in range(few)]
-    with exchange(FAMILIES["v4"], gro) as peer:
+    with Exchange(FAMILIES["v4"], gro) as peer:
         for datagrams in (full, after, full, after):
             for datagram in datagrams:
                 peer.send(datagram)
@@ -237,7 +192,7 @@ def test_a_stride_does_not_outlive_its_buffer() -> None:
     """A joined buffer is followed, in the same one, by a datagram that is longer than its stride."""
     joined = numbered(8, 100)
     single = [encode("M", "1", bytes(5000))]
-    with exchange(FAMILIES["v4"]) as peer:
+    with Exchange(FAMILIES["v4"]) as peer:
         for datagrams in (joined, single, joined, single):
             peer.send(*datagrams)
             assert peer.take(len(datagrams)) == [len(datagrams)] or peer.was_held_up
@@ -246,15 +201,10 @@ def test_a_stride_does_not_outlive_its_buffer() -> None:
 
 def test_senders_in_turn() -> None:
     """Each reply goes to its own client, also where the peer could join it to its neighbour."""
-    with exchange(FAMILIES["dual-v4"]) as peer, ExitStack() as stack:
-        port = peer.client.getpeername()[1]
-        clients = []
-        for number in range(6):
-            family = FAMILIES["dual-v6" if number % 2 else "dual-v4"]
-            client = stack.enter_context(socket.socket(family.client, socket.SOCK_DGRAM))
-            client.settimeout(30)
-            client.connect((family.connects_to, port))
-            clients.append(client)
+    with Exchange(FAMILIES["dual-v4"]) as peer:
+        clients = [
+            peer.new_client((socket.AF_INET, socket.AF_INET6)[number % 2]) for number in range(6)
+        ]
         order = [number * number % 6 for number in range(60)]
         for at, number in enumerate(order):
             clients[number].send(encode("M", "1", b"%02d" % at))

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,12 +15,12 @@ import pytest
 
 from harness.eventually import eventually
 from harness.forged_datagram import forge_datagram
+from harness.loop_harness import LoopHarness, bound
 from harness.ports import free_ports
 from harness.supervised import Running, Supervised
-from peerd import App, Message, Peer, control, decode, encode
-from peerd._scoreboard import PeerState, Scoreboard, Slot
-from peerd.serving.worker import make_loop
-from peerd.settings import DatagramSettings
+from peerd import App, Message, Peer, control, encode
+from peerd._scoreboard import PeerState, Scoreboard
+from peerd.serving.dropped_replies import DroppedReplyLog
 
 APPENDING_APP = """
 from peerd import App
@@ -49,48 +48,34 @@ ADDRESSES = [
 ]
 
 
-class LoopPeer:
-    def __init__(self, sock: socket.socket, slot: Slot, rate: int) -> None:
-        self.sock = sock
-        self.slot = slot
-        self.port: int = sock.getsockname()[1]
-        app = App()
-        for magic, answer in ANSWERS.items():
-            app.handler(magic)(answer)
-        app.handler("ANSWER")(lambda _: None)
-        slot.state = PeerState.READY
-        self.loop = make_loop(app, sock.fileno(), slot, DatagramSettings(max_reply_rate=rate))
-
-    def __getitem__(self, counter: str) -> int:
-        return self.slot.counters()[counter]
-
-
 @contextmanager
 def peers(
     count: int, host: str = "127.0.0.1", rate: int = 20_000, one_supervisor: bool = True
-) -> Iterator[list[LoopPeer]]:
+) -> Iterator[list[LoopHarness]]:
     """On neighbouring ports below 32768, of one supervisor or of one each."""
     base = free_ports(count)
     board = Scoreboard(count)
+    app = App()
+    for magic, answer in ANSWERS.items():
+        app.handler(magic)(answer)
+    app.handler("ANSWER")(lambda _: None)
     with ExitStack() as stack:
         made = []
         for number in range(count):
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            sock = stack.enter_context(socket.socket(family, socket.SOCK_DGRAM))
-            if host == "::":
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            sock.bind((host, base + number))
             slot = board.slots[number] if one_supervisor else Scoreboard(1).slots[0]
-            made.append(LoopPeer(sock, slot, rate))
+            slot.state = PeerState.READY
+            sock = bound(host, base + number)
+            log = DroppedReplyLog("")
+            peer = LoopHarness(
+                app, sock=sock, slot=slot, max_reply_rate=rate, on_replies_dropped=log
+            )
+            made.append(stack.enter_context(peer))
         for peer in made:
-            thread = threading.Thread(target=peer.loop.run)
-            thread.start()
-            stack.callback(thread.join)
-            stack.callback(peer.loop.stop)
+            stack.enter_context(peer.running())
         yield made
 
 
-def send(sender: LoopPeer, to: LoopPeer, datagram: bytes, address: str = "127.0.0.1") -> None:
+def send(sender: LoopHarness, to: LoopHarness, datagram: bytes, address: str = "127.0.0.1") -> None:
     """From the peer's own socket, as a forged datagram claims."""
     if sender.sock.family == socket.AF_INET6 and ":" not in address:
         address = f"::ffff:{address}"
@@ -158,27 +143,21 @@ def test_a_loop_of_strangers_ends(magic: str, caplog: pytest.LogCaptureFixture) 
 
 def test_a_client_that_asks_more_than_the_default_rate_loses_nothing() -> None:
     generator = random.Random(1)
-    with peers(1) as (peer,), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.settimeout(5)
-        client.connect(("127.0.0.1", peer.port))
+    with peers(1) as (peer,):
         for _ in range(600):
             bodies = [generator.randbytes(8) for _ in range(50)]
             for body in bodies:
-                client.send(encode("ECHO", "1", body))
-            assert [decode(client.recv(100)).body for _ in bodies] == bodies
+                peer.client.send(encode("ECHO", "1", body))
+            assert [peer.receive().body for _ in bodies] == bodies
         assert peer["tx_dropped_rate"] == 0
 
 
 def test_a_rate_of_ones_own_is_for_every_source() -> None:
     """A source has its tokens whatever other sources do."""
-    with peers(1, rate=100) as (peer,), ExitStack() as stack:
-        clients = []
-        for _ in range(3):
-            client = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-            client.connect(("127.0.0.1", peer.port))
-            clients.append(client)
+    with peers(1, rate=100) as (peer,):
         began_s = time.monotonic()
-        for number, client in enumerate(clients):
+        for number in range(3):
+            client = peer.new_client()
             for _ in range(200):
                 client.send(encode("ASK", "1", b""))
             eventually(lambda: peer["handled"] == 200 * (number + 1))  # noqa: B023
@@ -189,18 +168,22 @@ def test_a_rate_of_ones_own_is_for_every_source() -> None:
 
 
 def test_no_rate_is_no_limit() -> None:
-    with peers(1, rate=0) as (peer,), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.bind(("127.0.0.1", free_ports(1)))
+    with peers(1, rate=0) as (peer,), bound("127.0.0.1", free_ports()) as client:
         client.settimeout(5)
         for _ in range(3000):
             client.sendto(encode("ECHO", "1", b""), ("127.0.0.1", peer.port))
             client.recv(100)
 
 
-def test_a_forged_datagram_starts_no_loop_that_survives(supervised: Supervised) -> None:
+def start(supervised: Supervised, peers: int) -> Running:
     (supervised.folder / "late.py").write_text(APPENDING_APP)
-    running = supervised.start("--app=late:app", peers=2, etcd="http://127.0.0.1:1")
+    running = supervised.start("--app=late:app", peers=peers, etcd="http://127.0.0.1:1")
     running.wait_ready()
+    return running
+
+
+def test_a_forged_datagram_starts_no_loop_that_survives(supervised: Supervised) -> None:
+    running = start(supervised, peers=2)
 
     def forge(loops: int) -> None:
         for magic in ("ECHO", "CHAT"):
@@ -227,12 +210,7 @@ def events(running: Running) -> list[dict[str, object]]:
 
 
 def test_a_forged_datagram_between_two_supervisors(supervised: Supervised) -> None:
-    (supervised.folder / "late.py").write_text(APPENDING_APP)
-    both = [
-        supervised.start("--app=late:app", peers=1, etcd="http://127.0.0.1:1") for _ in range(2)
-    ]
-    for running in both:
-        running.wait_ready()
+    both = [start(supervised, peers=1) for _ in range(2)]
     ports = [running.ports[0] for running in both]
 
     def dropped() -> int:

@@ -15,39 +15,55 @@ from peerd import App, Message, decode
 from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
 from peerd.linux import SOL_UDP, UDP_SEGMENT
+from peerd.serving.app import builtin_app
 
 LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
 PATIENCE_S = 60.0
 
 
-class LoopHarness:
-    """A loop with its slot on a free port of loopback, and a client connected to it.
+def bound(host: str, port: int = 0) -> socket.socket:
+    """``::`` is bound for IPv4 as well."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    if host == "::":
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.bind((host, port))
+    return sock
 
-    ``options`` are those of DatagramLoop. ``errors`` has what handlers raised, as (magic, sender,
-    exception); ``icmp_errors`` has (address, errno).
+
+class LoopHarness:
+    """A loop with its slot on a free port of loopback, or on ``sock``, and a client connected to it.
+
+    ``app``: None for the built-in one. ``options`` are those of DatagramLoop. ``errors`` has what
+    handlers raised, as (magic, sender, exception); ``icmp_errors`` has (address, errno).
     """
 
     def __init__(
         self,
-        app: App,
+        app: App | None = None,
         family: socket.AddressFamily = socket.AF_INET,
         recv_buffer_bytes: int = 4 << 20,
+        *,
+        sock: socket.socket | None = None,
+        slot: Slot | None = None,
         **options: Any,
     ) -> None:
-        self.app = app
-        self._options = options
+        self.app = app or builtin_app()
+        self._options: dict[str, Any] = {
+            "coroutine_handlers": self.app.coroutine_handlers,
+            "max_waiting": self.app.max_waiting,
+            "on_icmp_error": lambda *error: self.icmp_errors.append(error),
+            **options,
+        }
+        self._recv_buffer_bytes = recv_buffer_bytes
         self.errors: list[tuple[str, tuple[str, int] | None, BaseException]] = []
         self.icmp_errors: list[tuple[tuple[str, int] | None, int]] = []
-        self.slot: Slot = Scoreboard(1).slots[0]
+        self.slot: Slot = slot or Scoreboard(1).slots[0]
         with contextlib.ExitStack() as stack:
-            self.sock, self.client = (
-                stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(2)
-            )
-            self.sock.bind((LOOPBACK[family], 0))
-            for sock in (self.sock, self.client):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, recv_buffer_bytes)
-            self.client.settimeout(PATIENCE_S)
-            self.client.connect(self.sock.getsockname())
+            self.sock = stack.enter_context(sock or bound(LOOPBACK[family]))
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, recv_buffer_bytes)
+            self.port: int = self.sock.getsockname()[1]
+            self._open = stack
+            self.client = self.new_client(family)
             self.loop = self.new_loop()
             self._open = stack.pop_all()
 
@@ -57,6 +73,13 @@ class LoopHarness:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
+    def new_client(self, family: socket.AddressFamily = socket.AF_INET) -> socket.socket:
+        client = self._open.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._recv_buffer_bytes)
+        client.settimeout(PATIENCE_S)
+        client.connect((LOOPBACK[family], self.port))
+        return client
+
     def new_loop(self, **options: Any) -> DatagramLoop:
         """Another loop on the same socket and slot, as a successor's."""
         return DatagramLoop(
@@ -65,16 +88,12 @@ class LoopHarness:
             self.app.batch_handlers,
             self.slot,
             lambda *error: self.errors.append(error),
-            **(
-                {"on_icmp_error": lambda *error: self.icmp_errors.append(error)}
-                | self._options
-                | options
-            ),
+            **(self._options | options),
         )
 
     def send(self, *datagrams: bytes) -> None:
         """As one send (UDP_SEGMENT): all of one size but the last, which may be shorter."""
-        size = struct.pack("=H", len(datagrams[0]))
+        size = struct.pack("=H", max(map(len, datagrams)))
         control = [(SOL_UDP, UDP_SEGMENT, size)] if len(datagrams) > 1 else []
         self.client.sendmsg([b"".join(datagrams)], control)
 
@@ -84,8 +103,11 @@ class LoopHarness:
         while (missing := datagrams - sum(turns)) > 0:
             readable, _, _ = select.select([self.loop], [], [], PATIENCE_S)
             assert readable, f"{missing} datagrams did not arrive"
-            turns.append(self.loop.turn())
+            turns.append(self.turn())
         return turns
+
+    def turn(self) -> int:
+        return self.loop.turn()
 
     def receive(self) -> Message:
         return decode(self.client.recv(1 << 16))
@@ -99,6 +121,9 @@ class LoopHarness:
         finally:
             self.loop.stop()
             thread.join()
+
+    def __getitem__(self, counter: str) -> int:
+        return self.slot.counters()[counter]
 
     @property
     def counters(self) -> Counter[str]:
