@@ -10,7 +10,8 @@ from __future__ import annotations
 import enum
 import math
 import socket
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,10 +50,9 @@ class Flag:
     """The heading of ``--help`` that lists it."""
 
     help: str
-    metavar: str | None = None
-
-    reads: type | None = None
-    """The type that the command line reads, where it is not the type of the field."""
+    metavar: str | None
+    reads: type | None
+    """The type that the command line reads, where it is not that of the field."""
 
 
 FLAG = "flag"
@@ -60,53 +60,52 @@ FLAG = "flag"
 
 
 def setting(
-    default: Any,
-    name: str,
     section: str,
+    name: str,
     help: str,
+    default: Any = None,
     *,
-    metavar: str | None = None,
     reads: type | None = None,
     repr: bool = True,
 ) -> Any:
-    """A dataclass field that users can set."""
-    flag = Flag(name=name, section=section, help=help, metavar=metavar, reads=reads)
+    """A dataclass field that users can set. ``name``: of the flag, and the metavar, if it needs one."""
+    name, _, metavar = name.partition(" ")
+    flag = Flag(name=name, section=section, help=help, metavar=metavar or None, reads=reads)
     return field(default=default, repr=repr, metadata={FLAG: flag})
+
+
+_peers = partial(setting, "Peers")
+_registry = partial(setting, "Registry")
+_datagrams = partial(setting, "Datagrams")
+_workers = partial(setting, "Workers")
+
+
+def _check(holds: bool, flag: str, value: object, advice: str) -> None:
+    if not holds:
+        raise SettingsError(f"--{flag} {value}: give {advice}", flag)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EtcdAccess:
     """Credentials for etcd. Raises SettingsError for half of a pair and for a file that is missing."""
 
-    user: str | None = setting(None, "etcd-user", "Registry", "Log in to etcd as this user.")
-    password: str | None = setting(
-        None,
-        "etcd-password-file",
-        "Registry",
+    user: str | None = _registry("etcd-user", "Log in to etcd as this user.")
+    password: str | None = _registry(
+        "etcd-password-file FILE",
         "File whose first line is the password of --etcd-user. Without it: the environment variable "
         "PEERD_ETCD_PASSWORD.",
-        metavar="FILE",
         reads=Path,
         repr=False,
     )
-    ca_file: Path | None = setting(
-        None,
-        "etcd-ca",
-        "Registry",
+    ca_file: Path | None = _registry(
+        "etcd-ca FILE",
         "Certificate (PEM) of the authority that signed the certificate of an https etcd. Without it: "
         "the authorities that this machine trusts.",
-        metavar="FILE",
     )
-    cert_file: Path | None = setting(
-        None,
-        "etcd-cert",
-        "Registry",
-        "Client certificate (PEM), for an etcd that asks for one.",
-        metavar="FILE",
+    cert_file: Path | None = _registry(
+        "etcd-cert FILE", "Client certificate (PEM), for an etcd that asks for one."
     )
-    key_file: Path | None = setting(
-        None, "etcd-key", "Registry", "Private key (PEM) of --etcd-cert.", metavar="FILE"
-    )
+    key_file: Path | None = _registry("etcd-key FILE", "Private key (PEM) of --etcd-cert.")
 
     def __post_init__(self) -> None:
         if (self.user is None) != (self.password is None):
@@ -122,16 +121,13 @@ class EtcdAccess:
                 "etcd-cert",
                 "etcd-key",
             )
-        for flag, file in (
-            ("etcd-ca", self.ca_file),
-            ("etcd-cert", self.cert_file),
-            ("etcd-key", self.key_file),
-        ):
-            if file is not None:
-                try:
+        files = {"etcd-ca": self.ca_file, "etcd-cert": self.cert_file, "etcd-key": self.key_file}
+        for flag, file in files.items():
+            try:
+                if file is not None:
                     file.read_bytes()
-                except OSError as error:
-                    raise SettingsError(f"--{flag} {file}: {error.strerror}", flag) from None
+            except OSError as error:
+                raise SettingsError(f"--{flag} {file}: {error.strerror}", flag) from None
 
 
 ANONYMOUS = EtcdAccess()
@@ -139,25 +135,21 @@ ANONYMOUS = EtcdAccess()
 
 @dataclass(frozen=True, kw_only=True)
 class RegistrySettings:
-    endpoint: str = setting(
-        DEFAULT_ENDPOINT,
-        "etcd",
-        "Registry",
+    endpoint: str = _registry(
+        "etcd URL[,URL...]",
         "The etcd to register in: URLs of its members, https for TLS. If it is not given and nothing "
         "listens at the default, peerd starts an etcd there, with throw-away data.",
-        metavar="URL[,URL...]",
+        DEFAULT_ENDPOINT,
     )
-    prefix: str = setting(
-        DEFAULT_PREFIX,
+    prefix: str = _registry(
         "prefix",
-        "Registry",
         "Records are stored as PREFIX/peer-id; 'eventmesh' is FaasNet's prefix.",
+        DEFAULT_PREFIX,
     )
-    lease_ttl_s: int = setting(
-        10,
+    lease_ttl_s: int = _registry(
         "ttl",
-        "Registry",
         "Lease of the records, in seconds: how long a record outlives a host that went down.",
+        10,
     )
     access: EtcdAccess = ANONYMOUS
 
@@ -191,41 +183,31 @@ class RegistrySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DatagramSettings:
-    offload: bool = setting(
-        True,
+    offload: bool = _datagrams(
         "offload",
-        "Datagrams",
         "Let the kernel join datagrams of one size in both directions (UDP_GRO, UDP_SEGMENT).",
+        True,
     )
-    linger_us: int = setting(
-        0,
-        "linger",
-        "Datagrams",
+    linger_us: int = _datagrams(
+        "linger MICROSECONDS",
         "After a short batch, wait up to this long for more datagrams, if waiting saves CPU time; adds "
         "at most this to a round trip. 0 never waits.  [default: 0 if each peer has a core of its own, "
         "else 50 per peer on a core, at most 400]",
-        metavar="MICROSECONDS",
+        0,
     )
-    max_reply_rate: int = setting(
-        DEFAULT_MAX_REPLY_RATE,
+    max_reply_rate: int = _datagrams(
         "max-reply-rate",
-        "Datagrams",
         "Send at most this many replies per second to one source (address and port); it ends reply "
         "loops. The default concerns only sources below port 32768, where servers listen, and takes "
         "20 for a reply with the request's magic code. 0: no limit.",
+        DEFAULT_MAX_REPLY_RATE,
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_reply_rate <= MAX_REPLY_RATE:
-            raise SettingsError(
-                f"--max-reply-rate {self.max_reply_rate}: give replies per second, at most "
-                f"{MAX_REPLY_RATE}; 0 for no limit",
-                "max-reply-rate",
-            )
-        if not 0 <= self.linger_us <= MAX_LINGER_US:
-            raise SettingsError(
-                f"--linger {self.linger_us}: give microseconds from 0 to {MAX_LINGER_US}", "linger"
-            )
+        rate, advice = self.max_reply_rate, f"at most {MAX_REPLY_RATE}; 0 for no limit"
+        _check(0 <= rate <= MAX_REPLY_RATE, "max-reply-rate", rate, f"replies per second, {advice}")
+        advice = f"microseconds from 0 to {MAX_LINGER_US}"
+        _check(0 <= self.linger_us <= MAX_LINGER_US, "linger", self.linger_us, advice)
 
 
 def default_linger_us(peers: int, cpus: int) -> int:
@@ -252,119 +234,89 @@ class OnCrashloop(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisorSettings:
-    peers: int = setting(1, "peers", "Peers", "Number of peers, each in a worker process.")
-    base_port: int = setting(
-        5001, "base-port", "Peers", "UDP port of the first peer; peer i serves port BASE-PORT + i."
+    peers: int = _peers("peers", "Number of peers, each in a worker process.", 1)
+    base_port: int = _peers(
+        "base-port", "UDP port of the first peer; peer i serves port BASE-PORT + i.", 5001
     )
-    host: str = setting("localhost", "host", "Peers", "Address to bind; 0.0.0.0 for all addresses.")
-    advertise: str | None = setting(
-        None,
-        "advertise",
-        "Peers",
+    host: str = _peers("host", "Address to bind; 0.0.0.0 for all addresses.", "localhost")
+    advertise: str | None = _peers(
+        "advertise HOST",
         "Host name to put into the records. Without it: --host, or this machine's name if --host is a "
         "wildcard.",
-        metavar="HOST",
     )
-    app: str | None = setting(
-        None,
-        "app",
-        "Peers",
+    app: str | None = _peers(
+        "app MODULE:ATTR",
         "The peerd.App to serve. Without it: a built-in app that answers PING and ECHO.",
-        metavar="MODULE:ATTR",
     )
     registry: RegistrySettings = RegistrySettings()
-    partition_key: str | None = setting(
-        None, "partition-key", "Registry", "PartitionKey of the records.", metavar="KEY"
-    )
+    partition_key: str | None = _registry("partition-key KEY", "PartitionKey of the records.")
     datagrams: DatagramSettings = DatagramSettings()
 
-    recv_buffer_bytes: int = setting(
-        4 * 1024 * 1024,
+    recv_buffer_bytes: int = _datagrams(
         "recv-buffer",
-        "Datagrams",
         "Kernel receive buffer of each peer, in bytes or like 4M. It bridges restarts.",
+        4 * 1024 * 1024,
     )
     """At 20,000 datagrams per second, the kernel's default of 208 KiB lost a tenth of them during a
     restart, and 4 MiB lost none."""
 
-    pin: Literal["auto", "none"] = setting(
-        "none",
+    pin: Literal["auto", "none"] = _workers(
         "pin",
-        "Workers",
         "auto: bind each worker to one of the CPUs that this process may use, in turn.",
+        "none",
     )
-    boot_timeout_s: float = setting(
-        60.0,
-        "boot-timeout",
-        "Workers",
-        "A worker that has not loaded the app after this time is killed.",
+    boot_timeout_s: float = _workers(
+        "boot-timeout", "A worker that has not loaded the app after this time is killed.", 60.0
     )
     liveness_timeout_s: float = 5.0
     """A worker whose event loop is blocked for this long loses its record until the loop runs again."""
 
-    stuck_timeout_s: float = setting(
-        30.0,
+    stuck_timeout_s: float = _workers(
         "stuck-timeout",
-        "Workers",
         "A worker whose loop had this much CPU time without completing an iteration is killed and "
         "replaced.",
+        30.0,
     )
-    drain_timeout_s: float = setting(
-        5.0,
+    drain_timeout_s: float = _workers(
         "drain-timeout",
-        "Workers",
         "A stopping worker serves what its queue still holds for at most this time.",
+        5.0,
     )
     """It must leave room within ``stop_timeout_s`` for revoking the records, two seconds at most."""
 
-    stop_timeout_s: float = setting(
-        8.0,
+    stop_timeout_s: float = _workers(
         "stop-timeout",
-        "Workers",
         "Processes that are still running this long after a stop began are killed.",
+        8.0,
     )
     """Below the 10 s after which container runtimes kill."""
 
-    on_crashloop: OnCrashloop = setting(
-        OnCrashloop.RETRY,
+    on_crashloop: OnCrashloop = _workers(
         "on-crashloop",
-        "Workers",
         "What to do when a worker dies too often: retry it every minute, or stop all peers and exit "
         "with 70.",
+        OnCrashloop.RETRY,
     )
-    max_age_s: float | None = setting(
-        None,
-        "max-age",
-        "Workers",
+    max_age_s: float | None = _workers(
+        "max-age SECONDS",
         "Replace a worker that has been ready for this long (1 s or more), without losing datagrams.",
-        metavar="SECONDS",
     )
-    max_rss_bytes: int | None = setting(
-        None,
-        "max-rss",
-        "Workers",
+    max_rss_bytes: int | None = _workers(
+        "max-rss SIZE",
         "Replace a worker whose resident memory exceeds this (bytes, or like 256M or 1G), without losing "
         "datagrams.",
-        metavar="SIZE",
     )
     metrics: Address | None = setting(
-        None,
-        "metrics",
         "Operation",
+        "metrics HOST:PORT",
         "Serve /metrics (Prometheus text), /healthz/live and /healthz/ready over HTTP at this address, "
         "without authentication.",
-        metavar="HOST:PORT",
     )
 
     def __post_init__(self) -> None:
-        if not 1 <= self.peers <= MAX_PEERS:
-            raise SettingsError(
-                f"--peers {self.peers}: give a number from 1 to {MAX_PEERS}", "peers"
-            )
-        if not 1 <= self.base_port <= MAX_PORT:
-            raise SettingsError(
-                f"--base-port {self.base_port}: give a port from 1 to {MAX_PORT}", "base-port"
-            )
+        number, port = f"a number from 1 to {MAX_PEERS}", f"a port from 1 to {MAX_PORT}"
+        _check(1 <= self.peers <= MAX_PEERS, "peers", self.peers, number)
+        _check(1 <= self.base_port <= MAX_PORT, "base-port", self.base_port, port)
         if self.last_port > MAX_PORT:
             raise SettingsError(
                 f"--base-port {self.base_port} with {self.peers} peers ends at {self.last_port}, "
@@ -373,29 +325,19 @@ class SupervisorSettings:
                 "peers",
             )
         for flag, name in (("host", self.host), ("advertise", self.advertise)):
-            if name is not None and not _looks_like_host(name):
-                raise SettingsError(
-                    f"--{flag} {name!r}: give a host name or an address, without scheme and port",
-                    flag,
-                )
-        if not 0 < self.recv_buffer_bytes <= MAX_RECV_BUFFER_BYTES:
-            raise SettingsError(
-                f"--recv-buffer {self.recv_buffer_bytes}: give 1 to {MAX_RECV_BUFFER_BYTES} bytes",
-                "recv-buffer",
-            )
+            advice = "a host name or an address, without scheme and port"
+            _check(name is None or _looks_like_host(name), flag, repr(name), advice)
+        size, advice = self.recv_buffer_bytes, f"1 to {MAX_RECV_BUFFER_BYTES} bytes"
+        _check(0 < size <= MAX_RECV_BUFFER_BYTES, "recv-buffer", size, advice)
         for timeout in fields(self):
             if timeout.name.endswith("_timeout_s"):
-                _check_seconds(timeout, getattr(self, timeout.name))
-        if self.max_age_s is not None and not MIN_AGE_S <= self.max_age_s < math.inf:
-            raise SettingsError(
-                f"--max-age {self.max_age_s}: give {MIN_AGE_S} seconds or more", "max-age"
-            )
-        if self.max_rss_bytes is not None and self.max_rss_bytes < MIN_RSS_BYTES:
-            raise SettingsError(
-                f"--max-rss {self.max_rss_bytes}: give {MIN_RSS_BYTES} bytes or more; "
-                "a worker that does nothing uses half of that",
-                "max-rss",
-            )
+                flag, seconds = timeout.name.removesuffix("_s"), getattr(self, timeout.name)
+                _check(0 < seconds < math.inf, flag.replace("_", "-"), seconds, "seconds above 0")
+        if (age_s := self.max_age_s) is not None:
+            _check(MIN_AGE_S <= age_s < math.inf, "max-age", age_s, f"{MIN_AGE_S} seconds or more")
+        if (rss := self.max_rss_bytes) is not None:
+            half = "a worker that does nothing uses half of that"
+            _check(rss >= MIN_RSS_BYTES, "max-rss", rss, f"{MIN_RSS_BYTES} bytes or more; {half}")
 
     @property
     def last_port(self) -> int:
@@ -422,12 +364,6 @@ class SupervisorSettings:
 def _looks_like_host(name: str) -> bool:
     """Rejects URLs and host:port; whether the name resolves is found out when it is bound."""
     return 0 < len(name) <= 247 and name.isprintable() and not set(" /@[]") & set(name)
-
-
-def _check_seconds(timeout: Field[Any], seconds: float) -> None:
-    if not 0 < seconds < math.inf:
-        flag = timeout.name.removesuffix("_s").replace("_", "-")
-        raise SettingsError(f"--{flag} {seconds}: give seconds above 0", flag)
 
 
 @dataclass(frozen=True)

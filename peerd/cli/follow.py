@@ -18,6 +18,7 @@ import click
 import orjson
 
 from peerd import control
+from peerd.cli.text_output import time_text
 from peerd.errors import PeerdError
 
 POLL_S = 0.3
@@ -66,7 +67,7 @@ def answers(
 
 
 def time_of(entry: Entry) -> str:
-    return _when(entry).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+    return time_text(_when(entry))
 
 
 def _as_json(entry: Entry) -> bytes:

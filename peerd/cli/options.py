@@ -6,17 +6,19 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from peerd.cli.field_options import add_options, flags_of, parameter_name, settings_from
-from peerd.cli.option_types import integer
+from peerd.cli.option_types import SECONDS, integer
 from peerd.errors import PeerdError, SettingsError
 from peerd.settings import DEFAULT_ENDPOINT, EtcdAccess, RegistrySettings
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
+
+    from peerd.registry import Registry
 
 PASSWORD_VARIABLE = "PEERD_ETCD_PASSWORD"
 
@@ -35,8 +37,20 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def etcd_option(help: str = "The etcd to ask: URLs of its members, https for TLS.") -> Decorator:
-    return click.option(
+class EtcdLocation(NamedTuple):
+    endpoint: str
+    prefix: str
+    access: EtcdAccess
+
+    def open(self) -> Registry:
+        from peerd.registry import Registry
+
+        return Registry(self.endpoint, self.prefix, access=self.access)
+
+
+def registry_options(help: str) -> Decorator:
+    """--etcd, whose help this is, its credentials, and --prefix, as one keyword argument ``etcd``."""
+    etcd_option = click.option(
         "--etcd",
         metavar="URL[,URL...]",
         envvar="PEERD_ETCD",
@@ -45,39 +59,36 @@ def etcd_option(help: str = "The etcd to ask: URLs of its members, https for TLS
         help=help,
     )
 
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def with_location(*, etcd: str, prefix: str, **values: Any) -> Any:
+            given = {name: values.pop(name) for name in map(parameter_name, flags_of(EtcdAccess))}
+            return command(etcd=EtcdLocation(etcd, prefix, access_from(given)), **values)
 
-def access_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The credentials for etcd, as one keyword argument ``access``."""
+        with_prefix = add_options(with_location, RegistrySettings, only=("prefix",))
+        return etcd_option(add_options(with_prefix, EtcdAccess))
 
-    @functools.wraps(command)
-    def with_access(*args: Any, **values: Any) -> Any:
-        given = {name: values.pop(name) for name in map(parameter_name, flags_of(EtcdAccess))}
-        return command(*args, access=access_from(given), **values)
-
-    return add_options(with_access, EtcdAccess)
+    return decorate
 
 
 def access_from(values: Mapping[str, Any]) -> EtcdAccess:
     """From the values of the options of EtcdAccess. Raises SettingsError."""
-    password = _password(values["etcd_user"], values["etcd_password_file"])
-    return settings_from(EtcdAccess, values, password=password)
-
-
-def _password(user: str | None, file: Path | None) -> str | None:
-    """Never from the command line, which every user of the machine can read."""
+    file: Path | None = values["etcd_password_file"]
+    # Never from the command line, which every user of the machine can read. Without a user, the variable may
+    # be meant for another program.
+    password = None if values["etcd_user"] is None else os.environ.get(PASSWORD_VARIABLE)
     if file is not None:
         try:
-            return file.read_text().partition("\n")[0].removesuffix("\r")
+            password = file.read_text().partition("\n")[0].removesuffix("\r")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             flag = "etcd-password-file"
             raise SettingsError(f"--{flag} {file}: {reason}", flag) from None
-    # Without a user, the variable may be meant for another program.
-    return None if user is None else os.environ.get(PASSWORD_VARIABLE)
+    return settings_from(EtcdAccess, values, password=password)
 
 
-def prefix_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return add_options(command, RegistrySettings, only=("prefix",))
+def seconds_option(*names: str, default: float, help: str) -> Decorator:
+    return click.option(*names, type=SECONDS, default=default, show_default=True, help=help)
 
 
 control_option: Decorator = click.option(

@@ -32,6 +32,9 @@ LIKENESS = 0.8
 belong to an app, or come from Kubernetes for a service called peerd (PEERD_PORT_5001_UDP)."""
 
 
+_operation = functools.partial(setting, "Operation")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
     """Options of the command that starts a supervisor, beside the settings of the supervisor itself."""
@@ -39,18 +42,16 @@ class LaunchOptions:
     etcd_is_named: bool
     """Whether --etcd was given. Otherwise an etcd may be started at the default endpoint."""
 
-    control_path: Path = setting(
-        None,
+    control_path: Path = _operation(
         "control",
-        "Operation",
         "Path of the control socket.  [default: BASE-PORT.sock in $XDG_RUNTIME_DIR/peerd/; without "
         "XDG_RUNTIME_DIR, in /run/peerd/ for root and in /tmp/peerd-UID/ for other users]",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = setting(
-        "info", "log-level", "Operation", "Lowest level to log. The log goes to standard error."
+    log_level: Literal["debug", "info", "warning", "error"] = _operation(
+        "log-level", "Lowest level to log. The log goes to standard error.", "info"
     )
-    log_format: Literal["auto", "text", "json"] = setting(
-        "auto", "log-format", "Operation", "auto: text on a terminal, else JSON lines."
+    log_format: Literal["auto", "text", "json"] = _operation(
+        "log-format", "auto: text on a terminal, else JSON lines.", "auto"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ class Column:
 
 def counted(count: int, noun: str) -> str:
     return f"1 {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def time_text(time: datetime) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -11,18 +11,15 @@ import orjson
 
 from peerd.address import Address
 from peerd.cli import logging_setup
-from peerd.cli.options import access_options, etcd_option, json_option, prefix_option
-from peerd.cli.text_output import print_table
-from peerd.settings import EtcdAccess
+from peerd.cli.options import EtcdLocation, json_option, registry_options
+from peerd.cli.text_output import print_table, time_text
 
 if TYPE_CHECKING:
-    from peerd.registry import PeerRecord, Registry
+    from peerd.registry import PeerRecord
 
 
 @click.command()
-@etcd_option()
-@access_options
-@prefix_option
+@registry_options("The etcd to ask: URLs of its members, https for TLS.")
 @click.option("--partition-key", metavar="KEY", help="List only peers with this partition key.")
 @click.option("--protocol", help="List only peers with this protocol.")
 @click.option(
@@ -30,9 +27,7 @@ if TYPE_CHECKING:
 )
 @json_option
 def nodes(
-    etcd: str,
-    access: EtcdAccess,
-    prefix: str,
+    etcd: EtcdLocation,
     partition_key: str | None,
     protocol: str | None,
     watch: bool,
@@ -48,26 +43,20 @@ def nodes(
       0    done
       69   etcd does not answer (without --watch)
     """
-    from peerd.registry import Registry
 
     def wanted(record: PeerRecord) -> bool:
         return partition_key in (None, record.partition_key) and protocol in (None, record.protocol)
 
-    with Registry(etcd, prefix, access=access) as registry:
-        if watch:
-            _print_events(registry, wanted, as_json)
-        else:
-            _print_listing(registry, wanted, as_json, f"{prefix}/", etcd)
+    if watch:
+        _print_events(etcd, wanted, as_json)
+    else:
+        _print_listing(etcd, wanted, as_json)
 
 
-def _print_listing(
-    registry: Registry,
-    wanted: Callable[[PeerRecord], bool],
-    as_json: bool,
-    folder: str,
-    etcd: str,
-) -> None:
-    listing = registry.scan()
+def _print_listing(etcd: EtcdLocation, wanted: Callable[[PeerRecord], bool], as_json: bool) -> None:
+    folder = f"{etcd.prefix}/"
+    with etcd.open() as registry:
+        listing = registry.scan()
     records = [record for record in listing.records if wanted(record)]
     if as_json:
         rows = [record.as_dict() for record in records]
@@ -82,27 +71,26 @@ def _print_listing(
         )
     else:
         such = "such " if listing.records else ""
-        click.echo(f"no {such}peers below {folder} in {etcd}")
+        click.echo(f"no {such}peers below {folder} in {etcd.endpoint}")
     if listing.skipped:
         click.echo(
             f"skipped values below {folder} that are not peer records: {listing.skipped}", err=True
         )
 
 
-def _print_events(registry: Registry, wanted: Callable[[PeerRecord], bool], as_json: bool) -> None:
+def _print_events(etcd: EtcdLocation, wanted: Callable[[PeerRecord], bool], as_json: bool) -> None:
     logging_setup.configure("info")  # logs when etcd goes away and comes back
     logging_setup.name_process("nodes")
-    for event in registry.watch():
-        if not wanted(event.record):
-            continue
-        kind = type(event).__name__.lower()
-        if as_json:
-            row = {"event": kind, "revision": event.revision, **event.record.as_dict()}
-            click.echo(orjson.dumps(row))
-        else:
-            record = event.record
-            time = datetime.now().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
-            address = Address(record.url, record.port)
+    with etcd.open() as registry:
+        for event in registry.watch():
+            record, kind = event.record, type(event).__name__.lower()
+            if not wanted(record):
+                continue
+            if as_json:
+                row = {"event": kind, "revision": event.revision, **record.as_dict()}
+                click.echo(orjson.dumps(row))
+                continue
+            time, address = time_text(datetime.now()), Address(record.url, record.port)
             partition = "" if record.partition_key is None else f"  {record.partition_key}"
             click.echo(
                 f"{time}  {kind:7}  {record.peer_id}  {address}  {record.protocol}{partition}"

@@ -12,8 +12,8 @@ import click
 import orjson
 
 from peerd import control
-from peerd.cli.option_types import SECONDS, integer
-from peerd.cli.options import control_option, json_option, slot_argument
+from peerd.cli.option_types import integer
+from peerd.cli.options import control_option, json_option, seconds_option, slot_argument
 from peerd.cli.text_output import counted, print_table
 from peerd.errors import ControlError, NotRunningError, PeerdError
 from peerd.settings import MAX_PEERS
@@ -21,12 +21,10 @@ from peerd.settings import MAX_PEERS
 POLL_S = 0.1
 ANSWER_S = 1.0
 
-timeout_option = click.option(
+timeout_option = seconds_option(
     "--timeout",
     "timeout_s",
-    type=SECONDS,
     default=120.0,
-    show_default=True,
     help="Seconds to wait for the result. The supervisor continues even if they are over.",
 )
 
@@ -129,14 +127,7 @@ def stop(path: Path | None, timeout_s: float) -> None:
 
 @click.command()
 @control_option
-@click.option(
-    "--timeout",
-    "timeout_s",
-    type=SECONDS,
-    default=30.0,
-    show_default=True,
-    help="Seconds to wait.",
-)
+@seconds_option("--timeout", "timeout_s", default=30.0, help="Seconds to wait.")
 def wait(path: Path | None, timeout_s: float) -> None:
     """Wait until a supervisor runs and all its peers are ready.
 
@@ -170,10 +161,10 @@ def _not_ready(where: Path, answer_s: float) -> PeerdError | None:
     except (NotRunningError, ControlError) as error:
         return error
     state, pid = report["supervisor"]["state"], report["supervisor"]["pid"]
-    if state == "ready":
-        click.echo(f"{counted(len(report['peers']), 'peer')} of supervisor pid {pid} ready")
-        return None
-    return ControlError(f"supervisor pid {pid} is {state}: {report['supervisor']['summary']}")
+    if state != "ready":
+        return ControlError(f"supervisor pid {pid} is {state}: {report['supervisor']['summary']}")
+    click.echo(f"{counted(len(report['peers']), 'peer')} of supervisor pid {pid} ready")
+    return None
 
 
 def _socket(path: Path | None) -> Path:
@@ -184,20 +175,13 @@ def _show_replaced(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(orjson.dumps(result, option=orjson.OPT_INDENT_2))
         return
-    replaced = result["replaced"]
-    gaps_ms = [_gap_ms(row) for row in replaced]
-    print_table(
-        ("#", "PEER", "PID", "BEFORE", "GAP MS"),
-        [
-            (row["slot"], row["peer_id"], row["pid"], row["old_pid"], gap_ms)
-            for row, gap_ms in zip(replaced, gaps_ms, strict=True)
-        ],
-    )
-    known_ms = [gap_ms for gap_ms in gaps_ms if gap_ms is not None]
-    longest = f"{max(known_ms)} ms" if known_ms else "-"
-    click.echo(f"{counted(len(replaced), 'worker')} replaced, longest gap {longest}")
-
-
-def _gap_ms(row: dict[str, Any]) -> float | None:
-    """None if there was no worker before: then the length of the gap is unknown."""
-    return None if row["old_pid"] is None else round(float(row["gap_ms"]), 1)
+    rows, gaps_ms = [], []
+    for each in result["replaced"]:
+        gap_ms = None  # unknown if there was no worker before
+        if each["old_pid"] is not None:
+            gap_ms = round(float(each["gap_ms"]), 1)
+            gaps_ms.append(gap_ms)
+        rows.append((each["slot"], each["peer_id"], each["pid"], each["old_pid"], gap_ms))
+    print_table(("#", "PEER", "PID", "BEFORE", "GAP MS"), rows)
+    longest = f"{max(gaps_ms)} ms" if gaps_ms else "-"
+    click.echo(f"{counted(len(rows), 'worker')} replaced, longest gap {longest}")

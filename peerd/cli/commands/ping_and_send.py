@@ -12,14 +12,12 @@ import orjson
 
 from peerd._envelope import Message
 from peerd.address import address_of
-from peerd.cli.option_types import SECONDS
-from peerd.cli.options import access_options, etcd_option, json_option, prefix_option
+from peerd.cli.options import EtcdLocation, json_option, registry_options, seconds_option
 from peerd.clients.blocking import PeerClient
 from peerd.clients.client_base import DEFAULT_VERSION, failures_named
 from peerd.clients.endpoints import resolve
 from peerd.errors import NoAnswerError
 from peerd.registry.records import PeerRecord
-from peerd.settings import EtcdAccess
 
 TARGET_HELP = "TARGET is host:port, or a peer id to look up in etcd."
 
@@ -31,6 +29,7 @@ def _check_target(_ctx: click.Context, _parameter: click.Parameter, target: str)
 
 
 target_argument = click.argument("target", callback=_check_target)
+look_up_options = registry_options("The etcd in which to look up a peer id.")
 
 
 @click.command(epilog=TARGET_HELP)
@@ -38,35 +37,12 @@ target_argument = click.argument("target", callback=_check_target)
 @click.option(
     "-c", "--count", type=click.IntRange(1), default=3, show_default=True, help="Number of pings."
 )
-@click.option(
-    "-i",
-    "--interval",
-    type=SECONDS,
-    default=0.2,
-    show_default=True,
-    help="Seconds between two pings.",
-)
-@click.option(
-    "-t",
-    "--timeout",
-    type=SECONDS,
-    default=1.0,
-    show_default=True,
-    help="Seconds to wait for each answer.",
-)
-@etcd_option(help="The etcd in which to look up a peer id.")
-@access_options
-@prefix_option
+@seconds_option("-i", "--interval", default=0.2, help="Seconds between two pings.")
+@seconds_option("-t", "--timeout", default=1.0, help="Seconds to wait for each answer.")
+@look_up_options
 @json_option
 def ping(
-    target: str,
-    count: int,
-    interval: float,
-    timeout: float,
-    etcd: str,
-    access: EtcdAccess,
-    prefix: str,
-    as_json: bool,
+    target: str, count: int, interval: float, timeout: float, etcd: EtcdLocation, as_json: bool
 ) -> None:
     """Check that a peer answers PING with PONG, and measure round trips.
 
@@ -80,7 +56,7 @@ def ping(
       69   etcd is needed to look up the peer id, and does not answer
     """
     times_ms: list[float] = []
-    with _client(target, etcd, prefix, access) as client:
+    with _client(target, etcd) as client:
         address = client.locate(target)
         with failures_named(target, address):
             # Resolved once, because resolving a name is not part of a round trip.
@@ -114,23 +90,12 @@ def ping(
 @click.argument("magic")
 @click.argument("body", default="")
 @click.option(
-    "--version",
-    "version",
-    default=DEFAULT_VERSION,
-    show_default=True,
-    help="Version of the message.",
+    "--version", default=DEFAULT_VERSION, show_default=True, help="Version of the message."
 )
-@click.option(
-    "-t",
-    "--timeout",
-    type=SECONDS,
-    default=1.0,
-    show_default=True,
-    help="Seconds to wait for a reply; 0 does not wait.",
+@seconds_option(
+    "-t", "--timeout", default=1.0, help="Seconds to wait for a reply; 0 does not wait."
 )
-@etcd_option(help="The etcd in which to look up a peer id.")
-@access_options
-@prefix_option
+@look_up_options
 @json_option
 def send(
     target: str,
@@ -138,9 +103,7 @@ def send(
     body: str,
     version: str,
     timeout: float,
-    etcd: str,
-    access: EtcdAccess,
-    prefix: str,
+    etcd: EtcdLocation,
     as_json: bool,
 ) -> None:
     """Send a message and print the body of its reply. With - as BODY, read it from standard input.
@@ -155,23 +118,16 @@ def send(
     for name, text in (("MAGIC", magic), ("--version", version)):
         if not text.isascii():
             raise click.BadParameter(f"{text!r} is not ASCII", param_hint=name)
-    with _client(target, etcd, prefix, access) as client:
+    with _client(target, etcd) as client:
         address = client.locate(target)
         if timeout == 0:
             client.send(address, magic, payload, version=version)
             return
         reply = client.request(address, magic, payload, timeout, version=version)
     if as_json:
-        click.echo(
-            orjson.dumps(
-                {
-                    "magic": reply.magic,
-                    "version": reply.version,
-                    "body": reply.body.decode("utf-8", "backslashreplace"),
-                    "sender": str(address),
-                }
-            )
-        )
+        text = reply.body.decode("utf-8", "backslashreplace")
+        fields = {"magic": reply.magic, "version": reply.version, "body": text}
+        click.echo(orjson.dumps({**fields, "sender": str(address)}))
     else:
         click.echo(reply.body)
 
@@ -179,24 +135,20 @@ def send(
 class _Listing:
     """The peers that are in etcd at the time of each call."""
 
-    def __init__(self, etcd: str, prefix: str, access: EtcdAccess) -> None:
+    def __init__(self, etcd: EtcdLocation) -> None:
         self._etcd = etcd
-        self._prefix = prefix
-        self._access = access
 
     def get(self, peer_id: str) -> PeerRecord | None:
         return next((record for record in self.nodes() if record.peer_id == peer_id), None)
 
     def nodes(self, *, partition_key: str | None = None) -> list[PeerRecord]:
-        from peerd.registry import nodes
-
-        records = nodes(self._etcd, self._prefix, access=self._access)
-        return [record for record in records if partition_key in (None, record.partition_key)]
+        with self._etcd.open() as registry:
+            return registry.nodes(partition_key=partition_key)
 
 
-def _client(target: str, etcd: str, prefix: str, access: EtcdAccess) -> PeerClient:
+def _client(target: str, etcd: EtcdLocation) -> PeerClient:
     # An address needs no etcd.
-    return PeerClient(None if address_of(target) else _Listing(etcd, prefix, access))
+    return PeerClient(None if address_of(target) else _Listing(etcd))
 
 
 def _pong_of(body: bytes) -> Callable[[Message], bool]:
