@@ -65,6 +65,10 @@ COMMANDS = {
 """The module of each command (".name" is in peerd.cli.commands) and its summary."""
 
 
+def exit_code_of(error: PeerdError) -> int:
+    return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+
+
 @contextlib.contextmanager
 def _closed_pipe_is_sigpipe() -> Iterator[None]:
     """Exit with 141 when the reader of our output has gone (peerd nodes | head -1). click exits with 1."""
@@ -192,7 +196,7 @@ def main() -> NoReturn:
         code = 130
     except PeerdError as error:
         _fail(str(error))
-        code = next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+        code = exit_code_of(error)
     except OSError as error:
         # Errors that no command expects, such as a full disk or no free descriptor.
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")

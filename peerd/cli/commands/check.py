@@ -13,6 +13,7 @@ import click
 import orjson
 
 from peerd import __version__
+from peerd.cli import exit_code_of
 from peerd.cli.app_probe import FoundApp, probe
 from peerd.cli.options import json_option
 from peerd.cli.setting_options import (
@@ -27,21 +28,16 @@ from peerd.errors import (
     BindError,
     ControlError,
     NotRunningError,
+    PeerdError,
     RegistryError,
     RegistryUnavailableError,
 )
 from peerd.settings import DEFAULT_ENDPOINT, RegistrySettings, SupervisorSettings
 
 
-@dataclass(frozen=True)
-class Problem:
-    exit_code: int
-    text: str
-
-
 @dataclass
 class _Findings:
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[PeerdError] = field(default_factory=list)
     """Reasons why 'peerd supervise' would not run."""
 
     warnings: list[str] = field(default_factory=list)
@@ -51,10 +47,8 @@ class _Findings:
         """Record an error and continue, so that one problem does not hide another."""
         try:
             yield
-        except BindError as error:
-            self.problems.append(Problem(os.EX_CANTCREAT, str(error)))
-        except AppLoadError as error:
-            self.problems.append(Problem(os.EX_CONFIG, str(error)))
+        except (BindError, AppLoadError) as error:
+            self.problems.append(error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +104,11 @@ def check(
     if as_json:
         click.echo(_as_json(settings, launch, app, registry, changed, findings))
     else:
-        would_run = not findings.problems
-        _print(settings, launch, app, registry, changed, would_run=would_run)
-        for warning in findings.warnings:
-            click.echo(f"peerd check: warning: {warning}", err=True)
-        for problem in findings.problems:
-            click.echo(f"peerd check: {problem.text}", err=True)
+        _print(settings, launch, app, registry, changed, would_run=not findings.problems)
+        for text in (*(f"warning: {text}" for text in findings.warnings), *findings.problems):
+            click.echo(f"peerd check: {text}", err=True)
     if findings.problems:
-        sys.exit(findings.problems[0].exit_code)
+        sys.exit(exit_code_of(findings.problems[0]))
 
 
 def _try_sockets(settings: SupervisorSettings, findings: _Findings) -> None:
@@ -162,21 +153,21 @@ def _ask_etcd(settings: RegistrySettings, is_named: bool, findings: _Findings) -
 def _ask_control_socket(launch: LaunchOptions, findings: _Findings) -> None:
     from peerd import control
 
+    trouble = ""
     try:
         report = control.request(launch.control_path, "status", timeout_s=1.0)
+        findings.warnings.append(
+            f"supervisor pid {report['supervisor']['pid']} answers at {launch.control_path}: 'peerd status' "
+            "would not reach a second supervisor there"
+        )
     except NotRunningError:
-        if trouble := _trouble_with_place(launch.control_path):
-            findings.warnings.append(
-                f"'peerd status' would not work with this control socket: {trouble}"
-            )
-        return
+        trouble = _trouble_with_place(launch.control_path)
     except ControlError as error:
-        findings.warnings.append(f"'peerd status' would not work with this control socket: {error}")
-        return
-    findings.warnings.append(
-        f"supervisor pid {report['supervisor']['pid']} answers at {launch.control_path}: 'peerd status' "
-        "would not reach a second supervisor there"
-    )
+        trouble = str(error)
+    if trouble:
+        findings.warnings.append(
+            f"'peerd status' would not work with this control socket: {trouble}"
+        )
 
 
 def _trouble_with_place(path: Path) -> str:
@@ -239,7 +230,10 @@ def _as_json(
     return orjson.dumps(
         {
             "ok": not findings.problems,
-            "problems": [asdict(problem) for problem in findings.problems],
+            "problems": [
+                {"exit_code": exit_code_of(problem), "text": str(problem)}
+                for problem in findings.problems
+            ],
             "warnings": findings.warnings,
             "peers": [
                 {"slot": slot, "peer_id": settings.peer_id(slot), "port": settings.base_port + slot}
