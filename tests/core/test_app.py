@@ -106,26 +106,20 @@ def test_a_missing_module() -> None:
         load_app("no_such_module:app")
 
 
-def test_a_missing_attribute_lists_the_apps_of_the_module(module: Path) -> None:
-    module.write_text("import peerd\nchat = peerd.App()\n")
-    with pytest.raises(AppLoadError, match="has no attribute 'app'; it has chat"):
+@pytest.mark.parametrize(
+    ("source", "text", "cause"),
+    [
+        ("import peerd\nchat = peerd.App()\n", "has no attribute 'app'; it has chat", None),
+        ("app = 3\n", "is a int, not a peerd", None),
+        ("1 / 0\n", "ZeroDivisionError", ZeroDivisionError),
+        ("import no_such_dependency\n", "importing '{module}' failed", ModuleNotFoundError),
+    ],
+    ids=["no such attribute", "no app", "an error", "a missing import"],
+)
+def test_a_module_without_the_app(
+    module: Path, source: str, text: str, cause: type[Exception] | None
+) -> None:
+    module.write_text(source)
+    with pytest.raises(AppLoadError, match=text.format(module=module.stem)) as caught:
         load_app(f"{module.stem}:app")
-
-
-def test_an_attribute_of_another_type(module: Path) -> None:
-    module.write_text("app = 3\n")
-    with pytest.raises(AppLoadError, match="is a int, not a peerd"):
-        load_app(f"{module.stem}:app")
-
-
-def test_a_module_that_fails_keeps_its_error(module: Path) -> None:
-    module.write_text("1 / 0\n")
-    with pytest.raises(AppLoadError, match="ZeroDivisionError") as caught:
-        load_app(f"{module.stem}:app")
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
-
-
-def test_a_missing_import_of_the_module_is_not_a_missing_module(module: Path) -> None:
-    module.write_text("import no_such_dependency\n")
-    with pytest.raises(AppLoadError, match=f"importing '{module.stem}' failed"):
-        load_app(f"{module.stem}:app")
+    assert isinstance(caught.value.__cause__, cause or type(None))

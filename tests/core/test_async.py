@@ -21,10 +21,9 @@ import uvloop
 
 from harness import forged_icmp, raw_client
 from harness.eventually import eventually
+from harness.loop_harness import LoopHarness
 from harness.supervised import Supervised, send_signal
 from peerd import App, Message, decode, encode
-from peerd._loop import DatagramLoop
-from peerd._scoreboard import Scoreboard, Slot
 from peerd.serving import async_server
 from peerd.serving.async_server import AsyncServer
 from peerd.signals import HAND_OVER
@@ -33,63 +32,65 @@ from peerd.signals import HAND_OVER
 uvloop.new_event_loop().close()
 
 
-class Client:
-    """A test's side while the server runs: sends messages, and receives replies in any order."""
+class Served(LoopHarness):
+    """A peer in the test's own event loop; its client receives replies in any order."""
 
-    def __init__(self, address: tuple[str, int], slot: Slot) -> None:
-        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.sock.connect(address)
-        self.sock.setblocking(False)
-        self.slot = slot
-        self.errors: list[BaseException] = []
+    def ask(self, magic: str, body: bytes = b"") -> None:
+        self.client.send(encode(magic, "1", body))
 
-    def send(self, magic: str, body: bytes = b"") -> None:
-        self.sock.send(encode(magic, "1", body))
+    async def answer(self) -> bytes:
+        return decode(await asyncio.get_running_loop().sock_recv(self.client, 1 << 16)).body
 
-    async def receive(self) -> bytes:
-        datagram = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
-        return decode(datagram).body
+    async def answers(self, count: int) -> list[bytes]:
+        return [await self.answer() for _ in range(count)]
+
+    @property
+    def raised(self) -> list[type[BaseException]]:
+        return [type(error) for _, _, error in self.errors]
+
+
+SEEN = contextvars.ContextVar[object]("SEEN", default=None)
+
+
+def task() -> asyncio.Task[Any]:
+    current = asyncio.current_task()
+    assert current is not None
+    return current
+
+
+async def until(check: Callable[[], object]) -> None:
+    while not check():
+        await asyncio.sleep(0)
 
 
 def serve(
     app: App,
-    test: Callable[[Client], Coroutine[Any, Any, None]],
-    before: Callable[[Client], object] = lambda client: None,
+    test: Callable[[Served], Coroutine[Any, Any, None]],
+    before: Callable[[Served], object] = lambda peer: None,
     server: type[AsyncServer] = AsyncServer,
     new_event_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
-) -> Client:
+) -> Served:
     """Run a test against a server in the same event loop, then stop the server with SIGTERM."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-        slot = Scoreboard(1).slots[0]
-        client = Client(sock.getsockname(), slot)
-        before(client)
-        core = DatagramLoop(
-            sock.fileno(),
-            app.handlers,
-            app.batch_handlers,
-            slot,
-            lambda _magic, _sender, error: client.errors.append(error),
-            coroutine_handlers=app.coroutine_handlers,
-            max_waiting=app.max_waiting,
-        )
+    with Served(app, on_icmp_error=None) as peer:
+        peer.client.setblocking(False)
+        before(peer)
 
         async def main() -> None:
             async with asyncio.timeout(100), asyncio.TaskGroup() as group:
                 serving = asyncio.Event()
-                group.create_task(server(core, app.timeouts_s).serve(serving.set, 5.0))
+                group.create_task(server(peer.loop, app.timeouts_s).serve(serving.set, 5.0))
                 await serving.wait()
                 try:
-                    await test(client)
+                    await test(peer)
                 finally:
                     os.kill(os.getpid(), signal.SIGTERM)
 
-        with client.sock, asyncio.Runner(loop_factory=new_event_loop) as runner:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(main())
         for number in (signal.SIGTERM, HAND_OVER):
             signal.signal(number, signal.SIG_DFL)  # uvloop leaves its handler, which keeps the loop
-        assert core.suspended == 0
-        return client
+        assert peer.loop.suspended == 0
+        return peer
 
 
 def test_a_handler_that_does_not_wait_and_one_that_does() -> None:
@@ -104,113 +105,53 @@ def test_a_handler_that_does_not_wait_and_one_that_does() -> None:
         await asyncio.sleep(0.01)
         return Message("LATE", message.version, message.body)
 
+    @app.handler("PUT")
+    async def put(message: Message) -> None:
+        await asyncio.sleep(0.01)
+
     @app.handler("PLAIN")
     def plain(message: Message) -> bytes:
         return b"plain"
 
-    async def test(client: Client) -> None:
-        for magic in ("LATER", "NOW", "PLAIN"):
-            client.send(magic, b"x")
-        assert [await client.receive() for _ in range(3)] == [b"now x", b"plain", b"x"]
+    async def test(peer: Served) -> None:
+        for magic in ("LATER", "PUT", "NOW", "PLAIN"):
+            peer.ask(magic, b"x")
+        assert await peer.answers(3) == [b"now x", b"plain", b"x"]
+        await until(lambda: peer["handled"] == 4)
 
-    assert serve(app, test).slot.counters()["handled"] == 3
+    serve(app, test)
 
 
-def test_replies_are_concurrent_and_go_to_their_senders() -> None:
+def test_handlers_wait_at_a_time_each_with_context_variables_of_its_own() -> None:
     app = App()
     release = dict[bytes, asyncio.Future[None]]()
 
     @app.handler("WAIT")
     async def wait(message: Message) -> bytes:
+        assert SEEN.get() is None
+        SEEN.set(message.body)
         release[message.body] = asyncio.get_running_loop().create_future()
         await release[message.body]
+        assert SEEN.get() == message.body
         return message.body
 
-    async def test(client: Client) -> None:
+    async def test(peer: Served) -> None:
         for number in range(50):
-            client.send("WAIT", b"%d" % number)
-        while len(release) < 50:
-            await asyncio.sleep(0)
-        assert client.slot.counters()["handled"] == 0
-        order = sorted(release, key=lambda body: -int(body))
-        for body in order:
+            peer.ask("WAIT", b"%d" % number)
+        await until(lambda: len(release) == 50)
+        assert peer["handled"] == 0
+        for body in reversed(list(release)):
             release[body].set_result(None)
-            assert await client.receive() == body
+            assert await peer.answer() == body
 
     serve(app, test)
 
 
-def test_a_handler_has_a_task_from_its_first_step_on() -> None:
-    app = App()
-    tasks = list[object]()
+class Incomparable:
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("which element?")
 
-    @app.handler("TIMEOUT")
-    async def times_out(message: Message) -> bytes:
-        tasks.append(asyncio.current_task())
-        try:
-            async with asyncio.timeout(0.01):
-                await asyncio.sleep(60)
-        except TimeoutError:
-            tasks.append(asyncio.current_task())
-            return b"timeout"
-        return b"slept"
-
-    @app.handler("GROUP")
-    async def group(message: Message) -> bytes:
-        async with asyncio.TaskGroup() as group:
-            first = group.create_task(asyncio.sleep(0, b"a"))
-            second = group.create_task(asyncio.sleep(0.001, b"b"))
-        return first.result() + second.result()
-
-    async def test(client: Client) -> None:
-        client.send("TIMEOUT")
-        assert await client.receive() == b"timeout"
-        client.send("GROUP")
-        assert await client.receive() == b"ab"
-
-    serve(app, test)
-    assert tasks[0] is not None
-    assert tasks[0] is tasks[1]
-
-
-def test_each_message_has_context_variables_of_its_own() -> None:
-    app = App()
-    variable = contextvars.ContextVar[bytes]("variable", default=b"unset")
-
-    @app.handler("SET")
-    async def set_it(message: Message) -> bytes:
-        before = variable.get()
-        variable.set(message.body)
-        return before
-
-    @app.handler("KEEP")
-    async def keep(message: Message) -> bytes:
-        variable.set(message.body)
-        await asyncio.sleep(0)
-        return variable.get()
-
-    async def test(client: Client) -> None:
-        for number in range(3):
-            client.send("SET", b"%d" % number)
-        assert [await client.receive() for _ in range(3)] == [b"unset"] * 3
-        for number in range(3):
-            client.send("KEEP", b"%d" % number)
-        assert {await client.receive() for _ in range(3)} == {b"0", b"1", b"2"}
-
-    serve(app, test)
-
-
-def task() -> asyncio.Task[Any]:
-    current = asyncio.current_task()
-    assert current is not None
-    return current
-
-
-SEEN = contextvars.ContextVar[object]("SEEN", default=None)
-
-
-def cancel_oneself(kept: list[object]) -> None:
-    task().cancel()
+    __hash__ = None  # type: ignore[assignment]
 
 
 def cancel_twice_and_once_back(kept: list[object]) -> None:
@@ -219,54 +160,20 @@ def cancel_twice_and_once_back(kept: list[object]) -> None:
     task().uncancel()
 
 
-def name_oneself(kept: list[object]) -> None:
-    task().set_name("mine")
+MARKS: dict[str, Callable[[list[object]], object]] = {
+    "cancelled": lambda kept: task().cancel(),
+    "cancelled twice, once back": cancel_twice_and_once_back,
+    "named": lambda kept: task().set_name("mine"),
+    "callback": lambda kept: task().add_done_callback(kept.append),
+    "kept": lambda kept: kept.append(task()),
+    "weak reference": lambda kept: kept.append(weakref.ref(task())),
+    "attribute": lambda kept: setattr(task(), "attribute", 1),
+    "variable": lambda kept: SEEN.set(b"seen"),
+    "variable that compares badly": lambda kept: SEEN.set(Incomparable()),
+}
 
 
-def be_called_back(kept: list[object]) -> None:
-    task().add_done_callback(kept.append)
-
-
-def keep_oneself(kept: list[object]) -> None:
-    kept.append(task())
-
-
-def keep_a_weak_reference(kept: list[object]) -> None:
-    kept.append(weakref.ref(task()))
-
-
-def keep_an_attribute(kept: list[object]) -> None:
-    task().attribute = 1  # type: ignore[attr-defined]
-
-
-def set_a_variable(kept: list[object]) -> None:
-    SEEN.set(b"seen")
-
-
-def set_a_variable_that_compares_badly(kept: list[object]) -> None:
-    class Incomparable:
-        def __eq__(self, other: object) -> bool:
-            raise ValueError("which element?")
-
-        __hash__ = None  # type: ignore[assignment]
-
-    SEEN.set(Incomparable())
-
-
-@pytest.mark.parametrize(
-    "mark",
-    [
-        cancel_oneself,
-        cancel_twice_and_once_back,
-        name_oneself,
-        be_called_back,
-        keep_oneself,
-        keep_a_weak_reference,
-        keep_an_attribute,
-        set_a_variable,
-        set_a_variable_that_compares_badly,
-    ],
-)
+@pytest.mark.parametrize("mark", MARKS.values(), ids=MARKS)
 def test_a_message_leaves_no_mark_on_the_next(mark: Callable[[list[object]], None]) -> None:
     """Both messages wait in the socket's queue, so one turn dispatches them in a row."""
     app = App()
@@ -299,18 +206,18 @@ def test_a_message_leaves_no_mark_on_the_next(mark: Callable[[list[object]], Non
     def plain(message: Message) -> bytes:
         return repr(asyncio.current_task()).encode()
 
-    def send(client: Client) -> None:
+    def send(peer: Served) -> None:
         for magic in ("MARK", "PLAIN", "NEXT", "QUIET", "NEXT") * 3:
-            client.send(magic)
+            peer.ask(magic)
 
-    async def test(client: Client) -> None:
-        received = Counter([await client.receive() for _ in range(15)])
+    async def test(peer: Served) -> None:
+        received = Counter(await peer.answers(15))
         assert received == {b"marked": 6, b"next": 6, b"None": 3}
 
-    client = serve(app, test, send)
-    assert client.errors == []
-    assert client.slot.counters()["handled"] == 15
-    if mark is be_called_back:
+    peer = serve(app, test, send)
+    assert peer.errors == []
+    assert peer["handled"] == 15
+    if mark is MARKS["callback"]:
         assert len([each for each in kept if isinstance(each, asyncio.Task)]) == 6
 
 
@@ -327,14 +234,13 @@ def test_a_task_that_a_handler_cancels_later_is_its_own() -> None:
         await asyncio.sleep(0.02)
         return b"waited"
 
-    async def test(client: Client) -> None:
+    async def test(peer: Served) -> None:
         for _ in range(5):
-            client.send("KEEP")
-            client.send("WAIT")
-        while len(kept) < 5:
-            await asyncio.sleep(0)
+            peer.ask("KEEP")
+            peer.ask("WAIT")
+        await until(lambda: len(kept) == 5)
         cancelled = [each.cancel() for each in kept]
-        assert [await client.receive() for _ in range(5)] == [b"waited"] * 5
+        assert await peer.answers(5) == [b"waited"] * 5
         assert all(each.done() for each in kept)
         assert len(set(kept)) == len(cancelled) == 5
 
@@ -353,22 +259,40 @@ def test_a_worker_serves_after_ten_thousand_that_cancel_themselves() -> None:
         await asyncio.sleep(0)
         return b"waited"
 
-    async def test(client: Client) -> None:
+    async def test(peer: Served) -> None:
         for number in range(5_000):
-            client.send("CANCEL")
-            client.send("WAIT")
+            peer.ask("CANCEL")
+            peer.ask("WAIT")
             if number % 20 == 19:
                 for _ in range(20):
-                    assert await client.receive() == b"waited"
-        assert client.slot.waiting == 0
+                    assert await peer.answer() == b"waited"
+        assert peer.slot.waiting == 0
 
-    assert serve(app, test).slot.counters()["handled"] == 10_000
+    assert serve(app, test)["handled"] == 10_000
 
 
-def test_cancellation_in_the_first_step_is_that_of_any_task() -> None:
-    """Each handler waits after its task was cancelled, or after its timeout has expired."""
+def test_a_handler_runs_as_in_any_task_from_its_first_step_on() -> None:
+    """Most handlers wait after their task was cancelled, or after their timeout has expired."""
     app = App()
+    tasks = list[object]()
     inner_tasks = list[asyncio.Task[None]]()
+
+    @app.handler("TIMEOUT")
+    async def times_out(message: Message) -> bytes:
+        tasks.append(asyncio.current_task())
+        try:
+            async with asyncio.timeout(0.01):
+                await asyncio.sleep(60)
+        except TimeoutError:
+            tasks.append(asyncio.current_task())
+            return b"timeout"
+        return b"slept"
+
+    @app.handler("CANCEL")
+    async def cancel(message: Message) -> bytes:
+        task().cancel()
+        await asyncio.sleep(60)
+        return b"never"
 
     @app.handler("CAUGHT")
     async def caught(message: Message) -> bytes:
@@ -413,25 +337,33 @@ def test_cancellation_in_the_first_step_is_that_of_any_task() -> None:
 
     @app.handler("GROUP")
     async def group(message: Message) -> bytes:
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(asyncio.sleep(0, b"a"))
+            second = group.create_task(asyncio.sleep(0.001, b"b"))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(asyncio.sleep(60))
                 raise ValueError
         except ExceptionGroup:
-            return b"group %d" % task().cancelling()
+            return b"group %s%s %d" % (first.result(), second.result(), task().cancelling())
 
-    async def test(client: Client) -> None:
+    async def test(peer: Served) -> None:
+        peer.ask("CANCEL")  # has no answer
         for magic, reply in {
+            "TIMEOUT": b"timeout",
             "CAUGHT": b"caught",
             "OVER": b"over 0",
             "INNER": b"inner 1",
             "SHIELD": b"shielded 0",
-            "GROUP": b"group 0",
+            "GROUP": b"group ab 0",
         }.items():
-            client.send(magic)
-            assert await client.receive() == reply
+            peer.ask(magic)
+            assert await peer.answer() == reply
 
-    assert serve(app, test).errors == []
+    peer = serve(app, test)
+    assert peer.raised == [asyncio.CancelledError]
+    assert peer["handled"] == 7
+    assert tasks[0] is tasks[1] is not None
 
 
 def test_handlers_that_do_not_wait_share_a_task() -> None:
@@ -449,10 +381,10 @@ def test_handlers_that_do_not_wait_share_a_task() -> None:
         asyncio.current_task()
         return message.body
 
-    async def test(client: Client) -> None:
+    async def test(peer: Served) -> None:
         for i in range(100):
-            client.send("N", b"%d" % i)
-            assert await client.receive() == b"%d" % i
+            peer.ask("N", b"%d" % i)
+            assert await peer.answer() == b"%d" % i
 
     serve(app, test, server=Counting)
     assert len(made) <= 2
@@ -478,42 +410,17 @@ def test_a_handler_that_raises(waits: bool) -> None:
     async def good(message: Message) -> bytes:
         return b"good"
 
-    async def test(client: Client) -> None:
-        client.send("BAD")
-        client.send("TYPE")
-        while len(client.errors) < 2:
-            await asyncio.sleep(0)
-        client.send("GOOD")
-        assert await client.receive() == b"good"
+    async def test(peer: Served) -> None:
+        peer.ask("BAD")
+        peer.ask("TYPE")
+        await until(lambda: len(peer.errors) == 2)
+        peer.ask("GOOD")
+        assert await peer.answer() == b"good"
 
-    client = serve(app, test)
-    assert [type(error) for error in client.errors] == [ValueError, TypeError]
-    assert client.slot.counters()["handler_errors"] == 2
-    assert client.slot.counters()["handled"] == 3
-
-
-def test_a_handler_that_cancels_itself_gives_no_answer() -> None:
-    app = App()
-
-    @app.handler("CANCEL")
-    async def cancel(message: Message) -> bytes:
-        task = asyncio.current_task()
-        assert task is not None
-        task.cancel()
-        await asyncio.sleep(60)
-        return b"never"
-
-    @app.handler("NEXT")
-    async def after(message: Message) -> bytes:
-        await asyncio.sleep(0)
-        return b"next"
-
-    async def test(client: Client) -> None:
-        client.send("CANCEL")
-        client.send("NEXT")
-        assert await client.receive() == b"next"
-
-    assert serve(app, test).slot.counters()["handled"] == 2
+    peer = serve(app, test)
+    assert peer.raised == [ValueError, TypeError]
+    assert peer["handler_errors"] == 2
+    assert peer["handled"] == 3
 
 
 def test_a_handler_that_awaits_a_cancelled_future_loses_only_its_own_message() -> None:
@@ -528,22 +435,21 @@ def test_a_handler_that_awaits_a_cancelled_future_loses_only_its_own_message() -
             await cancelled
         return message.body
 
-    def send_twenty(client: Client) -> None:
+    def send_twenty(peer: Served) -> None:
         for i in range(20):
-            client.send("N", b"%d" % i)
+            peer.ask("N", b"%d" % i)
 
-    async def test(client: Client) -> None:
-        received = [await client.receive() for _ in range(19)]
+    async def test(peer: Served) -> None:
+        received = await peer.answers(19)
         assert received == [b"%d" % i for i in range(20) if i != 3]
         # The last message is counted after its reply.
-        while client.slot.unfinished:
-            await asyncio.sleep(0)
+        await until(lambda: not peer.slot.unfinished)
 
     # All messages are in the queue before the server starts.
-    client = serve(app, test, send_twenty)
-    assert [type(error) for error in client.errors] == [asyncio.CancelledError]
-    assert client.slot.counters()["handler_errors"] == 1
-    assert client.slot.counters()["handled"] == client.slot.counters()["rx_messages"] == 20
+    peer = serve(app, test, send_twenty)
+    assert peer.raised == [asyncio.CancelledError]
+    assert peer["handler_errors"] == 1
+    assert peer["handled"] == peer["rx_messages"] == 20
 
 
 @pytest.mark.parametrize("waits", [False, True])
@@ -557,13 +463,13 @@ def test_a_base_exception_ends_the_server(waits: bool) -> None:
     async def end(message: Message) -> bytes:
         raise EndOfTheWorld
 
-    async def test(client: Client) -> None:
+    async def test(peer: Served) -> None:
         if waits:
-            client.send("END")
+            peer.ask("END")
         await asyncio.sleep(5)
 
     with pytest.raises(BaseExceptionGroup) as raised:
-        serve(app, test, lambda client: None if waits else client.send("END"))
+        serve(app, test, lambda peer: None if waits else peer.ask("END"))
     assert raised.group_contains(EndOfTheWorld)
 
 
@@ -584,27 +490,26 @@ def test_an_icmp_error_does_not_delay_later_messages(
         await asyncio.sleep(0)
         return message.body
 
-    async def cause_icmp_error(client: Client) -> None:
-        errors = client.slot.counters()["icmp_errors"]
+    async def cause_icmp_error(peer: Served) -> None:
+        errors = peer["icmp_errors"]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as gone:
-            gone.connect(client.sock.getpeername())
+            gone.connect(peer.client.getpeername())
             if is_forged:
                 with forged_icmp.raw_socket(socket.AF_INET) as raw:
-                    port, other_port = client.sock.getpeername()[1], gone.getsockname()[1]
+                    port, other_port = peer.client.getpeername()[1], gone.getsockname()[1]
                     forged_icmp.forge_icmp_error(raw, 3, 3, port, other_port)
             else:
                 gone.send(encode("LATER", "1", b"gone"))
-        while client.slot.counters()["icmp_errors"] == errors:
-            await asyncio.sleep(0)
+        await until(lambda: peer["icmp_errors"] > errors)
 
-    async def test(client: Client) -> None:
+    async def test(peer: Served) -> None:
         took_s = list[float]()
         for number in range(20):
-            await cause_icmp_error(client)
+            await cause_icmp_error(peer)
             for magic in ("NOW", "LATER"):
                 begun_s = time.monotonic()
-                client.send(magic, b"%d" % number)
-                assert await client.receive() == b"%d" % number
+                peer.ask(magic, b"%d" % number)
+                assert await peer.answer() == b"%d" % number
                 took_s.append(time.monotonic() - begun_s)
         # A heartbeat would have read each of these after HEARTBEAT_INTERVAL_S.
         assert statistics.median(took_s) < async_server.HEARTBEAT_INTERVAL_S / 10
@@ -612,25 +517,15 @@ def test_an_icmp_error_does_not_delay_later_messages(
     serve(app, test, new_event_loop=new_event_loop)
 
 
-def test_a_message_without_a_reply_is_handled_when_its_handler_ends() -> None:
-    app = App()
+def test_a_bounded_number_of_handlers_waits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Meanwhile the heartbeat is written, and further messages stay in the queue, during a drain, too.
 
-    @app.handler("PUT")
-    async def put(message: Message) -> None:
-        await asyncio.sleep(0.01)
-
-    async def test(client: Client) -> None:
-        for _ in range(10):
-            client.send("PUT")
-        while client.slot.counters()["handled"] < 10:
-            await asyncio.sleep(0)
-
-    serve(app, test)
-
-
-def test_a_bounded_number_of_handlers_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Meanwhile the heartbeat is written and further messages stay in the queue, during a drain, too."""
+    The server logs which magic codes wait: at the limit, then once per interval.
+    """
     monkeypatch.setattr(async_server, "MAX_WAITING", 10)
+    monkeypatch.setattr(async_server, "FULL_LOG_INTERVAL_S", 0.3)
     app = App()
     gate = asyncio.Event()
     waiting = [0]
@@ -643,47 +538,24 @@ def test_a_bounded_number_of_handlers_waits(monkeypatch: pytest.MonkeyPatch) -> 
         waiting[0] -= 1
         return b""
 
-    async def test(client: Client) -> None:
+    async def test(peer: Served) -> None:
         for _ in range(200):
-            client.send("WAIT")
+            peer.ask("WAIT")
             await asyncio.sleep(0)
-        slot = client.slot
+        slot = peer.slot
         assert slot.waiting == slot.waiting_by_magic["WAIT"] == waiting[0] >= 10
         assert 0 < slot.not_reading_since_ns <= time.monotonic_ns()
-        begun_ns = client.slot.heartbeat_ns
-        while client.slot.heartbeat_ns < begun_ns + 500_000_000:
+        begun_ns = slot.heartbeat_ns
+        while slot.heartbeat_ns < begun_ns + 500_000_000 or len(caplog.records) < 2:
             await asyncio.sleep(0.01)
         asyncio.get_running_loop().call_later(0.1, gate.set)  # in the drain
 
-    client = serve(app, test)
-    assert client.errors == []
-    assert client.slot.counters()["handled"] == 200
-    assert (client.slot.waiting, client.slot.waiting_by_magic) == (0, {})
-    assert client.slot.not_reading_since_ns == 0
-
-
-def test_a_full_server_logs_which_magic_codes_wait(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It logs at the limit, then once per interval."""
-    monkeypatch.setattr(async_server, "MAX_WAITING", 4)
-    monkeypatch.setattr(async_server, "FULL_LOG_INTERVAL_S", 0.3)
-    app = App()
-    gate = asyncio.Event()
-
-    @app.handler("HANG")
-    async def hang(message: Message) -> None:
-        await gate.wait()
-
-    async def test(client: Client) -> None:
-        for _ in range(10):
-            client.send("HANG")
-        while len(caplog.records) < 2:
-            await asyncio.sleep(0.01)
-        gate.set()
-
-    serve(app, test)
-    assert all("'HANG': " in record.getMessage() for record in caplog.records)
+    peer = serve(app, test)
+    assert peer.errors == []
+    assert peer["handled"] == 200
+    assert (peer.slot.waiting, peer.slot.waiting_by_magic) == (0, {})
+    assert peer.slot.not_reading_since_ns == 0
+    assert all("'WAIT': " in record.getMessage() for record in caplog.records)
     assert "max_waiting=" in caplog.text
 
 
@@ -705,19 +577,18 @@ def test_a_timeout_cancels_a_handler(is_stubborn: bool) -> None:
         await asyncio.sleep(0)
         return b"quick"
 
-    async def test(client: Client) -> None:
-        client.send("SLOW")
-        client.send("QUICK")
-        assert await client.receive() == b"quick"
+    async def test(peer: Served) -> None:
+        peer.ask("SLOW")
+        peer.ask("QUICK")
+        assert await peer.answer() == b"quick"
         if is_stubborn:
-            assert await client.receive() == b"late, but here"
-        while client.slot.unfinished:
-            await asyncio.sleep(0)
+            assert await peer.answer() == b"late, but here"
+        await until(lambda: not peer.slot.unfinished)
 
-    client = serve(app, test)
-    assert [type(error) for error in client.errors] == [TimeoutError] * (not is_stubborn)
-    assert client.slot.counters()["handler_errors"] == (not is_stubborn)
-    assert not is_stubborn or not client.errors
+    peer = serve(app, test)
+    assert peer.raised == [TimeoutError] * (not is_stubborn)
+    assert peer["handler_errors"] == (not is_stubborn)
+    assert not is_stubborn or not peer.errors
 
 
 def test_messages_above_max_waiting_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
@@ -735,20 +606,20 @@ def test_messages_above_max_waiting_are_dropped(caplog: pytest.LogCaptureFixture
         await asyncio.sleep(0)
         return b"other"
 
-    async def test(client: Client) -> None:
+    async def test(peer: Served) -> None:
         for number in range(8):
-            client.send("ASK", b"%d" % number)
-        client.send("OTHER")
-        assert await client.receive() == b"other"
-        counters = client.slot.counters()
+            peer.ask("ASK", b"%d" % number)
+        peer.ask("OTHER")
+        assert await peer.answer() == b"other"
+        counters = peer.slot.counters()
         assert (counters["rx_max_waiting"], counters["handled"]) == (5, 6)
-        assert client.slot.waiting_by_magic == {"ASK": 3}
+        assert peer.slot.waiting_by_magic == {"ASK": 3}
         while not caplog.records:
             await asyncio.sleep(0.01)
         gate.set()
-        assert [await client.receive() for _ in range(3)] == [b"0", b"1", b"2"]
-        client.send("ASK", b"again")
-        assert await client.receive() == b"again"
+        assert await peer.answers(3) == [b"0", b"1", b"2"]
+        peer.ask("ASK", b"again")
+        assert await peer.answer() == b"again"
 
     serve(app, test)
     assert "dropped 5 messages for 'ASK'" in caplog.text
@@ -762,19 +633,15 @@ def test_a_stop_waits_for_handlers_under_way() -> None:
         await asyncio.sleep(0.2)
         return b"done"
 
-    received = list[bytes]()
+    answer = list[asyncio.Task[bytes]]()
 
-    async def test(client: Client) -> None:
-        client.send("SLOW")
-        while client.slot.counters()["rx_messages"] == 0:
-            await asyncio.sleep(0)
-        client.receiving = asyncio.create_task(collect(client))  # type: ignore[attr-defined]
-
-    async def collect(client: Client) -> None:
-        received.append(await client.receive())
+    async def test(peer: Served) -> None:
+        peer.ask("SLOW")
+        await until(lambda: peer["rx_messages"])
+        answer.append(asyncio.create_task(peer.answer()))
 
     serve(app, test)
-    assert received == [b"done"]
+    assert answer[0].result() == b"done"
 
 
 def test_a_timer_of_the_app_runs_through_a_flood() -> None:
@@ -786,7 +653,7 @@ def test_a_timer_of_the_app_runs_through_a_flood() -> None:
 
     ticks = list[int]()
 
-    async def test(client: Client) -> None:
+    async def test(peer: Served) -> None:
         async def tick() -> None:
             for number in range(100):
                 await asyncio.sleep(0.005)
@@ -796,25 +663,12 @@ def test_a_timer_of_the_app_runs_through_a_flood() -> None:
         while not ticking.done():
             for _ in range(200):
                 with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
-                    client.send("FLOOD", bytes(20))
+                    peer.ask("FLOOD", bytes(20))
             await asyncio.sleep(0)
 
-    client = serve(app, test)
+    peer = serve(app, test)
     assert len(ticks) == 100
-    assert client.slot.counters()["rx_messages"] > 1000
-
-
-def test_messages_queued_before_the_start_are_served() -> None:
-    app = App()
-
-    @app.handler("EARLY")
-    async def early(message: Message) -> bytes:
-        return message.body
-
-    async def test(client: Client) -> None:
-        assert await client.receive() == b"early"
-
-    serve(app, test, before=lambda client: client.send("EARLY", b"early"))
+    assert peer["rx_messages"] > 1000
 
 
 def test_an_async_app_under_the_supervisor(supervised: Supervised, tmp_path: Path) -> None:

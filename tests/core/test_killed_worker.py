@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import socket
-import struct
 import time
 
 import pytest
@@ -19,7 +18,8 @@ import pytest
 from peerd import encode
 from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
-from peerd.linux import SO_MEMINFO, SO_RCVBUFFORCE, SO_SNDBUFFORCE, SOL_UDP, UDP_SEGMENT
+from peerd.linux import SO_RCVBUFFORCE, SO_SNDBUFFORCE, SOL_UDP, UDP_SEGMENT
+from peerd.supervisor.socket_queue import queue_state
 
 SIZE = 64
 JOINED = 20
@@ -32,11 +32,6 @@ def with_room() -> socket.socket:
     for option in (SO_SNDBUFFORCE, SO_RCVBUFFORCE):
         sock.setsockopt(socket.SOL_SOCKET, option, 64 << 20)
     return sock
-
-
-def dropped(sock: socket.socket) -> int:
-    memory = struct.unpack("9I", sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36))
-    return int(memory[8])
 
 
 def take_all(sock: socket.socket) -> int:
@@ -89,5 +84,5 @@ def test_the_cost_of_a_kill_is_known_exactly(joined: int, gro: bool, gso: bool) 
             os.kill(worker, signal.SIGKILL)
             os.waitpid(worker, 0)
             missed = sent - take_all(server) - take_all(client)
-            assert (dropped(server), dropped(client)) == (0, 0)
+            assert (queue_state(server).dropped, queue_state(client).dropped) == (0, 0)
             assert slot.unfinished == missed
