@@ -23,7 +23,7 @@ comes within a system call. The identity
     rx_datagrams = rx_messages + rx_own + rx_truncated + decode_* + unknown_magic + rx_max_waiting
 
 holds after each turn. The kernel's own drops are counted by the owner of the socket, who reads SO_MEMINFO
-(supervisor/kernel_drops.py): SO_RXQ_OVFL would cost a control message on each datagram after the first drop
+(supervisor/socket_queue.py): SO_RXQ_OVFL would cost a control message on each datagram after the first drop
 (85 ns), and shows nothing while nothing arrives.
 
 ICMP errors. With IP_RECVERR they wait in a queue of the socket, with the address that each is about,

@@ -14,7 +14,7 @@ from peerd.errors import SettingsError
 from peerd.serving.app import App, builtin_app
 from peerd.serving.worker import make_loop
 from peerd.settings import ANONYMOUS, DEFAULT_PREFIX, EtcdAccess, SupervisorSettings
-from peerd.supervisor.kernel_drops import KernelDrops
+from peerd.supervisor.socket_queue import KernelDrops
 from peerd.supervisor.sockets import bind_all
 
 if TYPE_CHECKING:

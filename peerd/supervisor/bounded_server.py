@@ -21,8 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from peerd.supervisor.listener import Listener
-from peerd.supervisor.loop import Loop
+from peerd.supervisor.loop import Loop, Timer
 
 CHUNK_BYTES = 64 * 1024
 
@@ -160,3 +159,50 @@ class _Client:
             part = self.unsent[0] = part[self.connection.send(part) :]
             if not part:
                 self.unsent.popleft()
+
+
+PAUSE_S = 0.25
+
+MAX_ACCEPTS = 64
+"""Connections accepted per iteration of the loop."""
+
+
+class Listener:
+    """Accepts connections, and pauses when there is no descriptor for another one.
+
+    A connection that cannot be accepted (EMFILE) stays in the backlog, so the socket stays readable, and a
+    loop that kept trying would use a whole CPU. The clients in the backlog wait for the pause.
+    """
+
+    def __init__(
+        self, loop: Loop, sock: socket.socket, on_connection: Callable[[socket.socket], None]
+    ) -> None:
+        """``sock`` must not block; the listener owns it from here on. It passes each connection on."""
+        self._loop = loop
+        self._sock = sock
+        self._on_connection = on_connection
+        self._pause: Timer | None = None
+        self._listen()
+
+    def close(self) -> None:
+        if self._pause is None:
+            self._loop.selector.unregister(self._sock)
+        else:
+            self._pause.cancel()
+        self._sock.close()
+
+    def _listen(self) -> None:
+        self._pause = None
+        self._loop.selector.register(self._sock, selectors.EVENT_READ, self._accept)
+
+    def _accept(self, _events: int) -> None:
+        for _ in range(MAX_ACCEPTS):
+            try:
+                connection, _address = self._sock.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError:
+                self._loop.selector.unregister(self._sock)
+                self._pause = self._loop.call_later(PAUSE_S, self._listen)
+                return
+            self._on_connection(connection)

@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass
 
 from peerd.errors import ControlError
 from peerd.supervisor.control_server import Command
-from peerd.supervisor.history import History
-from peerd.supervisor.loop import Loop
+from peerd.supervisor.journal import History
+from peerd.supervisor.loop import Loop, Promise
 from peerd.supervisor.output import RecentLines
 from peerd.supervisor.peer_table import PeerView
-from peerd.supervisor.promise import Promise
 from peerd.supervisor.reloads import Reloads
 from peerd.supervisor.scaler import Scaler
 from peerd.supervisor.status import StatusReport

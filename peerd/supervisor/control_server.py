@@ -19,8 +19,7 @@ from peerd import control
 from peerd.control.protocol import VERSION
 from peerd.errors import ControlError
 from peerd.supervisor.bounded_server import BoundedServer, Limits, Reply, ServerProtocol
-from peerd.supervisor.loop import Loop
-from peerd.supervisor.promise import Promise
+from peerd.supervisor.loop import Loop, Promise
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,9 @@ which they subscribed, before the next event is delivered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import FrozenInstanceError, dataclass, fields
 from typing import ClassVar, TypeVar, dataclass_transform
 
@@ -43,14 +45,23 @@ class Event:
     shown_as: ClassVar[str | None] = None
     """The name in ``peerd events``; None for events that only other parts of the supervisor read."""
 
+    hidden: ClassVar[frozenset[str]] = frozenset(
+        ("slot", "sentence", "is_provisional", "is_retried")
+    )
+    """Fields that ``peerd events`` does not show."""
+
     def __setattr__(self, name: str, value: object) -> None:
         if name in self.__dict__:
             raise FrozenInstanceError(f"cannot assign to field {name!r}")
         super().__setattr__(name, value)
 
     def details(self) -> dict[str, object]:
-        """The fields in ``peerd events``; those that are None are left out."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The fields in ``peerd events``, of a reason the first line; those that are None are left out."""
+        names = [field.name for field in fields(self) if field.name not in self.hidden]
+        found = {name: getattr(self, name) for name in names}
+        if "why" in found:
+            found["why"] = found["why"].partition("\n")[0]
+        return found
 
 
 @event
@@ -59,9 +70,6 @@ class PeerEvent(Event):
 
     slot: int
     peer_id: str
-
-    def details(self) -> dict[str, object]:
-        return {name: value for name, value in super().details().items() if name != "slot"}
 
 
 class SlotChanged(PeerEvent):
@@ -86,9 +94,6 @@ class WorkerStuck(PeerEvent):
     """The time since its last progress that the worker could have used."""
 
     sentence: str
-
-    def details(self) -> dict[str, object]:
-        return {"peer_id": self.peer_id, "pid": self.pid, "for_s": self.for_s}
 
 
 @event
@@ -140,9 +145,6 @@ class WorkerNotReplaced(PeerEvent):
     shown_as = "not replaced"
     why: str
 
-    def details(self) -> dict[str, object]:
-        return {**super().details(), "why": _first_line(self.why)}
-
 
 @event
 class CannotStart(PeerEvent):
@@ -155,9 +157,6 @@ class CannotStart(PeerEvent):
 
     is_retried: bool
     """False also where no peer was ever ready: the configuration is wrong, for every worker."""
-
-    def details(self) -> dict[str, object]:
-        return {"peer_id": self.peer_id, "why": _first_line(self.why)}
 
 
 @event
@@ -177,13 +176,11 @@ class PeerParked(PeerEvent):
     """It is in a crash loop."""
 
     shown_as = "parked"
+    hidden = PeerEvent.hidden | {"why"}
     retry_in_s: float
     why: str
     is_provisional: bool
     """The peer is being added, and the scaling is undone."""
-
-    def details(self) -> dict[str, object]:
-        return {"peer_id": self.peer_id, "retry_in_s": self.retry_in_s}
 
 
 class PeerEnded(PeerEvent):
@@ -272,9 +269,6 @@ class NotScaled(Event):
     shown_as = "not scaled"
     why: str
 
-    def details(self) -> dict[str, object]:
-        return {"why": _first_line(self.why)}
-
 
 @event
 class Stopping(Event):
@@ -306,5 +300,39 @@ class Journal:
                 on_event(event)
 
 
-def _first_line(text: str) -> str:
-    return text.partition("\n")[0]
+MAX_EVENTS = 1000
+"""The oldest is dropped."""
+
+
+class History:
+    """The newest events, as ``peerd events`` shows them.
+
+    Times are on the monotonic clock and shown as ages, so a step of the wall clock changes no order.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._events: deque[tuple[int, float, Event]] = deque(maxlen=MAX_EVENTS)
+        self._last = 0
+        journal.subscribe(Event, self._on_event)
+
+    def since(self, arguments: Mapping[str, object]) -> list[dict[str, object]]:
+        """The events with a number above ``after`` (0: all), oldest first, each with its ``age_s``."""
+        after = arguments.get("after", 0)
+        if type(after) is not int:
+            after = 0
+        now_s = time.monotonic()
+        return [
+            {
+                "number": number,
+                "age_s": round(now_s - at_s, 3),
+                "event": event.shown_as,
+                **{name: value for name, value in event.details().items() if value is not None},
+            }
+            for number, at_s, event in self._events
+            if number > after
+        ]
+
+    def _on_event(self, event: Event) -> None:
+        if event.shown_as is not None:
+            self._last += 1
+            self._events.append((self._last, time.monotonic(), event))

@@ -1,4 +1,4 @@
-"""The supervisor's event loop: callbacks for readable descriptors, for timers, and for "soon".
+"""The supervisor's event loop: callbacks for readable descriptors, timers, signals, and for "soon".
 
 A callback must not be interrupted by the consequences of what it does. call_soon() is how a part has
 something done after the current callback: the loop runs what was queued this way, in order, before it
@@ -10,14 +10,20 @@ worker megabytes.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import selectors
+import signal
+import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from typing import Generic, TypeVar
 
 Callback = Callable[[], object]
+
+T = TypeVar("T")
 
 
 class Timer:
@@ -100,3 +106,78 @@ class Loop:
         if not self._timers:
             return None
         return max(0.0, self._timers[0][0] - time.monotonic())
+
+
+class Promise(Generic[T]):
+    """A result that comes later: a value, or the reason why there is none.
+
+    The part that does the work calls resolve() or reject(), once; any number of parts wait with then(). Their
+    callbacks run in the loop after the current callback, never inside resolve(), reject() or then().
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._outcome: tuple[T] | str | None = None
+        self._waiting: list[tuple[Callable[[T], object], Callable[[str], object]]] = []
+
+    @property
+    def is_settled(self) -> bool:
+        return self._outcome is not None
+
+    def resolve(self, value: T) -> None:
+        self._settle((value,))
+
+    def reject(self, why: str) -> None:
+        self._settle(why)
+
+    def then(self, on_value: Callable[[T], object], on_error: Callable[[str], object]) -> None:
+        """Call one of the two when the outcome is known, soon if it is known already."""
+        self._waiting.append((on_value, on_error))
+        if self.is_settled:
+            self._loop.call_soon(self._deliver)
+
+    def _settle(self, outcome: tuple[T] | str) -> None:
+        assert not self.is_settled
+        self._outcome = outcome
+        self._loop.call_soon(self._deliver)
+
+    def _deliver(self) -> None:
+        outcome, waiting = self._outcome, self._waiting
+        self._waiting = []
+        assert outcome is not None
+        for on_value, on_error in waiting:
+            if isinstance(outcome, str):
+                on_error(outcome)
+            else:
+                on_value(outcome[0])
+
+
+@contextlib.contextmanager
+def watch_signals(
+    loop: Loop, numbers: Collection[signal.Signals], on_signal: Callable[[signal.Signals], object]
+) -> Iterator[None]:
+    """Call ``on_signal`` from the loop: Python writes each signal's number to a socketpair.
+
+    Afterwards the signals are ignored, so that another one cannot change how this process ends.
+    """
+    reader, writer = socket.socketpair()
+
+    def read() -> None:
+        for number in reader.recv(4096):
+            if number in numbers:
+                on_signal(signal.Signals(number))
+
+    with reader, writer:
+        reader.setblocking(False)
+        writer.setblocking(False)
+        previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+        loop.watch(reader.fileno(), read)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                signal.signal(number, signal.SIG_IGN)
+            signal.set_wakeup_fd(previous_fd)
+            loop.unwatch(reader.fileno())

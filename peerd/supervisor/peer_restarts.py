@@ -9,9 +9,8 @@ from peerd.settings import OnCrashloop
 from peerd.supervisor.death import WorkerExit
 from peerd.supervisor.journal import CannotFork, CannotStart, PeerParked
 from peerd.supervisor.lifecycle import LifecycleEvent
-from peerd.supervisor.peer_environment import PeerEnvironment
-from peerd.supervisor.restart import RestartPolicy
-from peerd.supervisor.restart_schedule import RestartSchedule
+from peerd.supervisor.resources import PeerEnvironment
+from peerd.supervisor.restart import RestartPolicy, RestartSchedule
 
 if TYPE_CHECKING:
     from peerd.supervisor.supervised_peer import SupervisedPeer

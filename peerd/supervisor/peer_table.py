@@ -10,10 +10,16 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 
 from peerd._scoreboard import PeerState, Scoreboard
-from peerd.supervisor.journal import PeersChanged
-from peerd.supervisor.kernel_drops import KernelDrops
+from peerd.supervisor.journal import (
+    Journal,
+    PeersChanged,
+    RecordInConflict,
+    RecordRecovered,
+    RecordsChanged,
+)
 from peerd.supervisor.notify import Notifier, socket_name
-from peerd.supervisor.peer_environment import PeerEnvironment
+from peerd.supervisor.resources import PeerEnvironment
+from peerd.supervisor.socket_queue import KernelDrops
 from peerd.supervisor.supervised_peer import SupervisedPeer
 
 
@@ -90,3 +96,27 @@ class PeerTable:
         self._by_slot[index] = peer
         self._notifier.store(socket_name(peer.port), sock)
         return peer
+
+
+class RecordConflicts:
+    """Publishes that another process holds the record of a peer, and that it does not any more.
+
+    The registrar writes both to the scoreboard and reports only that some record has changed.
+    """
+
+    def __init__(self, peers: Mapping[int, SupervisedPeer], journal: Journal) -> None:
+        self._peers = peers
+        self._journal = journal
+        self._known: set[int] = set()
+        journal.subscribe(RecordsChanged, lambda _: self._on_records_changed())
+
+    def _on_records_changed(self) -> None:
+        for slot, peer in self._peers.items():
+            holder = peer.slot.holder
+            if holder and slot not in self._known:
+                self._known.add(slot)
+                self._journal.publish(RecordInConflict(slot=slot, peer_id=peer.peer_id, why=holder))
+            elif not holder and slot in self._known:
+                self._known.discard(slot)
+                self._journal.publish(RecordRecovered(slot=slot, peer_id=peer.peer_id))
+        self._known.intersection_update(self._peers)

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from peerd.supervisor.journal import Journal, ReloadChanged, Stopping, WorkerReplaced
-from peerd.supervisor.loop import Loop
-from peerd.supervisor.promise import Promise
+from peerd.supervisor.loop import Loop, Promise
 from peerd.supervisor.supervised_peer import SupervisedPeer
 
 log = logging.getLogger(__name__)

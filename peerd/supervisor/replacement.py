@@ -24,8 +24,8 @@ from peerd.supervisor.death import WorkerExit
 from peerd.supervisor.journal import CannotFork, WorkerNotReplaced, WorkerReplaced
 from peerd.supervisor.lifecycle import LifecycleEvent
 from peerd.supervisor.liveness import is_stopped
-from peerd.supervisor.peer_environment import PeerEnvironment
-from peerd.supervisor.promise import Promise
+from peerd.supervisor.loop import Promise
+from peerd.supervisor.resources import PeerEnvironment
 from peerd.supervisor.worker_process import Worker
 
 if TYPE_CHECKING:

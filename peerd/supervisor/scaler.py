@@ -29,10 +29,9 @@ from peerd.supervisor.journal import (
     Stopping,
     WorkerReady,
 )
-from peerd.supervisor.loop import Loop
+from peerd.supervisor.loop import Loop, Promise
 from peerd.supervisor.peer_table import PeerTable
-from peerd.supervisor.promise import Promise
-from peerd.supervisor.sockets import bind_one, resolve
+from peerd.supervisor.sockets import bind_all, resolve
 from peerd.supervisor.stopping import WITHDRAW_TIMEOUT_S
 from peerd.supervisor.supervised_peer import SupervisedPeer
 from peerd.supervisor.worker_process import DESCRIPTORS
@@ -166,19 +165,10 @@ class Scaler:
 
     def _bind(self, slots: range) -> dict[int, socket.socket]:
         """All of them or none. Raises BindError."""
-        sockets: dict[int, socket.socket] = {}
-        settings = self._settings
-        try:
-            for slot in slots:
-                port = settings.base_port + slot
-                sockets[slot] = bind_one(
-                    self._address, port, settings.recv_buffer_bytes, "number of peers"
-                )
-        except BindError:
-            for sock in sockets.values():
-                sock.close()
-            raise
-        return sockets
+        port, size = self._settings.base_port + slots.start, self._settings.recv_buffer_bytes
+        flag = "number of peers"
+        sockets = bind_all(self._address, port, len(slots), size, flag=flag, warns=False)
+        return dict(zip(slots, sockets, strict=True))
 
     def _end(self, peers: Sequence[SupervisedPeer]) -> None:
         """Begin to remove peers."""

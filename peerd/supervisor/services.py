@@ -30,8 +30,7 @@ from peerd.supervisor.journal import (
 )
 from peerd.supervisor.loop import Loop
 from peerd.supervisor.processes import Child, ChildPipes, Exit, redirect_output, spawn
-from peerd.supervisor.restart import RestartPolicy
-from peerd.supervisor.restart_schedule import RestartSchedule
+from peerd.supervisor.restart import RestartPolicy, RestartSchedule
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The receive queue of a UDP socket, as the kernel shows it."""
+"""The receive queue of a UDP socket, as the kernel shows it, and the drops in front of it."""
 
 from __future__ import annotations
 
@@ -63,3 +63,40 @@ def count_unread(sock: socket.socket) -> int:
         )
         count += max(1, -(-size // stride)) if stride > 0 else 1
     return count
+
+
+UINT32_MASK = 0xFFFF_FFFF
+
+
+class KernelDrops:
+    """Counts the datagrams that the kernel has dropped in front of a peer because its buffer was full.
+
+    The kernel's count (SO_MEMINFO) has 32 bits and ends with the socket. Any process that has the socket can
+    read it, also while the worker is blocked or dead. So the owner of the socket counts, the supervisor or a
+    Peer in a program, and there is no second count that could differ. It continues when the kernel's counter
+    wraps, and with the peer's next socket.
+    """
+
+    def __init__(self) -> None:
+        self._sock: socket.socket | None = None
+        self._seen = 0
+        self._total = 0
+
+    def follow(self, sock: socket.socket) -> None:
+        """Count the drops of this socket from now on, not those that an earlier supervisor has counted."""
+        self._sock = sock
+        self._seen = queue_state(sock).dropped
+
+    def leave(self) -> None:
+        """Keep the final count. Call it before the socket is closed."""
+        self.read()
+        self._sock = None
+
+    def read(self) -> tuple[QueueState, int]:
+        """The state of the socket's queue, and the count. Without a socket, an empty queue."""
+        if self._sock is None:
+            return QueueState(queued_bytes=0, dropped=0), self._total
+        queue = queue_state(self._sock)
+        self._total += (queue.dropped - self._seen) & UINT32_MASK
+        self._seen = queue.dropped
+        return queue, self._total

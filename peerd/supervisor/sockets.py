@@ -44,6 +44,8 @@ def bind_all(
     recv_buffer_bytes: int,
     inherited: dict[int, socket.socket] | None = None,
     flag: str = "--base-port",
+    *,
+    warns: bool = True,
 ) -> list[socket.socket]:
     """Bind one UDP socket per port: all of them, or none and an error, which names ``flag``.
 
@@ -60,7 +62,7 @@ def bind_all(
         sockets = []
         for port in ports:
             sock = adopted.get(port) or opened.enter_context(
-                _bound(host, family, address, port, flag)
+                _bound(socket.SOCK_DGRAM, host, family, address, port, flag)
             )
             _grow_buffer(sock, recv_buffer_bytes)
             sockets.append(sock)
@@ -68,22 +70,10 @@ def bind_all(
     if inherited is not None:
         for port in adopted:
             del inherited[port]
-    _warn_of_small_buffer(sockets[0], recv_buffer_bytes)
+    if warns:
+        _warn_of_small_buffer(sockets[0], recv_buffer_bytes)
     _warn_of_wide_sockets(list(adopted.values()), address)
     return sockets
-
-
-def bind_one(
-    host: str, port: int, recv_buffer_bytes: int, flag: str = "--base-port"
-) -> socket.socket:
-    """Bind one more UDP socket; errors name ``flag``, where the port came from.
-
-    Raises PortInUseError, or BindError when the host does not resolve or the bind is refused.
-    """
-    family, address = resolve(host, "--host")
-    sock = _bound(host, family, address, port, flag)
-    _grow_buffer(sock, recv_buffer_bytes)
-    return sock
 
 
 def inherited_sockets(host: str) -> dict[int, socket.socket]:
@@ -125,16 +115,8 @@ def listen(at: Address, flag: str) -> socket.socket:
     Raises PortInUseError, or BindError when the host does not resolve or the bind is refused.
     """
     family, address = resolve(at.host, flag)
-    with contextlib.ExitStack() as opened:
-        sock = opened.enter_context(_new(family, socket.SOCK_STREAM, at.port))
-        # The server closes its connections first, so they stay in TIME_WAIT, and without this the next
-        # supervisor could not bind for a minute. It does not allow two TCP listeners (socket(7)).
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        _bind(sock, at.host, address, at.port, flag)
-        sock.setblocking(False)
-        opened.pop_all()
+    sock = _bound(socket.SOCK_STREAM, at.host, family, address, at.port, flag)
+    sock.setblocking(False)
     return sock
 
 
@@ -281,36 +263,35 @@ def resolve(host: str, flag: str) -> tuple[socket.AddressFamily, str]:
 
 
 def _bound(
-    host: str, family: socket.AddressFamily, address: str, port: int, flag: str
+    kind: socket.SocketKind,
+    host: str,
+    family: socket.AddressFamily,
+    address: str,
+    port: int,
+    flag: str,
 ) -> socket.socket:
-    with contextlib.ExitStack() as opened:
-        sock = opened.enter_context(_new(family, socket.SOCK_DGRAM, port))
+    """A socket of UDP, or one of TCP that listens."""
+    try:
+        sock = socket.socket(family, kind)
+    except OSError as error:  # no descriptor, no memory, or no such family
+        raise BindError(f"cannot open a socket for port {port}: {error.strerror}") from None
+    protocol: Protocol = "tcp" if kind == socket.SOCK_STREAM else "udp"
+    try:
         if family == socket.AF_INET6:
             # "::" then accepts IPv4 as well, whatever net.ipv6.bindv6only is (ipv6(7)).
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        _bind(sock, host, address, port, flag)
-        opened.pop_all()
-    return sock
-
-
-def _new(family: socket.AddressFamily, kind: socket.SocketKind, port: int) -> socket.socket:
-    try:
-        return socket.socket(family, kind)
-    except OSError as error:  # no descriptor, no memory, or no such family
-        raise BindError(f"cannot open a socket for port {port}: {error.strerror}") from None
-
-
-def _bind(sock: socket.socket, host: str, address: str, port: int, flag: str) -> None:
-    protocol: Protocol = "tcp" if sock.type == socket.SOCK_STREAM else "udp"
-    try:
+        if protocol == "tcp":
+            # The server closes its connections first, so they stay in TIME_WAIT, and without this the next
+            # supervisor could not bind for a minute. It does not allow two TCP listeners (socket(7)).
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((address, port))
         if protocol == "tcp":
-            sock.listen(
-                LISTEN_BACKLOG
-            )  # if two processes bind at the same time, this fails for the second
+            # If two processes bind at the same time, this fails for the second.
+            sock.listen(LISTEN_BACKLOG)
     except OSError as error:
+        sock.close()
         if error.errno == errno.EADDRINUSE:
-            holder = port_holder(sock.family, address, port, protocol)
+            holder = port_holder(family, address, port, protocol)
             who = f"held by {holder}" if holder else "held by a process that this user cannot see"
             raise PortInUseError(
                 port,
@@ -323,6 +304,7 @@ def _bind(sock: socket.socket, host: str, address: str, port: int, flag: str) ->
         }
         reason = reasons.get(error.errno or 0, os.strerror(error.errno or 0))
         raise BindError(f"cannot bind {protocol.upper()} {Address(host, port)}: {reason}") from None
+    return sock
 
 
 def _grow_buffer(sock: socket.socket, size_bytes: int) -> None:

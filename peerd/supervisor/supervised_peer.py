@@ -33,16 +33,15 @@ from peerd.supervisor.journal import (
     WorkerReplaced,
     WorkerStuck,
 )
-from peerd.supervisor.kernel_drops import KernelDrops
 from peerd.supervisor.lifecycle import TRANSITIONS, LifecycleAction, LifecycleEvent
+from peerd.supervisor.loop import Promise
 from peerd.supervisor.output import PeerLog
-from peerd.supervisor.peer_environment import PeerEnvironment
 from peerd.supervisor.peer_health import PeerHealth
 from peerd.supervisor.peer_restarts import PeerRestarts
-from peerd.supervisor.promise import Promise
 from peerd.supervisor.replacement import Replacements
 from peerd.supervisor.reply_limits import ReplyLimits
-from peerd.supervisor.socket_queue import count_unread, has_datagrams
+from peerd.supervisor.resources import PeerEnvironment
+from peerd.supervisor.socket_queue import KernelDrops, count_unread, has_datagrams
 from peerd.supervisor.worker_process import Worker, start_worker
 
 MAX_QUEUE_STARTS = 3

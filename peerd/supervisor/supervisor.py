@@ -29,9 +29,9 @@ from peerd.supervisor.cgroup import OomKills
 from peerd.supervisor.control_commands import ControlCommands, SupervisorParts
 from peerd.supervisor.control_server import ControlServer
 from peerd.supervisor.event_log import EventLog
-from peerd.supervisor.history import History
 from peerd.supervisor.journal import (
     CannotStart,
+    History,
     Journal,
     PeerParked,
     PeersChanged,
@@ -39,21 +39,18 @@ from peerd.supervisor.journal import (
     Stopping,
     WorkerReady,
 )
-from peerd.supervisor.loop import Loop
+from peerd.supervisor.loop import Loop, watch_signals
 from peerd.supervisor.manager_status import ManagerStatus
 from peerd.supervisor.metrics import Metrics
 from peerd.supervisor.metrics_server import MetricsServer
 from peerd.supervisor.output import RecentLines
-from peerd.supervisor.peer_environment import PeerEnvironment
-from peerd.supervisor.peer_table import PeerTable
+from peerd.supervisor.peer_table import PeerTable, RecordConflicts
 from peerd.supervisor.processes import reap_orphans
-from peerd.supervisor.record_conflicts import RecordConflicts
 from peerd.supervisor.recycler import Recycler
 from peerd.supervisor.reloads import Reloads
-from peerd.supervisor.resources import ChildEntryPoints, Resources
+from peerd.supervisor.resources import ChildEntryPoints, PeerEnvironment, Resources
 from peerd.supervisor.scaler import Scaler
 from peerd.supervisor.services import EtcdService, RegistrarService
-from peerd.supervisor.signal_watch import watch_signals
 from peerd.supervisor.status import StatusReport
 from peerd.supervisor.stopping import Stop
 

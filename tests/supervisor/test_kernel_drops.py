@@ -5,8 +5,7 @@ import socket
 
 from harness.supervised import Running, Supervised, send_signal
 from harness.supervisor_requests import scale, serving
-from peerd.supervisor.kernel_drops import KernelDrops
-from peerd.supervisor.socket_queue import QueueState
+from peerd.supervisor.socket_queue import KernelDrops, QueueState
 
 
 def overrun(sock: socket.socket, datagrams: int) -> None:

@@ -16,14 +16,13 @@ from peerd.settings import SupervisorSettings
 from peerd.supervisor import exposition, metrics
 from peerd.supervisor.death import Death
 from peerd.supervisor.journal import CannotStart, Event, Journal, ServiceDied, WorkerDied
-from peerd.supervisor.kernel_drops import KernelDrops
 from peerd.supervisor.loop import Loop
 from peerd.supervisor.metrics import Metrics
 from peerd.supervisor.metrics_server import MetricsServer
 from peerd.supervisor.notify import Notifier
 from peerd.supervisor.output import RecentLines
-from peerd.supervisor.peer_environment import PeerEnvironment
-from peerd.supervisor.resources import Resources
+from peerd.supervisor.resources import PeerEnvironment, Resources
+from peerd.supervisor.socket_queue import KernelDrops
 from peerd.supervisor.sockets import listen
 from peerd.supervisor.status import StatusReport
 from peerd.supervisor.supervised_peer import SupervisedPeer

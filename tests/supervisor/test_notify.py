@@ -20,7 +20,7 @@ from harness.fake_systemd import FakeSystemd
 from harness.ports import free_ports
 from peerd.errors import BindError, PortInUseError
 from peerd.supervisor.notify import Notifier, socket_name
-from peerd.supervisor.sockets import bind_all, bind_one
+from peerd.supervisor.sockets import bind_all
 
 QUEUE = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
 
@@ -380,22 +380,23 @@ def test_descriptors_for_another_process_are_ignored(
     assert ("LISTEN_FDS" in done.stderr) == warns
 
 
-def test_bind_one() -> None:
+def test_an_error_names_the_flag_of_the_port() -> None:
     port = free_ports()
-    with bind_one("localhost", port, 65536) as sock:
+    (sock,) = bind_all("localhost", port, 1, 65536)
+    with sock:
         assert sock.getsockname() == ("127.0.0.1", port)
         with pytest.raises(PortInUseError, match="another --flag"):
-            bind_one("localhost", port, 65536, "--flag")
+            bind_all("localhost", port, 1, 65536, flag="--flag")
 
 
 def test_no_descriptor_is_a_bind_error() -> None:
     port = free_ports()
-    bind_one("127.0.0.1", port, 65536).close()  # the first look-up of a name opens files
+    bind_all("127.0.0.1", port, 1, 65536)[0].close()  # the first look-up of a name opens files
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # all of those are taken
     try:
         with pytest.raises(BindError, match=f"port {port}: Too many open files"):
-            bind_one("127.0.0.1", port, 65536)
+            bind_all("127.0.0.1", port, 1, 65536)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

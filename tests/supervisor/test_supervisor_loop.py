@@ -7,8 +7,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from peerd.supervisor.journal import Event, Journal, PeersChanged, Scaled, Stopping
-from peerd.supervisor.loop import Loop
-from peerd.supervisor.promise import Promise
+from peerd.supervisor.loop import Loop, Promise
 
 
 def test_timers_run_in_order_and_not_when_cancelled() -> None:
