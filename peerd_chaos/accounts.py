@@ -1,4 +1,4 @@
-"""The account of one client with one peer.
+"""The account of one client with one peer, and the report of all of them.
 
 The numbers 0, 1, 2, ... are sent in this order and should come back in it. A stream stores the next
 expected number and the set of skipped ones. A number from that set that arrives later is out of order; a
@@ -22,6 +22,50 @@ class Count:
     missing: int = 0
     doubled: int = 0
     out_of_order: int = 0
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    counts: tuple[Count, ...]
+    """One per client and port."""
+
+    dropped: int
+    """Answers that the clients' own buffers had no room for. Above 0, the loss does not indict the peers."""
+
+    foreign: int
+    """Answers to datagrams that were never sent."""
+
+    finished: bool
+    """Every datagram was answered or overtaken by later answers; only then is the loss final."""
+
+    def of(self, port: int | None = None) -> Count:
+        """The sum over the clients of a port, or of all ports; ``client`` is how many counts there are."""
+        counts = [count for count in self.counts if port in (None, count.port)]
+        return Count(
+            client=len(counts),
+            port=port or 0,
+            sent=sum(count.sent for count in counts),
+            received=sum(count.received for count in counts),
+            missing=sum(count.missing for count in counts),
+            doubled=sum(count.doubled for count in counts),
+            out_of_order=sum(count.out_of_order for count in counts),
+        )
+
+    @property
+    def sent(self) -> int:
+        return self.of().sent
+
+    @property
+    def missing(self) -> int:
+        return self.of().missing
+
+    @property
+    def doubled(self) -> int:
+        return self.of().doubled
+
+    @property
+    def out_of_order(self) -> int:
+        return self.of().out_of_order
 
 
 class Stream:

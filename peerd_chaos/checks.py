@@ -16,8 +16,8 @@ import psutil
 
 from peerd.errors import RegistryError
 from peerd.free_ports import is_free
+from peerd_chaos.accounts import LoadReport
 from peerd_chaos.chaos_apps import DIE_CODE
-from peerd_chaos.load import LoadReport
 from peerd_chaos.subject import Subject, wait_for
 
 Events = Iterable[Mapping[str, Any]]

@@ -13,29 +13,24 @@ one is answered; queues are first in, first out, so by then every earlier number
 server that answers out of order could break this rule, so the load also waits until no answer has come
 for QUIET_S.
 
-Commands are lines of JSON on standard input, each answered by a line on standard output. The process
-exits at the end of its input. load.py is the other side.
+Commands come through a pipe of multiprocessing, and each is answered through it. The process exits when
+the other end (load.py) is closed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import select
 import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Any
-
-import orjson
+from collections.abc import Collection
+from multiprocessing.connection import Connection
 
 from peerd import encode
 from peerd.linux import SO_RCVBUFFORCE
 from peerd.supervisor.socket_queue import queue_state
-from peerd_chaos.accounts import Stream
+from peerd_chaos.accounts import LoadReport, Stream
 
 HOST = "127.0.0.1"
 RECV_BUFFER_BYTES = 256 * 1024 * 1024
@@ -52,15 +47,19 @@ MARK = (1 << 64) - 1
 BODY = struct.Struct(">QHH")
 
 
-def main(clients: int, rate: float) -> None:
-    """Serve commands until the end of standard input."""
+def main(pipe_fd: int, clients: int, rate: float) -> None:
     with contextlib.ExitStack() as opened:
+        pipe = opened.enter_context(Connection(pipe_fd))
         sockets = [opened.enter_context(_socket()) for _ in range(clients)]
-        _Sender(sockets, rate).run()
+        with contextlib.suppress(EOFError, ConnectionError):
+            _Sender(pipe, sockets, rate).run()
 
 
 class _Sender:
-    def __init__(self, sockets: list[socket.socket], rate: float) -> None:
+    """The public methods are the commands."""
+
+    def __init__(self, pipe: Connection, sockets: list[socket.socket], rate: float) -> None:
+        self._pipe = pipe
         self._sockets = sockets
         self._rate = rate
         self._streams: dict[tuple[int, int], Stream] = {}
@@ -73,26 +72,13 @@ class _Sender:
         self._finish_until_s: float | None = None
         self._unmarked: set[Stream] = set()
         self._mark_s = 0.0
-        self._commands: dict[str, Callable[[Mapping[str, Any]], None]] = {
-            "add": self._add,
-            "remove": self._remove,
-            "pace": self._pace,
-            "send": self._send_one,
-            "report": lambda _: self._report(),
-            "finish": self._finish,
-        }
 
     def run(self) -> None:
-        unread = b""
+        """Until the other end of the pipe is closed. Raises EOFError or ConnectionError then."""
         while True:
-            if select.select([0], [], [], TICK_S)[0]:
-                chunk = os.read(0, 1 << 16)
-                if not chunk:
-                    return
-                *lines, unread = (unread + chunk).split(b"\n")
-                for line in lines:
-                    command = orjson.loads(line)
-                    self._commands[command["do"]](command)
+            if self._pipe.poll(TICK_S):
+                command, arguments = self._pipe.recv()
+                getattr(self, command)(*arguments)
             now_s = time.monotonic()
             if self._finish_until_s is None:
                 self._send_due(now_s)
@@ -100,47 +86,39 @@ class _Sender:
             if self._finish_until_s is not None:
                 self._check_finished(now_s, self._finish_until_s)
 
-    # Commands
-
-    def _add(self, command: Mapping[str, Any]) -> None:
-        for port in command["ports"]:
+    def add(self, ports: Collection[int]) -> None:
+        for port in ports:
             for client in range(len(self._sockets)):
                 stream = self._streams.setdefault((client, port), Stream(client, port))
                 if stream not in self._targets:
                     self._targets.append(stream)
-        _answer({})
+        self._pipe.send(None)
 
-    def _remove(self, command: Mapping[str, Any]) -> None:
-        self._targets = [s for s in self._targets if s.port not in command["ports"]]
-        _answer({})
+    def remove(self, ports: Collection[int]) -> None:
+        self._targets = [stream for stream in self._targets if stream.port not in ports]
+        self._pipe.send(None)
 
-    def _pace(self, command: Mapping[str, Any]) -> None:
-        self._rate = command["rate"]
+    def pace(self, rate: float) -> None:
+        self._rate = rate
         self._paced_s = time.monotonic()
-        _answer({})
+        self._pipe.send(None)
 
-    def _send_one(self, command: Mapping[str, Any]) -> None:
+    def send(self, port: int, magic: str) -> None:
         """Send one number with the given magic code, if its port is sent to."""
-        stream = next((s for s in self._targets if s.port == command["port"]), None)
+        stream = next((stream for stream in self._targets if stream.port == port), None)
         if stream is not None:
-            self._send(stream, encode(command["magic"], "1"))
-        _answer({"sent": stream is not None})
+            self._send(stream, encode(magic, "1"))
+        self._pipe.send(stream is not None)
 
-    def _report(self, finished: bool = False) -> None:
-        _answer(
-            {
-                "streams": [asdict(stream.count()) for stream in self._streams.values()],
-                "dropped": sum(queue_state(sock).dropped for sock in self._sockets),
-                "foreign": self._foreign,
-                "finished": finished,
-            }
-        )
+    def report(self, finished: bool = False) -> None:
+        counts = tuple(stream.count() for stream in self._streams.values())
+        dropped = sum(queue_state(sock).dropped for sock in self._sockets)
+        self._pipe.send(LoadReport(counts, dropped, self._foreign, finished))
 
-    def _finish(self, command: Mapping[str, Any]) -> None:
-        self._finish_until_s = time.monotonic() + command["timeout_s"]
+    def finish(self, timeout_s: float) -> None:
+        """_check_finished() answers it."""
+        self._finish_until_s = time.monotonic() + timeout_s
         self._unmarked = {stream for stream in self._targets if not stream.is_complete}
-
-    # Datagrams
 
     def _send_due(self, now_s: float) -> None:
         if not self._targets or not self._rate:
@@ -188,7 +166,7 @@ class _Sender:
         if complete or quiet or now_s >= until_s:
             self._finish_until_s = None
             self._rate = 0.0
-            self._report(complete or quiet)
+            self.report(complete or quiet)
         elif now_s >= self._mark_s:
             self._mark_s = now_s + MARK_INTERVAL_S
             for stream in self._unmarked:
@@ -210,9 +188,5 @@ def set_receive_buffer(sock: socket.socket, size_bytes: int) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size_bytes)
 
 
-def _answer(result: Mapping[str, object]) -> None:
-    os.write(1, orjson.dumps(result) + b"\n")
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

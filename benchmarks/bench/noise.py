@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
+
+import psutil
 
 QUIET = 0.1
 """The share of all CPUs that others may use before a measurement counts as disturbed."""
 
 WATCH_S = 0.3
-
-_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 class Watch:
@@ -52,7 +51,5 @@ class Patience:
 
 
 def _busy_cpu_seconds() -> float:
-    """User, nice, system, irq, softirq and steal of all CPUs (proc_stat(5))."""
-    with Path("/proc/stat").open() as stat:
-        _, user, nice, system, _, _, irq, softirq, steal, *_ = stat.readline().split()
-    return sum(map(int, (user, nice, system, irq, softirq, steal))) / _TICKS_PER_SECOND
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system + times.irq + times.softirq + times.steal

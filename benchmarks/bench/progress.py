@@ -35,12 +35,3 @@ class Progress:
             return "[  0 %]"
         left_s = (time.monotonic() - self._began_s) / self._done * (self._steps - self._done)
         return f"[{self._done / self._steps:4.0%}, {left_s:.0f} s left]"
-
-
-@contextlib.contextmanager
-def showing(steps: int) -> Iterator[Progress]:
-    progress = Progress(steps)
-    try:
-        yield progress
-    finally:
-        progress.clear()

@@ -1,4 +1,4 @@
-"""A benchmark is a series of trials. Each measures, prints a table, and adds to the JSON file.
+"""A benchmark is a series of trials. Each measures, prints a table, judges claims, and adds to the JSON file.
 
 The options that every benchmark has are added here: ``--check`` compares the results with the
 project's claims and sets the exit code, ``--json`` keeps every measurement.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import orjson
 
 from bench.children import BenchmarkError
 from bench.machine import Machine
-from bench.progress import Progress, showing
+from bench.progress import Progress
 from bench.tables import aligned
 from bench.verdicts import Verdict
 
@@ -31,16 +31,28 @@ class Trial:
     table: Callable[[Sequence[Any]], str]
     """The text that is printed for the results of ``measure``."""
 
+    judge: Callable[[Sequence[Any]], Iterable[Verdict]] = lambda _: ()
+
 
 def run_trials(trials: Mapping[str, Trial]) -> dict[str, Sequence[Any]]:
     """The results by trial. Each table is printed as soon as its trial is over."""
     results: dict[str, Sequence[Any]] = {}
-    with showing(sum(trial.steps for trial in trials.values())) as progress:
+    progress = Progress(sum(trial.steps for trial in trials.values()))
+    try:
         for name, trial in trials.items():
             results[name] = trial.measure(progress)
             progress.clear()
             print(f"\n{trial.table(results[name])}", flush=True)
+    finally:
+        progress.clear()
     return results
+
+
+def verdicts_of(
+    trials: Mapping[str, Trial], results: Mapping[str, Sequence[Any]]
+) -> Iterator[Verdict]:
+    for name, trial in trials.items():
+        yield from trial.judge(results[name])
 
 
 def titled_table(title: str, rows: Sequence[Sequence[str]]) -> str:
@@ -62,11 +74,8 @@ def report(
             options.json.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2))
         except OSError as error:
             raise BenchmarkError(f"{options.json}: {error.strerror}") from None
-    return print_verdicts(verdicts) if options.check else 0
-
-
-def print_verdicts(verdicts: Iterable[Verdict]) -> int:
-    """1 if a claim does not hold. A claim of which nothing was measured has no verdict."""
+    if not options.check:
+        return 0
     found = list(verdicts)
     rows = [("claim", "bound", "measured", "holds")]
     rows += [(v.claim, v.bound, v.measured, "yes" if v.holds else "NO") for v in found]

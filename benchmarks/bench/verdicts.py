@@ -17,12 +17,12 @@ class Verdict:
 def at_most(claim: str, measured: float | None, bound: float, unit: str = "") -> Iterator[Verdict]:
     """No verdict for None: nothing was measured."""
     if measured is not None:
-        yield _verdict(claim, "<=", measured, bound, unit, measured <= bound)
+        yield Verdict(claim, f"<= {bound:.2f}{unit}", f"{measured:.2f}{unit}", measured <= bound)
 
 
 def at_least(claim: str, measured: float | None, bound: float, unit: str = "") -> Iterator[Verdict]:
     if measured is not None:
-        yield _verdict(claim, ">=", measured, bound, unit, measured >= bound)
+        yield Verdict(claim, f">= {bound:.2f}{unit}", f"{measured:.2f}{unit}", measured >= bound)
 
 
 def equal(claim: str, measured: object, expected: object) -> Iterator[Verdict]:
@@ -32,9 +32,3 @@ def equal(claim: str, measured: object, expected: object) -> Iterator[Verdict]:
 def failed(claim: str, why: str) -> Iterator[Verdict]:
     """For a measurement that failed, or that cannot be judged."""
     yield Verdict(claim, "", why, False)
-
-
-def _verdict(
-    claim: str, sign: str, measured: float, bound: float, unit: str, holds: bool
-) -> Verdict:
-    return Verdict(claim, f"{sign} {bound:.2f}{unit}", f"{measured:.2f}{unit}", holds)

@@ -1,46 +1,20 @@
-"""Trials ``recovery``, ``orphans`` and ``loop``: what a supervisor does about deaths, its own included."""
+"""Trials ``orphans`` and ``loop``: what a supervisor's death leaves, and a worker that keeps dying."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import random
-import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from bench.children import BenchmarkError
 from bench.progress import Progress
 from bench.runner import Trial
-from bench.tables import spread_ms
-from contenders.contender import CONTENDERS, ECHO, ECHO_APP, MORTAL, Run, started
-from contenders.pid_client import next_answer_ns
-from contenders.side_by_side import (
-    ANSWER_TIMEOUT_S,
-    PEERS,
-    SETTLE_S,
-    Bench,
-    in_turn,
-    of,
-    wait_for_answers,
-)
-
-PHASE_S = 1.0
-"""Deaths are spread over this time, so that they do not synchronize with a supervisor that polls once
-per second."""
+from bench.verdicts import Verdict, equal
+from contenders.contender import MORTAL, PEERD, Run, started
+from contenders.side_by_side import PEERS, Bench, of, wait_for_answers
 
 ORPHANS_S = 2.0
 LOOP_S = 15.0
-
-
-@dataclass(frozen=True)
-class Recovery:
-    contender: str
-    round: int
-    seconds: float
-    """From a worker's kill -9 to the next answer on its port."""
 
 
 @dataclass(frozen=True)
@@ -56,56 +30,10 @@ class Loop:
     starts: int
 
 
-def recovery_trial(bench: Bench) -> Trial:
-    def table(results: Sequence[Recovery]) -> str:
-        rows = [
-            (contender.name, *spread_ms([result.seconds for result in found]))
-            for contender in CONTENDERS.values()
-            if (found := of(Recovery, results, contender))
-        ]
-        title = "recovery: from a worker's kill -9 to the next answer on its port"
-        return bench.table(title, ("supervisor", "median", "min", "max", "rounds"), rows)
-
-    return Trial(len(bench.contenders) * bench.rounds, partial(_recoveries, bench), table)
-
-
-def _recoveries(bench: Bench, progress: Progress) -> list[Recovery]:
-    """All run side by side, and a worker of each is killed in turn, each worker once."""
-    results = []
-    for first in range(0, bench.rounds, PEERS):
-        with contextlib.ExitStack() as stack:
-            runs = {}
-            for contender in bench.contenders:
-                order = bench.order("recovery", PEERS, ECHO, ECHO_APP)
-                run = stack.enter_context(started(contender, order))
-                runs[contender.name] = run, wait_for_answers(contender, run)
-            time.sleep(SETTLE_S)
-            for number in range(first, min(first + PEERS, bench.rounds)):
-                for contender in in_turn(bench.contenders, number):
-                    run, pids = runs[contender.name]
-                    port = run.ports[number - first]
-                    with progress.step("recovery", f"{contender.name}, round {number + 1}"):
-                        seconds = _recovery_s(contender.name, port, pids[port])
-                    results.append(Recovery(contender.name, number, seconds))
-    return results
-
-
-def _recovery_s(name: str, port: int, pid: int) -> float:
-    time.sleep(random.uniform(0, PHASE_S))
-    if pid <= 1:  # which kill(2) would take for a process group or for all processes
-        raise BenchmarkError(f"{name}: no worker has pid {pid}")
-    killed_ns = time.monotonic_ns()
-    os.kill(pid, signal.SIGKILL)
-    answered_ns = next_answer_ns(port, pid, ANSWER_TIMEOUT_S)
-    if answered_ns is None:
-        raise BenchmarkError(f"{name}: no answer {ANSWER_TIMEOUT_S:g} s after a worker's death")
-    return (answered_ns - killed_ns) / 1e9
-
-
 def orphans_trial(bench: Bench) -> Trial:
     def measure(progress: Progress) -> list[Orphans]:
         results = []
-        for _, contender in bench.alternating(progress, "orphans", bench.contenders, 1):
+        for _, contender in bench.alternating(progress, "orphans", rounds=1):
             with started(contender, bench.order("orphans", PEERS)) as run:
                 wait_for_answers(contender, run)
                 run.kill()
@@ -114,13 +42,19 @@ def orphans_trial(bench: Bench) -> Trial:
         return results
 
     def table(results: Sequence[Orphans]) -> str:
-        title = (
-            f"orphans: processes {ORPHANS_S:g} s after kill -9 of the supervisor of {PEERS} peers"
+        after = f"{ORPHANS_S:g} s after kill -9 of the supervisor of {PEERS} peers"
+        return bench.table(
+            f"orphans: processes {after}",
+            ("supervisor", "left"),
+            results,
+            lambda _, found: [str(found[0].left)],
         )
-        rows = [(result.contender, str(result.left)) for result in results]
-        return bench.table(title, ("supervisor", "left"), rows)
 
-    return Trial(len(bench.contenders), measure, table)
+    def judge(results: Sequence[Orphans]) -> Iterator[Verdict]:
+        for orphans in of(results, PEERD):
+            yield from equal("orphans", orphans.left, 0)
+
+    return Trial(len(bench.contenders), measure, table, judge)
 
 
 def loop_trial(bench: Bench) -> Trial:
@@ -138,8 +72,8 @@ def loop_trial(bench: Bench) -> Trial:
 
     def table(results: Sequence[Loop]) -> str:
         title = f"loop: starts in {LOOP_S:g} s of a worker that dies 1.2 s after each"
-        rows = [(result.contender, str(result.starts)) for result in results]
-        return bench.table(title, ("supervisor", "starts"), rows)
+        header = ("supervisor", "starts")
+        return bench.table(title, header, results, lambda _, found: [str(found[0].starts)])
 
     return Trial(1, measure, table)
 

@@ -6,18 +6,20 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import psutil
 
 from bench.children import BenchmarkError
 from bench.progress import Progress
-from bench.runner import Trial, titled_table
+from bench.runner import Trial
 from bench.tables import mib
-from contenders.contender import CONTENDERS, PEERD, Contender, Run, started
+from bench.verdicts import Verdict, at_most, failed
+from contenders.contender import PEERD, SUPERVISORD, Contender, Run, started
 from contenders.side_by_side import (
     ANSWER_TIMEOUT_S,
     PEERS,
@@ -29,6 +31,9 @@ from contenders.side_by_side import (
 from etcd_clients.etcd import RecordGateway
 
 MANY_PEERS = 256
+MAX_MANY_S = 5.0
+MAX_WORKER_MIB = 3.0
+
 MAX_ROUNDS = 3
 """Memory varies little, and takes long to settle."""
 
@@ -69,18 +74,16 @@ class Memory:
 
 def memory_trial(bench: Bench) -> Trial:
     def table(results: Sequence[Memory]) -> str:
-        rows = [
-            (
-                contender.name + (" !" if any(result.shared_outside for result in found) else ""),
-                mib(median(result.uss for result in found)),
+        def cells(contender: Contender, found: Sequence[Memory]) -> list[str]:
+            return [
+                mib(median(result.uss for result in found))
+                + (" !" if _files_of_others(found) else ""),
                 mib(median(result.supervisor for result in found)),
                 *_worker_cells(found),
                 mib(median(result.others for result in found)) if contender is PEERD else "-",
                 mib(median(result.pss for result in found)),
-            )
-            for contender in CONTENDERS.values()
-            if (found := of_peers(results, contender, PEERS))
-        ]
+            ]
+
         header = (
             "supervisor",
             "USS, all",
@@ -90,38 +93,51 @@ def memory_trial(bench: Bench) -> Trial:
             "registrar",
             "PSS, all",
         )
-        text = bench.table(f"memory: {PEERS} peers, steady", header, rows)
-        files = sorted({file for result in results for file in result.shared_outside})
-        if files:
+        text = bench.table(f"memory: {PEERS} peers, steady", header, results, cells)
+        if files := _files_of_others(results):
             text += (
-                f"\n! Other programs on this machine use {', '.join(files)}, too: the USS of the marked "
+                f"\n! Other programs on this machine use {files}, too: the USS of the marked "
                 "supervisors does not contain the pages that they share."
             )
         return text
 
-    return _trial(bench, "memory", bench.contenders, PEERS, table)
+    def judge(results: Sequence[Memory]) -> Iterator[Verdict]:
+        claim = f"memory: USS with {PEERS} peers : supervisord"
+        ours, theirs = of(results, PEERD), of(results, SUPERVISORD)
+        if not ours:
+            return
+        if not theirs:
+            yield from failed(claim, "not judged: there is no supervisord")
+        elif files := _files_of_others([*ours, *theirs]):
+            yield from failed(claim, f"not judged: stop the programs that use {files}")
+        else:
+            uss, bound = (median(result.uss for result in found) for found in (ours, theirs))
+            yield Verdict(claim, f"<= {mib(bound)}", mib(uss), uss <= bound)
+
+    return _trial(bench, "memory", PEERS, table, judge)
 
 
 def many_trial(bench: Bench) -> Trial:
-    """Of peerd alone."""
+    contenders = [contender for contender in bench.contenders if contender is PEERD]
+    of_peerd = replace(bench, contenders=contenders, missing=[])
 
     def table(results: Sequence[Memory]) -> str:
-        header = ("supervisor", "all answer", "mean worker", "largest", "USS, all", "PSS, all")
-        rows = [
-            (
-                PEERD.name,
-                f"{median(result.start_s for result in found):.2f} s",
-                *_worker_cells(found),
-                mib(median(result.uss for result in found)),
-                mib(median(result.pss for result in found)),
-            )
-            for found in [of_peers(results, PEERD, MANY_PEERS)]
-            if found
-        ]
-        return titled_table(f"many: {MANY_PEERS} peers", [header, *rows])
+        def cells(_: Contender, found: Sequence[Memory]) -> list[str]:
+            seconds = f"{median(result.start_s for result in found):.2f} s"
+            totals = (mib(median(getattr(r, kind) for r in found)) for kind in ("uss", "pss"))
+            return [seconds, *_worker_cells(found), *totals]
 
-    contenders = [contender for contender in bench.contenders if contender is PEERD]
-    return _trial(bench, "many", contenders, MANY_PEERS, table)
+        header = ("supervisor", "all answer", "mean worker", "largest", "USS, all", "PSS, all")
+        return of_peerd.table(f"many: {MANY_PEERS} peers", header, results, cells)
+
+    def judge(results: Sequence[Memory]) -> Iterator[Verdict]:
+        if results:
+            seconds = median(result.start_s for result in results)
+            yield from at_most(f"many: {MANY_PEERS} peers answer", seconds, MAX_MANY_S, " s")
+            largest = max(max(result.workers) for result in results) / 2**20
+            yield from at_most("many: USS of a worker", largest, MAX_WORKER_MIB, " MiB")
+
+    return _trial(of_peerd, "many", MANY_PEERS, table, judge)
 
 
 def _worker_cells(found: Sequence[Memory]) -> tuple[str, str]:
@@ -131,26 +147,26 @@ def _worker_cells(found: Sequence[Memory]) -> tuple[str, str]:
     )
 
 
+def _files_of_others(results: Iterable[Memory]) -> str:
+    return ", ".join(sorted({file for result in results for file in result.shared_outside}))
+
+
 def _trial(
     bench: Bench,
     name: str,
-    contenders: Sequence[Contender],
     peers: int,
     table: Callable[[Sequence[Memory]], str],
+    judge: Callable[[Sequence[Memory]], Iterator[Verdict]],
 ) -> Trial:
     rounds = min(bench.rounds, MAX_ROUNDS)
 
     def measure(progress: Progress) -> list[Memory]:
         return [
             _measure(bench, contender, number, peers)
-            for number, contender in bench.alternating(progress, name, contenders, rounds)
+            for number, contender in bench.alternating(progress, name, rounds=rounds)
         ]
 
-    return Trial(rounds * len(contenders), measure, table)
-
-
-def of_peers(results: Sequence[object], contender: Contender, peers: int) -> list[Memory]:
-    return [result for result in of(Memory, results, contender) if len(result.workers) == peers]
+    return Trial(rounds * len(bench.contenders), measure, table, judge)
 
 
 def _measure(bench: Bench, contender: Contender, number: int, peers: int) -> Memory:
@@ -191,18 +207,12 @@ def _wait_until_registered(etcd: RecordGateway, leases_before: set[str], peers: 
         time.sleep(POLL_INTERVAL_S)
 
 
-@dataclass(frozen=True)
-class _ProcessMemory:
-    uss: int
-    pss: int
-
-
-def _steady_memory(run: Run) -> dict[int, _ProcessMemory]:
+def _steady_memory(run: Run) -> dict[int, Any]:
     """By pid, the supervisor's first. Raises psutil.Error when a process ends meanwhile."""
     give_up_s = time.monotonic() + STEADY_TIMEOUT_S
     samples: list[tuple[float, int]] = []
     while True:
-        found = {process.pid: _memory_of(process) for process in run.tree()}
+        found = {process.pid: process.memory_full_info() for process in run.tree()}
         now_s = time.monotonic()
         samples.append((now_s, sum(memory.uss for memory in found.values())))
         latest = [total for at_s, total in samples if at_s >= now_s - STEADY_S]
@@ -210,11 +220,6 @@ def _steady_memory(run: Run) -> dict[int, _ProcessMemory]:
         if now_s > give_up_s or (now_s - samples[0][0] >= STEADY_S + SETTLE_S and is_steady):
             return found
         time.sleep(SAMPLE_INTERVAL_S)
-
-
-def _memory_of(process: psutil.Process) -> _ProcessMemory:
-    memory = process.memory_full_info()
-    return _ProcessMemory(memory.uss, memory.pss)
 
 
 def _workers_of(run: Run) -> list[int]:

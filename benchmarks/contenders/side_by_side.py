@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from bench.children import BenchmarkError
 from bench.progress import Progress
 from bench.runner import titled_table
-from contenders.contender import ECHO, Contender, Environment, Order, Run
+from contenders.contender import CONTENDERS, ECHO, Contender, Environment, Order, Run
 from contenders.pid_client import first_answers
 from peerd.free_ports import free_ports
 
@@ -20,6 +20,14 @@ PEERS = 8
 ANSWER_TIMEOUT_S = 20.0
 SETTLE_S = 3.0
 """supervisord regards a peer that exits earlier as not started (startsecs = 1)."""
+
+
+class OfContender(Protocol):
+    @property
+    def contender(self) -> str: ...
+
+
+AnyResult = TypeVar("AnyResult", bound=OfContender)
 
 
 @dataclass(frozen=True)
@@ -40,16 +48,27 @@ class Bench:
         return Order(folder, range(first, first + peers), plain, app, self.etcd, self.environment)
 
     def alternating(
-        self, progress: Progress, trial: str, contenders: Sequence[Contender], rounds: int
+        self, progress: Progress, trial: str, *, rounds: int | None = None
     ) -> Iterator[tuple[int, Contender]]:
         """Round by round, so that a slow minute affects all contenders."""
-        for number in range(rounds):
-            for contender in in_turn(contenders, number):
+        for number in range(rounds or self.rounds):
+            for contender in in_turn(self.contenders, number):
                 with progress.step(trial, f"{contender.name}, round {number + 1}"):
                     yield number, contender
 
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-        """With a row for each missing contender."""
+    def table(
+        self,
+        title: str,
+        header: Sequence[str],
+        results: Sequence[AnyResult],
+        cells: Callable[[Contender, list[AnyResult]], Sequence[str]],
+    ) -> str:
+        """``cells``: of a contender with results. A missing contender has a row as well."""
+        rows = [
+            [contender.name, *cells(contender, found)]
+            for contender in CONTENDERS.values()
+            if (found := of(results, contender))
+        ]
         padding = [""] * (len(header) - 2)
         absent = [
             [contender.name, "not installed: pip install 'peerd[bench]'", *padding]
@@ -80,17 +99,5 @@ def seconds_to_start(contender: Contender, run: Run) -> float:
     return (time.monotonic_ns() - run.began_ns) / 1e9
 
 
-class OfContender(Protocol):
-    @property
-    def contender(self) -> str: ...
-
-
-AnyResult = TypeVar("AnyResult", bound=OfContender)
-
-
-def of(kind: type[AnyResult], results: Sequence[object], contender: Contender) -> list[AnyResult]:
-    return [
-        result
-        for result in results
-        if isinstance(result, kind) and result.contender == contender.name
-    ]
+def of(results: Sequence[AnyResult], contender: Contender) -> list[AnyResult]:
+    return [result for result in results if result.contender == contender.name]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.machine import describe_machine
-from bench.runner import add_names, number, option_parser, report, run_trials
+from bench.runner import add_names, number, option_parser, report, run_trials, verdicts_of
 from contenders.contender import (
     CONTENDERS,
     ECHO,
@@ -23,12 +23,11 @@ from contenders.contender import (
     installed_version,
     started,
 )
-from contenders.deaths import loop_trial, orphans_trial, recovery_trial
+from contenders.deaths import loop_trial, orphans_trial
 from contenders.guard import guarded_folder
 from contenders.memory import many_trial, memory_trial
 from contenders.side_by_side import PEERS, Bench, wait_for_answers
-from contenders.starts import help_trial, start_trial
-from contenders.supervisor_claims import verdicts
+from contenders.timings import help_trial, recovery_trial, start_trial
 from etcd_clients.etcd import etcd_version
 from peerd.registry.embedded_etcd import EmbeddedEtcd
 
@@ -73,9 +72,9 @@ def main() -> int:
     with guarded_folder("peerd-benchmark-") as folder, EmbeddedEtcd() as etcd:
         bench = Bench(contenders, missing, folder, etcd.endpoint, others, rounds)
         warm_up(bench)
-        results = run_trials({name: TRIALS[name](bench) for name in options.trials})
-    everything = [result for each in results.values() for result in each]
-    return report(options, machine, results, verdicts(everything), rounds=rounds)
+        trials = {name: TRIALS[name](bench) for name in options.trials}
+        results = run_trials(trials)
+    return report(options, machine, results, verdicts_of(trials, results), rounds=rounds)
 
 
 def warm_up(bench: Bench) -> None:

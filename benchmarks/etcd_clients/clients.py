@@ -108,49 +108,60 @@ class BareStubAndJson(BareStub):
         return [orjson.loads(item.value) for item in answer.kvs]
 
 
-class _Etcd3Family:
-    """etcd3 and its fork etcd-sdk-python."""
+class Etcd3:
+    """Also etcd-sdk-python, a fork of etcd3, and etcd3gw, whose interface is nearly the same."""
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    def __init__(self, endpoints: list[str]) -> None:
+        self._client = self._connect([port_of(endpoint) for endpoint in endpoints])
         self._leases: list[Any] = []
+
+    def _connect(self, ports: list[int]) -> Any:
+        return _import_etcd3().client("127.0.0.1", ports[0])
 
     def listing(self, prefix: str) -> int:
         return len(list(self._client.get_prefix(f"{prefix}/")))
 
     def watch(self, prefix: str) -> Iterator[str]:
         events, _ = self._client.watch_prefix(f"{prefix}/")
-        return (_peer_id(event.key) for event in events)
+        return (_peer_id(self._key_of(event)) for event in events)
+
+    def _key_of(self, event: Any) -> Any:
+        return event.key
 
     def hold(self, prefix: str, count: int, ttl_s: int) -> None:
         for number in range(count):
             lease = self._client.lease(ttl_s)
-            key, value = _key(prefix, number), record(number).to_json()
-            self._client.put(key, value, lease=lease)
+            self._client.put(_key(prefix, number), record(number).to_json(), lease=lease)
             self._leases.append(lease)
 
     def refresh(self) -> int | None:
-        answers = [answer for lease in self._leases for answer in lease.refresh()]
-        gone: int = sum(answer.TTL <= 0 for answer in answers)
-        return gone
+        return sum(self._refresh(lease) <= 0 for lease in self._leases)
+
+    def _refresh(self, lease: Any) -> int:
+        """The TTL that etcd has returned."""
+        ttl: int = min(answer.TTL for answer in lease.refresh())
+        return ttl
 
 
-class Etcd3(_Etcd3Family):
-    def __init__(self, endpoints: list[str]) -> None:
-        super().__init__(_import_etcd3().client("127.0.0.1", port_of(endpoints[0])))
-
-
-class EtcdSdk(_Etcd3Family):
-    def __init__(self, endpoints: list[str]) -> None:
+class EtcdSdk(Etcd3):
+    def _connect(self, ports: list[int]) -> Any:
         pyetcd = importlib.import_module("pyetcd")
-        ports = [port_of(endpoint) for endpoint in endpoints]
         if len(ports) == 1:
-            super().__init__(pyetcd.client("127.0.0.1", ports[0]))
-        else:
-            each = [pyetcd.Endpoint("127.0.0.1", port, secure=False) for port in ports]
-            super().__init__(
-                pyetcd.MultiEndpointEtcd3Client(each, timeout=TIMEOUT_S, failover=True)
-            )
+            return pyetcd.client("127.0.0.1", ports[0])
+        each = [pyetcd.Endpoint("127.0.0.1", port, secure=False) for port in ports]
+        return pyetcd.MultiEndpointEtcd3Client(each, timeout=TIMEOUT_S, failover=True)
+
+
+class Etcd3gw(Etcd3):
+    def _connect(self, ports: list[int]) -> Any:
+        return importlib.import_module("etcd3gw").client("127.0.0.1", ports[0])
+
+    def _key_of(self, event: Any) -> Any:
+        return event["kv"]["key"]
+
+    def _refresh(self, lease: Any) -> int:
+        ttl: int = lease.refresh()
+        return ttl
 
 
 class Aetcd:
@@ -197,30 +208,6 @@ class Aetcd:
             return sum([(await lease.refresh()).TTL <= 0 for lease in self._leases])
 
         gone: int = self._run(refresh())
-        return gone
-
-
-class Etcd3gw:
-    def __init__(self, endpoints: list[str]) -> None:
-        etcd3gw = importlib.import_module("etcd3gw")
-        self._client = etcd3gw.client("127.0.0.1", port_of(endpoints[0]))
-        self._leases: list[Any] = []
-
-    def listing(self, prefix: str) -> int:
-        return len(self._client.get_prefix(f"{prefix}/"))
-
-    def watch(self, prefix: str) -> Iterator[str]:
-        events, _ = self._client.watch_prefix(f"{prefix}/")
-        return (_peer_id(event["kv"]["key"]) for event in events)
-
-    def hold(self, prefix: str, count: int, ttl_s: int) -> None:
-        for number in range(count):
-            lease = self._client.lease(ttl_s)
-            self._client.put(_key(prefix, number), record(number).to_json(), lease=lease)
-            self._leases.append(lease)
-
-    def refresh(self) -> int | None:
-        gone: int = sum(lease.refresh() <= 0 for lease in self._leases)
         return gone
 
 

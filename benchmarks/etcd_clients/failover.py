@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from bench.progress import Progress
 from bench.runner import Trial, titled_table
+from bench.verdicts import Verdict, at_most, failed
 from etcd_clients.client_process import Bench, Child, started, title
 from etcd_clients.clients import CLIENTS, TIMEOUT_S
 from etcd_clients.etcd import RecordGateway, etcd_binary
@@ -23,6 +24,10 @@ from harness.etcd_process import EtcdProcess
 TITLE = "failover: seconds until a read succeeds after the connected member of three has failed"
 CASES = ("follower killed", "follower stopped", "leader killed", "leader stopped")
 HEADER = ("client", *CASES, "errors until then")
+
+MAX_FAILOVER_S = 3.0
+ELECTION_S = 2.0
+"""The time of an election, in which no client can read."""
 
 _PREFIX = "failover"
 _TIMEOUT_S = 20.0
@@ -63,7 +68,17 @@ def trial(bench: Bench) -> Trial:
     def table(results: Sequence[FailoverResult]) -> str:
         return titled_table(TITLE, [HEADER, *_rows(results, bench.clients)])
 
-    return Trial(len(CASES) * len(able), measure, table)
+    return Trial(len(CASES) * len(able), measure, table, _judge)
+
+
+def _judge(results: Sequence[FailoverResult]) -> Iterator[Verdict]:
+    for result in results:
+        if result.client == "peerd":
+            claim = f"failover, {result.case}"
+            if result.seconds is None:
+                yield from failed(claim, result.error)
+            bound_s = MAX_FAILOVER_S + (ELECTION_S if result.case.startswith("leader") else 0.0)
+            yield from at_most(claim, result.seconds, bound_s, " s")
 
 
 def _measure(child: Child, members: EtcdCluster, case: str) -> FailoverResult:
@@ -90,11 +105,9 @@ def _measure(child: Child, members: EtcdCluster, case: str) -> FailoverResult:
             member.cont()
             member.wait_ready()
     members.leader()
-    if "error" in answer:
-        return FailoverResult(
-            child.name, case, None, answer.get("errors", {}), error=answer["error"]
-        )
-    return FailoverResult(child.name, case, answer["at_s"] - failed_s, answer["errors"])
+    error = answer.get("error", "")
+    seconds = None if error else answer["at_s"] - failed_s
+    return FailoverResult(child.name, case, seconds, answer.get("errors", {}), error)
 
 
 def _connected(child: Child, members: EtcdCluster) -> EtcdProcess:
@@ -103,9 +116,8 @@ def _connected(child: Child, members: EtcdCluster) -> EtcdProcess:
     before = [gateway.calls("Range") for gateway in gateways]
     for _ in range(_SAMPLE_READS):
         child.ask("listing", prefix=_PREFIX)
-    served = [
-        gateway.calls("Range") - count for gateway, count in zip(gateways, before, strict=True)
-    ]
+    after = [gateway.calls("Range") for gateway in gateways]
+    served = [now - then for now, then in zip(after, before, strict=True)]
     return members.members[served.index(max(served))]
 
 
@@ -116,11 +128,8 @@ def _rows(results: Sequence[FailoverResult], clients: Sequence[str]) -> Iterator
             continue
         of_client = {result.case: result for result in results if result.client == name}
         errors = {error for result in of_client.values() for error in result.errors}
-        yield (
-            title(name),
-            *(_cell(of_client[case]) for case in CASES),
-            ", ".join(sorted(errors)) or "none",
-        )
+        cells = (_cell(of_client[case]) for case in CASES)
+        yield (title(name), *cells, ", ".join(sorted(errors)) or "none")
 
 
 def _cell(result: FailoverResult) -> str:

@@ -8,7 +8,7 @@ has it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -16,12 +16,15 @@ from bench.children import cpu_seconds
 from bench.noise import QUIET, Watch
 from bench.progress import Progress
 from bench.runner import Trial, titled_table
+from bench.verdicts import Verdict, at_most, equal, failed
 from etcd_clients.client_process import Bench, Child, started, title
 from etcd_clients.etcd import RecordGateway, loopback, port_of
 from peerd.registry.embedded_etcd import EmbeddedEtcd
 
 LEASES = 1_000
 TTL_S = 10
+MAX_CPU_PERCENT = 5.0
+
 HEADER = (
     "client",
     "CPU of a core",
@@ -42,20 +45,20 @@ _POLL_INTERVAL_S = 1.0
 @dataclass(frozen=True)
 class LeasesResult:
     client: str
-    seconds: float
-    cpu: float
+    seconds: float = 0.0
+    cpu: float = 0.0
     """Of a core: user and system time of the client's process."""
 
-    etcd_cpu: float
-    lost: int
-    connections: int
+    etcd_cpu: float = 0.0
+    lost: int = 0
+    connections: int = 0
     """The most at a time."""
 
-    streams: int
+    streams: int = 0
     """LeaseKeepAlive calls that etcd started to serve."""
 
-    rounds_s: tuple[float, ...]
-    others: float
+    rounds_s: tuple[float, ...] = ()
+    others: float = 0.0
     """The share of all CPUs that other processes used."""
 
     error: str = ""
@@ -99,14 +102,24 @@ def trial(bench: Bench) -> Trial:
             text += "\n! others used more than a tenth of the CPUs meanwhile"
         return text
 
-    return Trial(len(bench.clients), measure, table)
+    return Trial(len(bench.clients), measure, table, _judge)
+
+
+def _judge(results: Sequence[LeasesResult]) -> Iterator[Verdict]:
+    for result in results:
+        if result.client == "peerd" and result.error:
+            yield from failed("leases", result.error)
+        elif result.client == "peerd":
+            yield from equal("leases: lost", result.lost, 0)
+            yield from equal("leases: connections", result.connections, 1)
+            yield from at_most("leases: CPU of a core", result.cpu * 100, MAX_CPU_PERCENT, " %")
 
 
 def _measure(etcd: EmbeddedEtcd, child: Child, seconds: float) -> LeasesResult:
     gateway = RecordGateway.of(etcd.endpoint)
     answer = child.ask("hold", _HOLD_TIMEOUT_S, prefix=_PREFIX, count=LEASES, ttl_s=TTL_S)
     if "error" in answer:
-        return _failed(child.name, answer["error"])
+        return LeasesResult(child.name, error=answer["error"])
     held = gateway.lease_ids()
     streams = gateway.calls("LeaseKeepAlive")
     noise, began_s = Watch(), time.monotonic()
@@ -117,7 +130,7 @@ def _measure(etcd: EmbeddedEtcd, child: Child, seconds: float) -> LeasesResult:
     elapsed_s = time.monotonic() - began_s
     ours_s, etcds_s = child.cpu_s() - cpus_s[0], cpu_seconds([etcd.pid]) - cpus_s[1]
     if "error" in answer:
-        return _failed(child.name, answer["error"])
+        return LeasesResult(child.name, error=answer["error"])
     return LeasesResult(
         client=child.name,
         seconds=elapsed_s,
@@ -129,10 +142,6 @@ def _measure(etcd: EmbeddedEtcd, child: Child, seconds: float) -> LeasesResult:
         rounds_s=tuple(answer["rounds_s"]),
         others=noise.others(ours_s + etcds_s),
     )
-
-
-def _failed(client: str, error: str) -> LeasesResult:
-    return LeasesResult(client, 0.0, 0.0, 0.0, 0, 0, 0, (), 0.0, error)
 
 
 def _most_connections(child: Child, port: int, end_s: float) -> int:

@@ -14,6 +14,7 @@ from statistics import median
 from bench.progress import Progress
 from bench.runner import Trial, titled_table
 from bench.tables import ratio, times
+from bench.verdicts import Verdict, at_most, failed
 from etcd_clients.client_process import Bench, Child, started, title
 from etcd_clients.clients import BARE, BARE_AND_JSON, CACHE
 from etcd_clients.etcd import RecordGateway, loopback
@@ -22,6 +23,8 @@ from peerd.registry.embedded_etcd import EmbeddedEtcd
 SIZES = (1_000, 10_000)
 ROUNDS = 15
 TITLE = f"listing: ms to list all records, the first time and in the median of {ROUNDS} (range)"
+MAX_TIMES_BARE = 1.5
+MAX_CACHE_MS = 5.0
 
 _TIMEOUT_S = 20.0
 
@@ -67,7 +70,17 @@ def trial(bench: Bench) -> Trial:
             )
         return titled_table(TITLE, rows)
 
-    return Trial(len(SIZES), measure, table)
+    return Trial(len(SIZES), measure, table, _judge)
+
+
+def _judge(results: Sequence[ListingResult]) -> Iterator[Verdict]:
+    for result in results:
+        if result.client in ("peerd", CACHE) and result.error:
+            yield from failed(f"listing of {result.records:,}, {result.client}", result.error)
+        if (result.client, result.records) == (CACHE, SIZES[-1]) and result.median_s:
+            yield from at_most("listing: cache.nodes()", result.median_s * 1e3, MAX_CACHE_MS, " ms")
+    bare = _times_bare(results, "peerd", SIZES[-1])
+    yield from at_most("listing: nodes() : bare stub call", bare, MAX_TIMES_BARE)
 
 
 def _prefix(size: int) -> str:
@@ -94,23 +107,21 @@ def _measure(progress: Progress, children: Sequence[Child], size: int) -> Iterat
         yield ListingResult(name, size, first_s, tuple(seconds[1:]), errors.get(name, ""))
 
 
-def ratio_of(
-    results: Sequence[ListingResult], client: str, base: str, records: int
-) -> float | None:
-    found = {result.client: result for result in results if result.records == records}
-    if any(name not in found or found[name].error for name in (client, base)):
-        return None
-    ones, bases = (dict(enumerate(found[name].rounds_s)) for name in (client, base))
-    return ratio(ones, bases)
+def _times_bare(results: Sequence[ListingResult], client: str, records: int) -> float | None:
+    found = {
+        result.client: dict(enumerate(result.rounds_s))
+        for result in results
+        if result.records == records and not result.error
+    }
+    return ratio(found.get(client, {}), found.get(BARE, {}))
 
 
 def _cells(results: Sequence[ListingResult], result: ListingResult) -> tuple[str, str, str]:
     if result.error or result.first_s is None or result.median_s is None:
         return (result.error, "-", "-")
     low_s, high_s = min(result.rounds_s), max(result.rounds_s)
-    bare = ratio_of(results, result.client, BARE, result.records)
     return (
         f"{result.first_s * 1e3:.1f}",
         f"{result.median_s * 1e3:.2f} ({low_s * 1e3:.2f}-{high_s * 1e3:.2f})",
-        times(bare),
+        times(_times_bare(results, result.client, result.records)),
     )

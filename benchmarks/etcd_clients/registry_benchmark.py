@@ -14,12 +14,11 @@ import tempfile
 from pathlib import Path
 
 from bench.machine import describe_machine, package_version
-from bench.runner import add_names, number, option_parser, report, run_trials
+from bench.runner import add_names, number, option_parser, report, run_trials, verdicts_of
 from etcd_clients import failover, fork, leases, listing, watch
 from etcd_clients.client_process import Bench
 from etcd_clients.clients import CLIENTS
 from etcd_clients.etcd import etcd_version
-from etcd_clients.registry_claims import verdicts
 
 TRIALS = {
     "watch": watch.trial,
@@ -40,12 +39,8 @@ def main() -> int:
     )
     options = parser.parse_args()
     packages = [spec.package for spec in CLIENTS.values() if spec.package is not None]
-    machine = describe_machine(
-        {
-            "etcd": etcd_version(),
-            **{name: package_version(name) for name in (*packages, *LIBRARIES)},
-        }
-    )
+    versions = {name: package_version(name) for name in (*packages, *LIBRARIES)}
+    machine = describe_machine({"etcd": etcd_version(), **versions})
     print(machine, flush=True)
     for name in options.clients:
         if not CLIENTS[name].installed:
@@ -53,6 +48,7 @@ def main() -> int:
     clients = [name for name in options.clients if CLIENTS[name].installed]
     with tempfile.TemporaryDirectory(prefix="peerd-benchmark-") as folder:
         bench = Bench(clients, Path(folder), options.seconds)
-        results = run_trials({name: TRIALS[name](bench) for name in options.trials})
-    everything = [result for each in results.values() for result in each]
-    return report(options, machine, results, verdicts(everything), seconds=options.seconds)
+        trials = {name: TRIALS[name](bench) for name in options.trials}
+        results = run_trials(trials)
+    verdicts = verdicts_of(trials, results)
+    return report(options, machine, results, verdicts, seconds=options.seconds)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.progress import Progress
 from bench.runner import Trial, titled_table
+from bench.verdicts import Verdict, equal
 from etcd_clients.client_process import Bench, Child, started, title
 from etcd_clients.etcd import RecordGateway, loopback, record
 from peerd.registry.embedded_etcd import EmbeddedEtcd
@@ -71,7 +72,15 @@ def trial(bench: Bench) -> Trial:
     def table(results: Sequence[WatchResult]) -> str:
         return titled_table(TITLE, [HEADER, *(result.row() for result in results)])
 
-    return Trial(1, functools.partial(_measure, bench), table)
+    return Trial(1, functools.partial(_measure, bench), table, _judge)
+
+
+def _judge(results: Sequence[WatchResult]) -> Iterator[Verdict]:
+    for result in results:
+        if result.client == "peerd":
+            yield from equal("watch: events", result.seen, PUTS)
+            yield from equal("watch: doubled events", result.doubles, 0)
+            yield from equal("watch: afterwards", result.afterwards, "it continues")
 
 
 def _measure(bench: Bench, progress: Progress) -> list[WatchResult]:
@@ -118,28 +127,19 @@ def _afterwards(gateway: RecordGateway, watches: Sequence[_Watch]) -> list[str]:
     one_more, for_new_ones = PUTS, PUTS + 1
     gateway.put_records(_PREFIX, [one_more])
     _wait(watches, lambda watch: watch.saw(one_more), _ONE_MORE_TIMEOUT_S)
-    new_ones = {
-        watch.child.name: _Watch(watch.child) for watch in watches if not watch.saw(one_more)
-    }
+    latest = [watch if watch.saw(one_more) else _Watch(watch.child) for watch in watches]
     time.sleep(_SETTLE_S)
     gateway.put_records(_PREFIX, [for_new_ones])
-    _wait(
-        list(new_ones.values()),
-        lambda watch: watch.saw(for_new_ones) or bool(watch.end),
-        _NEW_WATCH_TIMEOUT_S,
-    )
+    new = [watch for watch in latest if watch not in watches]
+    _wait(new, lambda watch: watch.saw(for_new_ones) or bool(watch.end), _NEW_WATCH_TIMEOUT_S)
     return [
-        _verdict(new_ones[watch.child.name], for_new_ones)
-        if watch.child.name in new_ones
-        else "it continues"
-        for watch in watches
+        "it continues"
+        if watch not in new
+        else "a new watch works"
+        if watch.saw(for_new_ones)
+        else f"a new watch: {watch.end or 'sees nothing'}"
+        for watch in latest
     ]
-
-
-def _verdict(watch: _Watch, number: int) -> str:
-    if watch.saw(number):
-        return "a new watch works"
-    return f"a new watch: {watch.end or 'sees nothing'}"
 
 
 class _Watch:

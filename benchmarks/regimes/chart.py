@@ -14,9 +14,8 @@ from statistics import median
 from typing import Any
 
 from bench.machine import Machine
-from regimes.latency import CLOSED, Latency
 from regimes.rates import Throughput
-from regimes.regime_tables import of_kind
+from regimes.regime_tables import closed_loops, of_kind
 from regimes.regimes import Regime, Result
 
 INK = "#1f2328"
@@ -54,11 +53,8 @@ def draw(
     importlib.import_module("matplotlib").use("Agg")
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
 
-    panels = [
-        (regime, bars)
-        for name, regime in regimes.items()
-        if (bars := bars_of(name, regime, results))
-    ]
+    drawn = ((regime, bars_of(name, regime, results)) for name, regime in regimes.items())
+    panels = [(regime, bars) for regime, bars in drawn if bars]
     rows = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
     heights = [max(len(bars) for _, bars in row) + 2.2 for row in rows]
     figure, grid = pyplot.subplots(
@@ -75,14 +71,8 @@ def draw(
         for (regime, bars), axes in zip(row, axes_row, strict=False):
             _panel(axes, regime, bars)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[kind]) for kind in COLOURS]
-    figure.legend(
-        handles,
-        MEANINGS.values(),
-        loc="outside upper right",
-        ncols=3,
-        frameon=False,
-        labelcolor=INK,
-    )
+    place = {"loc": "outside upper right", "ncols": 3, "frameon": False}
+    figure.legend(handles, MEANINGS.values(), labelcolor=INK, **place)
     figure.supxlabel(
         f"{machine.cpu}, {machine.cores} CPUs, Linux {machine.kernel}, Python {platform.python_version()}; "
         "64-byte envelopes over loopback; median and range of the rounds",
@@ -97,17 +87,13 @@ def bars_of(name: str, regime: Regime, results: Sequence[Result]) -> list[Bar]:
     bars = []
     for receiver, spec in regime.receivers.items():
         if regime.figure == "round trip":
-            trips = [
-                run for run in of_kind(Latency, results, name, receiver) if run.per_second == CLOSED
-            ]
-            if trips:
-                p50 = median(run.p50_ns for run in trips) / 1e3
-                p99 = median(run.p99_ns for run in trips) / 1e3
+            if trips := closed_loops(results, name, receiver):
+                p50, p99 = (
+                    median(getattr(r, f) for r in trips) / 1e3 for f in ("p50_ns", "p99_ns")
+                )
                 bars.append(Bar(spec.title, spec.kind, p50, p50, p99))
-            continue
-        runs = of_kind(Throughput, results, name, receiver)
-        figures = [run.rate / 1e6 if regime.figure == "rate" else run.cpu_ns / 1e3 for run in runs]
-        if figures:
+        elif runs := of_kind(Throughput, results, name, receiver):
+            figures = [r.rate / 1e6 if regime.figure == "rate" else r.cpu_ns / 1e3 for r in runs]
             bars.append(Bar(spec.title, spec.kind, median(figures), min(figures), max(figures)))
     return bars
 
@@ -129,28 +115,14 @@ def _panel(axes: Any, regime: Regime, bars: Sequence[Bar]) -> None:
             text = f"\N{RIGHTWARDS ARROW} {text}"
         if regime.figure == "round trip":
             text += f" / {bar.high:.1f}"
-        axes.annotate(
-            text,
-            (min(bar.high, end), position),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=INK,
-        )
+        behind = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(text, (min(bar.high, end), position), fontsize=9, color=INK, **behind)
     axes.set_yticks(range(len(bars)), [bar.label for bar in bars], fontsize=9, color=INK)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlim(0, end * 1.16)
     axes.set_title(f"{regime.title}\n", loc="left", fontsize=11, fontweight="bold", color=INK)
-    axes.text(
-        0,
-        1.02,
-        UNITS[regime.figure],
-        transform=axes.transAxes,
-        fontsize=8.5,
-        color=FAINT,
-        va="bottom",
-    )
+    above = {"transform": axes.transAxes, "va": "bottom"}
+    axes.text(0, 1.02, UNITS[regime.figure], fontsize=8.5, color=FAINT, **above)
     axes.tick_params(axis="x", labelsize=8, colors=FAINT)
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):

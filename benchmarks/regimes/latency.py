@@ -15,7 +15,7 @@ import orjson
 
 from bench.children import ANSWER_TIMEOUT_S, answer, running
 from bench.noise import Watch
-from regimes.rates import PEERS, Measured, RunSettings, Subject
+from regimes.rates import Measured, RunSettings, Subject
 from regimes.receivers import serving
 from udp.envelope import datagram
 from udp.udp_sockets import bound_sockets, dropped, port_of
@@ -58,19 +58,10 @@ class Latency(Measured):
         return self.receiver_cpu_s / max(self.answered, 1) * 1e9
 
 
-def measure_latency(run: RunSettings, subject: Subject) -> list[Latency]:
-    """One server, and one load after the other."""
-    return _measure(run, subject, 1, RATES)
-
-
-def measure_latency_of_many(run: RunSettings, subject: Subject) -> list[Latency]:
-    """PEERS sockets, with requests to each in turn."""
-    return _measure(run, subject, PEERS, RATES_OF_MANY)
-
-
-def _measure(
-    run: RunSettings, subject: Subject, sockets: int, rates: Sequence[int]
+def measure_latency(
+    sockets: int, rates: Sequence[int], run: RunSettings, subject: Subject
 ) -> list[Latency]:
+    """One server, requests to each of its sockets in turn, and one load after the other."""
     with (
         bound_sockets(sockets) as socks,
         serving(subject.receiver, "echo", socks, run.programs, run.cpus.receiver) as server,

@@ -132,54 +132,54 @@ class Sent:
     answered: int | None = None
 
 
-def measure_stream(run: RunSettings, subject: Subject) -> Throughput:
-    """One socket; each send carries SEGMENTS datagrams."""
-    command = [run.programs.path("load"), "-g", str(SEGMENTS)]
-    return _measure(run, subject, "count", 1, command, SEGMENTS)
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    role: Role
+    sockets: int
+    sender: str
+    """A C program and its options."""
+
+    joined: int
+    """Datagrams per send."""
 
 
-def measure_interleaved(run: RunSettings, subject: Subject) -> Throughput:
-    """Eight sockets, one plain datagram to each in turn."""
-    return _measure(run, subject, "count", PEERS, [run.programs.path("load")], 1)
+STREAM = Traffic(role="count", sockets=1, sender=f"load -g {SEGMENTS}", joined=SEGMENTS)
+INTERLEAVED = Traffic(role="count", sockets=PEERS, sender="load", joined=1)
+"""One plain datagram to each socket in turn."""
+
+THIN = Traffic(role="count", sockets=PEERS, sender=f"load -r {THIN_RATE}", joined=1)
+"""The same at THIN_RATE, at which the receivers sleep in between."""
+
+ECHO = Traffic(
+    role="echo", sockets=1, sender=f"echo_load -g {SEGMENTS} -w {ECHO_WINDOW}", joined=SEGMENTS
+)
+"""A client that keeps ECHO_WINDOW requests under way, SEGMENTS per send."""
 
 
-def measure_thin(run: RunSettings, subject: Subject) -> Throughput:
-    """The same at THIN_RATE, at which the receivers sleep in between."""
-    command = [run.programs.path("load"), "-r", str(THIN_RATE)]
-    return _measure(run, subject, "count", PEERS, command, 1)
-
-
-def measure_echo(run: RunSettings, subject: Subject) -> Throughput:
-    """A client that keeps ECHO_WINDOW requests under way, SEGMENTS per send."""
-    command = [run.programs.path("echo_load"), "-g", str(SEGMENTS), "-w", str(ECHO_WINDOW)]
-    return _measure(run, subject, "echo", 1, command, SEGMENTS)
-
-
-def _measure(
-    run: RunSettings, subject: Subject, role: Role, sockets: int, sender: list[str], joined: int
-) -> Throughput:
-    """``joined``: datagrams per send."""
+def measure(traffic: Traffic, run: RunSettings, subject: Subject) -> list[Throughput]:
+    program, *options = traffic.sender.split()
     with (
-        bound_sockets(sockets) as socks,
-        serving(subject.receiver, role, socks, run.programs, run.cpus.receiver) as server,
+        bound_sockets(traffic.sockets) as socks,
+        serving(subject.receiver, traffic.role, socks, run.programs, run.cpus.receiver) as server,
     ):
         drops_before = [dropped(sock) for sock in socks]
         watch = Watch()
         cpu_before_s = server.cpu_s()
         ports = [str(port_of(sock)) for sock in socks]
-        sent = run_sender([*sender, "-s", str(run.seconds), datagram().hex(), *ports], run.seconds)
+        command = [run.programs.path(program), *options, "-s", str(run.seconds)]
+        sent = run_sender([*command, datagram().hex(), *ports], run.seconds)
         drained_ns = wait_until_empty(socks, server.check_alive)
         receiver_cpu_s = server.cpu_s() - cpu_before_s
         others = watch.others(receiver_cpu_s + sent.cpu_s)
         # The kernel counts joined datagrams that it drops as one. On loopback they are those of
         # one send.
-        datagrams_per_drop = joined if takes_joined(socks[0]) else 1
+        datagrams_per_drop = traffic.joined if takes_joined(socks[0]) else 1
         delivered = server.stop()
         drops = sum(
             (dropped(sock) - before) % 2**32
             for sock, before in zip(socks, drops_before, strict=True)
         )
-    return Throughput(
+    result = Throughput(
         regime=subject.regime,
         receiver=subject.name,
         round=subject.round,
@@ -190,10 +190,11 @@ def _measure(
         delivered=delivered,
         answered=sent.answered,
         kernel_drops=drops * datagrams_per_drop,
-        window_s=sent.seconds if role == "echo" else (drained_ns - sent.started_ns) / 1e9,
+        window_s=sent.seconds if traffic.role == "echo" else (drained_ns - sent.started_ns) / 1e9,
         receiver_cpu_s=receiver_cpu_s,
         others=others,
     )
+    return [result]
 
 
 def run_sender(command: Sequence[str], seconds: float) -> Sent:

@@ -29,6 +29,10 @@ def of_kind(
     ]
 
 
+def closed_loops(results: Sequence[Result], regime: str, receiver: str) -> list[Latency]:
+    return [run for run in of_kind(Latency, results, regime, receiver) if run.per_second == CLOSED]
+
+
 def ratio_of(
     results: Sequence[AnyResult], base: Sequence[AnyResult], figure: Callable[[AnyResult], float]
 ) -> float | None:

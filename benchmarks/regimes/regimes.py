@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, TypeAlias
 
-from regimes.latency import RATES, RATES_OF_MANY, Latency, measure_latency, measure_latency_of_many
+from regimes.latency import RATES, RATES_OF_MANY, Latency, measure_latency
 from regimes.rates import (
+    ECHO,
     ECHO_WINDOW,
+    INTERLEAVED,
     PEERS,
+    STREAM,
+    THIN,
     THIN_RATE,
     RunSettings,
     Subject,
     Throughput,
-    measure_echo,
-    measure_interleaved,
-    measure_stream,
-    measure_thin,
+    measure,
 )
 from regimes.receivers import (
     COUNTING,
@@ -48,12 +50,6 @@ class Regime:
     by_default: bool = True
 
 
-def _one(
-    measure: Callable[[RunSettings, Subject], Throughput],
-) -> Callable[[RunSettings, Subject], Sequence[Result]]:
-    return lambda run, subject: [measure(run, subject)]
-
-
 def _only(receivers: dict[str, Receiver], names: str) -> dict[str, Receiver]:
     return {name: receivers[name] for name in names.split()}
 
@@ -67,14 +63,14 @@ def regimes(lingers_us: Sequence[int] = (0,)) -> dict[str, Regime]:
             f"one sender, {SEGMENTS} datagrams per send (UDP_SEGMENT), at full speed",
             "rate",
             COUNTING,
-            _one(measure_stream),
+            partial(measure, STREAM),
         ),
         "plain-stream": Regime(
             "Stream without GRO",
             "the same, but peerd with --no-offload; the others never ask for UDP_GRO",
             "rate",
             without_gro,
-            _one(measure_stream),
+            partial(measure, STREAM),
         ),
         "interleaved": Regime(
             f"{PEERS} peers on one core, {THIN_RATE:,}/s",
@@ -82,14 +78,14 @@ def regimes(lingers_us: Sequence[int] = (0,)) -> dict[str, Regime]:
             "a process per socket, the others with one process",
             "cpu",
             with_lingers(ON_MANY_SOCKETS, lingers_us),
-            _one(measure_thin),
+            partial(measure, THIN),
         ),
         "interleaved-full": Regime(
             f"{PEERS} peers on one core, full speed",
             "the same at full speed, one datagram per socket at a time",
             "cpu",
             with_lingers(ON_MANY_SOCKETS, lingers_us),
-            _one(measure_interleaved),
+            partial(measure, INTERLEAVED),
         ),
         "echo-latency": Regime(
             "Echo round trips",
@@ -100,7 +96,7 @@ def regimes(lingers_us: Sequence[int] = (0,)) -> dict[str, Regime]:
                 _only(ECHOING, "peerd peerd-async c recvfrom rloop uvloop aiofastnet asyncio"),
                 [us for us in lingers_us if us > 0],
             ),
-            measure_latency,
+            partial(measure_latency, 1, RATES),
             RATES,
         ),
         "echo-saturation": Regime(
@@ -108,7 +104,7 @@ def regimes(lingers_us: Sequence[int] = (0,)) -> dict[str, Regime]:
             f"one client, {SEGMENTS} requests per send, up to {ECHO_WINDOW:,} under way; replies/s",
             "rate",
             ECHOING,
-            _one(measure_echo),
+            partial(measure, ECHO),
         ),
         "interleaved-latency": Regime(
             f"Echo round trips of {PEERS} peers on one core",
@@ -121,7 +117,7 @@ def regimes(lingers_us: Sequence[int] = (0,)) -> dict[str, Regime]:
                 },
                 lingers_us,
             ),
-            measure_latency_of_many,
+            partial(measure_latency, PEERS, RATES_OF_MANY),
             RATES_OF_MANY,
             by_default=False,
         ),

@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from operator import attrgetter
 
 from bench.verdicts import Verdict, at_least, at_most
-from regimes.latency import CLOSED, Latency
 from regimes.rates import Throughput
-from regimes.regime_tables import of_kind, ratio_of
+from regimes.regime_tables import closed_loops, of_kind, ratio_of
 from regimes.regimes import Result
 
 
 def verdicts(results: Sequence[Result]) -> Iterator[Verdict]:
-    def rates(regime: str, one: str, other: str) -> float | None:
-        return throughput(regime, one, other, lambda run: run.rate)
-
-    def costs(regime: str, one: str, other: str) -> float | None:
-        return throughput(regime, one, other, lambda run: run.cpu_ns)
-
-    def throughput(
-        regime: str, one: str, other: str, figure: Callable[[Throughput], float]
-    ) -> float | None:
+    def throughput(regime: str, one: str, other: str, figure: str) -> float | None:
         ones, others = (of_kind(Throughput, results, regime, name) for name in (one, other))
-        return ratio_of(ones, others, figure)
+        return ratio_of(ones, others, attrgetter(figure))
 
-    def round_trips(one: str, other: str, figure: Callable[[Latency], float]) -> float | None:
-        ones, others = (
-            [
-                run
-                for run in of_kind(Latency, results, "echo-latency", name)
-                if run.per_second == CLOSED
-            ]
-            for name in (one, other)
-        )
-        return ratio_of(ones, others, figure)
+    rates, costs = (partial(throughput, figure=figure) for figure in ("rate", "cpu_ns"))
 
-    def p50(run: Latency) -> float:
-        return run.p50_ns
-
-    def p99(run: Latency) -> float:
-        return run.p99_ns
+    def round_trips(one: str, other: str, figure: str) -> float | None:
+        ones, others = (closed_loops(results, "echo-latency", name) for name in (one, other))
+        return ratio_of(ones, others, attrgetter(figure))
 
     stream, plain, thin, full = "stream", "plain-stream", "interleaved", "interleaved-full"
     yield from at_least("1 stream, rate : uvloop", rates(stream, "peerd", "uvloop"), 12)
@@ -50,9 +32,9 @@ def verdicts(results: Sequence[Result]) -> Iterator[Verdict]:
     thin_cost, full_cost = (costs(regime, "peerd", "uvloop") for regime in (thin, full))
     yield from at_most("3 8 peers, 200,000/s, CPU : uvloop", thin_cost, 0.5)
     yield from at_most("3 8 peers, full speed, CPU : uvloop", full_cost, 0.5)
-    for other, name, p50_bound, p99_bound in (("c", "C", 1.2, 1.5), ("uvloop", "uvloop", 1, 1)):
-        claim = "4 echo, closed loop"
-        yield from at_most(f"{claim}, p50 : {name}", round_trips("peerd", other, p50), p50_bound)
-        yield from at_most(f"{claim}, p99 : {name}", round_trips("peerd", other, p99), p99_bound)
+    for other, name, bounds in (("c", "C", (1.2, 1.5)), ("uvloop", "uvloop", (1, 1))):
+        for figure, bound in zip(("p50", "p99"), bounds, strict=True):
+            claim = f"4 echo, closed loop, {figure} : {name}"
+            yield from at_most(claim, round_trips("peerd", other, f"{figure}_ns"), bound)
     echo = rates("echo-saturation", "peerd-async", "uvloop")
     yield from at_least("5 async def echo, rate : uvloop", echo, 2)

@@ -21,7 +21,7 @@ from typing import Any
 from bench.machine import choose_cpus, describe_machine, package_version
 from bench.noise import Patience
 from bench.progress import Progress
-from bench.runner import Trial, number, option_parser, output_file, report, run_trials
+from bench.runner import Trial, add_names, number, option_parser, output_file, report, run_trials
 from regimes import chart
 from regimes.latency import Latency
 from regimes.rates import RunSettings, Subject
@@ -126,27 +126,22 @@ def not_installed(plan: dict[str, Regime]) -> Iterator[tuple[str, str]]:
 
 
 def as_facts(result: Result) -> dict[str, Any]:
-    facts = dataclasses.asdict(result)
+    facts = dataclasses.asdict(result) | {"cpu_ns_per_message": result.cpu_ns}
     if isinstance(result, Latency):
-        return facts | {"cpu_ns_per_message": result.cpu_ns}
-    return facts | {
-        "messages_per_s": result.rate,
-        "offered_per_s": result.offered_rate,
-        "cpu_ns_per_message": result.cpu_ns,
-        "loss": result.loss,
-        "busy": result.busy,
-        "unaccounted": result.unaccounted,
-        "limited_by": result.limited_by,
-    }
+        return facts
+    facts |= {"messages_per_s": result.rate, "offered_per_s": result.offered_rate}
+    names = ("loss", "busy", "unaccounted", "limited_by")
+    return facts | {name: getattr(result, name) for name in names}
 
 
 # The command line
 
 
 def parse_options() -> argparse.Namespace:
-    listed = "\n".join(f"  {name:19} {regime.text}" for name, regime in regimes().items())
+    known = regimes()
+    listed = "\n".join(f"  {name:19} {regime.text}" for name, regime in known.items())
     parser = option_parser(__doc__, f"regimes:\n{listed}\n\nREADME.md explains the figures.")
-    parser.add_argument("--regimes", metavar="A,B", help="only these (all below except the last)")
+    add_names(parser, "--regimes", known, [n for n, regime in known.items() if regime.by_default])
     parser.add_argument("--receivers", metavar="A,B", help="only these, as in the JSON file")
     parser.add_argument(
         "--seconds", type=number(0.01, 60), default=0.2, help="of load per measurement (0.2)"
@@ -183,21 +178,12 @@ def parse_options() -> argparse.Namespace:
     if options.quick:
         options.seconds, options.rounds, options.patience = 0.1, 2, 0.0
     plan = regimes(options.linger_us)
-    if options.regimes is not None:
-        for name in options.regimes.split(","):
-            if name not in plan:
-                parser.error(f"no regime {name!r}; there are {', '.join(plan)}")
-        plan = {name: plan[name] for name in options.regimes.split(",")}
-    else:
-        plan = {name: regime for name, regime in plan.items() if regime.by_default}
+    options.plan = {name: plan[name] for name in options.regimes}
     if options.receivers is not None:
-        plan = {name: with_only(regime, options.receivers) for name, regime in plan.items()}
-        if not any(regime.receivers for regime in plan.values()):
+        names = options.receivers.split(",")
+        for name, regime in options.plan.items():
+            kept = {name: each for name, each in regime.receivers.items() if name in names}
+            options.plan[name] = dataclasses.replace(regime, receivers=kept)
+        if not any(regime.receivers for regime in options.plan.values()):
             parser.error(f"argument --receivers: none of {options.receivers} is in these regimes")
-    options.plan = plan
     return options
-
-
-def with_only(regime: Regime, names: str) -> Regime:
-    kept = {name: each for name, each in regime.receivers.items() if name in names.split(",")}
-    return dataclasses.replace(regime, receivers=kept)

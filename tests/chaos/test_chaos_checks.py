@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from peerd_chaos import checks
-from peerd_chaos.accounts import Count
+from peerd_chaos.accounts import Count, LoadReport
 from peerd_chaos.chaos_apps import DIE_CODE
 from peerd_chaos.chaos_command import _command_line, chaos
 from peerd_chaos.drive import ChaosSettings
-from peerd_chaos.load import LoadReport
 from peerd_chaos.schedule import Kind
 
 PEER = {

@@ -23,8 +23,9 @@ from harness.ports import free_ports
 from harness.supervised import Running, Supervised, send_signal
 from harness.supervisor_requests import ask, serving
 from peerd import control
+from peerd_chaos.accounts import LoadReport
 from peerd_chaos.chaos_apps import HANDLER_VARIABLE
-from peerd_chaos.load import Load, LoadReport
+from peerd_chaos.load import Load
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 PEERS = 8
