@@ -17,6 +17,7 @@ DIE_CODE = 9
 app = App()
 coroutines = App()
 handler_s = float(os.environ.get(HANDLER_VARIABLE, "0.0002"))
+"""So that queues are seldom empty."""
 
 
 @app.handler("SEQ")

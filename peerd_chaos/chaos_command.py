@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import orjson
@@ -17,38 +17,27 @@ from peerd.cli.option_types import SECONDS
 from peerd.cli.options import json_option
 from peerd.cli.text_output import print_table
 from peerd.settings import MAX_PEERS
-from peerd_chaos.schedule import Kind
+from peerd_chaos.schedule import ChaosSettings, Kind
 
 if TYPE_CHECKING:
-    from peerd_chaos.drive import ChaosReport, ChaosSettings
+    from peerd_chaos.drive import ChaosReport
 
-DEFAULT_SECONDS = 20.0
-DEFAULT_PEERS = 4
-DEFAULT_RATE = 4000.0
 KINDS = ", ".join(Kind)
 
 
-class _Kinds(click.ParamType):  # type: ignore[type-arg]
-    name = "kinds"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> frozenset[Kind]:
-        if isinstance(value, frozenset):
-            return value
-        names = {name.strip() for name in str(value).split(",")}
-        if unknown := names - set(Kind):
-            self.fail(
-                f"unknown actions: {', '.join(sorted(unknown))}; known actions: {KINDS}", param, ctx
-            )
-        return frozenset(Kind(name) for name in names)
+def _kinds(_ctx: click.Context, _param: click.Parameter, text: str | None) -> frozenset[Kind]:
+    names = {name.strip() for name in (text or KINDS).split(",")}
+    if unknown := names - set(Kind):
+        listed = ", ".join(sorted(unknown))
+        raise click.BadParameter(f"unknown actions: {listed}; known actions: {KINDS}")
+    return frozenset(Kind(name) for name in names)
 
 
 @click.command()
 @click.option(
     "--seconds",
     type=SECONDS,
-    default=DEFAULT_SECONDS,
+    default=ChaosSettings.seconds,
     show_default=True,
     help="Duration of the faults.",
 )
@@ -58,22 +47,21 @@ class _Kinds(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--peers",
     type=click.IntRange(1, MAX_PEERS),
-    default=DEFAULT_PEERS,
+    default=ChaosSettings.peers,
     show_default=True,
     help="Peers at the beginning.",
 )
 @click.option(
     "--rate",
     type=click.FloatRange(min=1),
-    default=DEFAULT_RATE,
+    default=ChaosSettings.rate,
     show_default=True,
     help="Datagrams per second to all peers.",
 )
 @click.option(
     "--actions",
     "kinds",
-    type=_Kinds(),
-    default=frozenset(Kind),
+    callback=_kinds,
     metavar="KIND[,KIND...]",
     help=f"Only these faults, of {KINDS}.",
 )
@@ -86,15 +74,7 @@ class _Kinds(click.ParamType):  # type: ignore[type-arg]
 )
 @json_option
 def chaos(
-    seconds: float,
-    seed: int | None,
-    peers: int,
-    rate: float,
-    kinds: frozenset[Kind],
-    coroutines: bool,
-    keep: bool,
-    log_dir: Path | None,
-    as_json: bool,
+    seed: int | None, keep: bool, log_dir: Path | None, as_json: bool, **settings_of_run: Any
 ) -> None:
     """Inject faults into a supervisor under load and verify its guarantees.
 
@@ -108,17 +88,10 @@ def chaos(
       0    every guarantee holds
       1    a guarantee does not hold
     """
-    # Not imported at the top, so that --help is fast.
-    from peerd_chaos.drive import ChaosSettings, run
+    from peerd_chaos.drive import run  # not imported at the top, so that --help is fast
 
-    settings = ChaosSettings(
-        seed=random.randrange(1 << 32) if seed is None else seed,
-        seconds=seconds,
-        peers=peers,
-        rate=rate,
-        coroutines=coroutines,
-        kinds=kinds,
-    )
+    seed = random.randrange(1 << 32) if seed is None else seed
+    settings = ChaosSettings(seed=seed, **settings_of_run)
     click.echo(f"repeat with: {_command_line(settings)}", err=True)
     if log_dir is None:
         folder = Path(tempfile.mkdtemp(prefix="peerd-chaos-"))
@@ -132,7 +105,9 @@ def chaos(
             ) from None
     broken = True
     try:
-        report = run(settings, folder, _print_progress)
+        report = run(
+            settings, folder, lambda at_s, text: click.echo(f"{at_s:7.2f}  {text}", err=True)
+        )
         broken = bool(report.broken)
     finally:
         if broken or keep or log_dir is not None:
@@ -144,10 +119,6 @@ def chaos(
         for row in report.broken:
             click.echo(f"peerd chaos: seed {report.seed}: {row.name}: {row.counted}", err=True)
         sys.exit(1)
-
-
-def _print_progress(at_s: float, text: str) -> None:
-    click.echo(f"{at_s:7.2f}  {text}", err=True)
 
 
 def _show(report: ChaosReport, as_json: bool) -> None:

@@ -16,6 +16,7 @@ import psutil
 
 from peerd.errors import RegistryError
 from peerd.free_ports import is_free
+from peerd.registry import Registry
 from peerd_chaos.accounts import LoadReport
 from peerd_chaos.chaos_apps import DIE_CODE
 from peerd_chaos.subject import Subject, wait_for
@@ -140,18 +141,14 @@ def deaths(
 def records(subject: Subject, within_s: float) -> Invariant:
     """Within the lease TTL, etcd has records of the ready peers only."""
     stored, ready = set[str](), set[str]()
-    from peerd.registry import Registry
 
     def same() -> bool:
         with contextlib.suppress(RegistryError):
             stored.clear()
             stored.update(f"{node.peer_id} {node.port}" for node in registry.nodes())
         ready.clear()
-        ready.update(
-            f"{peer['peer_id']} {peer['port']}"
-            for peer in subject.peers()
-            if peer["state"] == "ready"
-        )
+        peers = (peer for peer in subject.peers() if peer["state"] == "ready")
+        ready.update(f"{peer['peer_id']} {peer['port']}" for peer in peers)
         return stored == ready
 
     with Registry(subject.etcd, subject.prefix) as registry:
@@ -219,8 +216,6 @@ def nothing_left(subject: Subject, ports: Iterable[int]) -> Invariant:
         left.extend(f"file {path}" for path in (subject.control,) if path.exists())
         left.extend(f"record {node.peer_id}" for node in registry.nodes())
         return not left
-
-    from peerd.registry import Registry
 
     with Registry(subject.etcd, subject.prefix) as registry:
         holds = wait_for(gone, SETTLE_TIMEOUT_S)

@@ -18,13 +18,13 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peerd.errors import ControlError, NotRunningError
 from peerd.registry.embedded_etcd import EmbeddedEtcd
 from peerd_chaos.load import Load
 from peerd_chaos.record import Record
-from peerd_chaos.schedule import Action, Kind
+from peerd_chaos.schedule import Action, ChaosSettings, Kind
 from peerd_chaos.subject import COMMAND_TIMEOUT_S, Subject, wait_for
 
 UPDATE_INTERVAL_S = 0.25
@@ -42,12 +42,11 @@ class Disturber:
 
     subject: Subject
     load: Load
-    record: Record
     etcd: EmbeddedEtcd
     etcd_thread: ThreadPoolExecutor
-    max_peers: int
-    rate_per_peer: float
+    settings: ChaosSettings
     on_progress: OnProgress
+    record: Record = field(default_factory=Record)
 
     def __post_init__(self) -> None:
         self._commands = ThreadPoolExecutor(MAX_COMMANDS_AT_ONCE)
@@ -104,7 +103,7 @@ class Disturber:
             self._submit(self._commands, f"restart of the parked slot {slot}", restart)
 
     def pace_for(self, peers: int) -> None:
-        self.load.pace(self.rate_per_peer * peers)
+        self.load.pace(self.settings.rate / self.settings.peers * peers)
 
     def resize_to(self, peers: int) -> None:
         self._resize(Action(at_s=self._now_s(), kind=Kind.SCALE, peers=peers))
@@ -127,11 +126,7 @@ class Disturber:
             time.sleep(max(0.0, min(UPDATE_INTERVAL_S, at_s - self._now_s())))
 
     def _submit(
-        self,
-        pool: ThreadPoolExecutor,
-        what: str,
-        do: Callable[[], None],
-        kind: Kind | None = None,
+        self, pool: ThreadPoolExecutor, what: str, do: Callable[[], None], kind: Kind | None = None
     ) -> None:
         """``kind`` is recorded on success. A command may fail, because its slot may be gone or its
         successor killed, but never with one of FORBIDDEN_ERRORS."""
@@ -156,25 +151,23 @@ class Disturber:
 
     def _do(self, action: Action) -> None:
         slot, what = action.slot or 0, _with_due_time(action)
+        if action.kind in (Kind.SUCCESSOR, Kind.SPIN, Kind.DIE, Kind.RESTART, Kind.HUP):
+            self.report(what)
         match action.kind:
             case Kind.KILL:
                 self._signal_worker(action, signal.SIGKILL)
             case Kind.STOP:
                 self._stop(action)
             case Kind.SUCCESSOR:
-                self.report(what)
                 known = [child.pid for child in self.subject.children()]
                 self._submit(self._commands, what, lambda: self._kill_successor(action, known))
                 self._submit(self._commands, what, lambda: self._restart(slot))
             case Kind.SPIN | Kind.DIE:
-                self.report(what)
                 if self.load.send(self.subject.port(slot), action.kind.upper()):
                     self.record.done.append(action.kind)
             case Kind.RESTART:
-                self.report(what)
                 self._submit(self._commands, what, lambda: self._restart(slot), action.kind)
             case Kind.HUP:
-                self.report(what)
                 self.subject.send(signal.SIGHUP)
                 self.record.done.append(action.kind)
             case Kind.SCALE | Kind.TTIN | Kind.TTOU:
@@ -255,7 +248,7 @@ class Disturber:
         before = len(self.subject.peers())
         wanted = action.peers or before + (1 if action.kind is Kind.TTIN else -1)
         wanted = max(wanted, 1)
-        if wanted > self.max_peers:
+        if wanted > self.settings.max_peers:
             self.report(f"{action}: there are no more ports")
             return
         self.report(f"{_with_due_time(action)} ({before} now)")

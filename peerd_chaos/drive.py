@@ -18,12 +18,10 @@ from peerd.errors import ControlError, NotRunningError
 from peerd.registry.embedded_etcd import EmbeddedEtcd
 from peerd.supervisor.restart import RestartPolicy
 from peerd_chaos import checks
-from peerd_chaos.chaos_apps import HANDLER_VARIABLE
 from peerd_chaos.checks import Invariant
 from peerd_chaos.disturber import Disturber, OnProgress
 from peerd_chaos.load import Load
-from peerd_chaos.record import Record
-from peerd_chaos.schedule import SPARE_PEERS, Kind, schedule
+from peerd_chaos.schedule import ChaosSettings, Kind, schedule
 from peerd_chaos.subject import COMMAND_TIMEOUT_S, START_TIMEOUT_S, Subject, wait_for
 
 LEASE_TTL_S = 4
@@ -39,23 +37,6 @@ STOP_TIMEOUT_S = 9.0
 
 ANSWER_TIMEOUT_S = 60.0
 LOAD_BEFORE_STOP_S = 0.3
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChaosSettings:
-    seed: int
-    seconds: float = 20.0
-    peers: int = 4
-    rate: float = 4000.0
-    """Datagrams per second to all peers at the beginning; the rate per peer stays the same."""
-
-    handler_s: float = 0.0002
-    """How long a plain handler sleeps, so that queues are seldom empty."""
-
-    coroutines: bool = False
-    """Handlers are coroutines, many at a time: a peer then does not guarantee the order of its answers."""
-
-    kinds: frozenset[Kind] = frozenset(Kind)
 
 
 @dataclass(frozen=True)
@@ -82,37 +63,33 @@ def run(settings: ChaosSettings, folder: Path, on_progress: OnProgress) -> Chaos
         etcd = EmbeddedEtcd()
         etcd_thread.submit(etcd.start).result()
         opened.callback(lambda: etcd_thread.submit(etcd.stop).result())
-        max_peers = settings.peers + SPARE_PEERS
         subject = Subject(
             folder,
             etcd.endpoint,
             app=f"peerd_chaos.chaos_apps:{'coroutines' if settings.coroutines else 'app'}",
             peers=settings.peers,
-            max_peers=max_peers,
+            max_peers=settings.max_peers,
             arguments=[f"--ttl={LEASE_TTL_S}", f"--recv-buffer={RECV_BUFFER_BYTES}"],
-            environment={HANDLER_VARIABLE: str(settings.handler_s)},
         )
         opened.callback(subject.kill)
         subject.wait_started()
         disturber = Disturber(
             subject=subject,
             load=opened.enter_context(Load(subject.ports(), rate=settings.rate)),
-            record=Record(),
             etcd=etcd,
             etcd_thread=etcd_thread,
-            max_peers=max_peers,
-            rate_per_peer=settings.rate / settings.peers,
+            settings=settings,
             on_progress=on_progress,
         )
-        return _Run(settings, opened.enter_context(disturber)).run()
+        return _Run(opened.enter_context(disturber)).run()
 
 
 class _Run:
     """The phases of a run, and what is checked at the end of each."""
 
-    def __init__(self, settings: ChaosSettings, disturber: Disturber) -> None:
-        self._settings = settings
+    def __init__(self, disturber: Disturber) -> None:
         self._disturber = disturber
+        self._settings = disturber.settings
         self._subject = disturber.subject
         self._load = disturber.load
         self._record = disturber.record
@@ -173,12 +150,10 @@ class _Run:
         self._lost = report.missing
         self._disturber.update()
         record, peers = self._record, self._subject.peers()
-        self._invariants += checks.load(
-            report, peers, ordered=not self._settings.coroutines, due=due
-        )
-        self._check(
-            "no event is missed", not record.missed_events, f"{record.missed_events} missed"
-        )
+        ordered = not self._settings.coroutines
+        self._invariants += checks.load(report, peers, ordered=ordered, due=due)
+        missed = record.missed_events
+        self._check("no event is missed", not missed, f"{missed} missed")
         self._invariants += checks.deaths(
             record.deaths,
             peers,
@@ -186,8 +161,10 @@ class _Run:
             may_have_exited=record.may_have_exited,
             asked_to_die=record.done.count(Kind.DIE),
         )
-        self._invariants.append(checks.records(self._subject, LEASE_TTL_S + 1.0))
-        self._invariants.append(checks.processes(self._subject))
+        self._invariants += [
+            checks.records(self._subject, LEASE_TTL_S + 1.0),
+            checks.processes(self._subject),
+        ]
         if len(self._subject.peers()) != self._settings.peers:
             self._disturber.resize_to(self._settings.peers)
         self._invariants.append(checks.descriptors(self._subject, descriptors))
@@ -198,7 +175,7 @@ class _Run:
         try:
             if self._settings.kinds & {Kind.SCALE, Kind.TTIN, Kind.TTOU}:
                 # With every slot in use, the loss of each can be read.
-                self._disturber.resize_to(self._disturber.max_peers)
+                self._disturber.resize_to(self._settings.max_peers)
             self._subject.command("reload")
         except ControlError as error:
             result = str(error)
@@ -222,9 +199,8 @@ class _Run:
             (code, lost) == (0, 0),
             f"exit code {code} after {took_s:.1f} s, {lost} lost",
         )
-        ports = range(self._subject.base_port, self._subject.port(self._disturber.max_peers))
-        self._invariants.append(checks.nothing_left(self._subject, ports))
-        self._invariants.append(checks.log(self._subject))
+        ports = range(self._subject.base_port, self._subject.port(self._settings.max_peers))
+        self._invariants += [checks.nothing_left(self._subject, ports), checks.log(self._subject)]
 
     def _check(self, name: str, holds: bool, counted: str) -> None:
         self._invariants.append(Invariant(name, holds, counted))

@@ -61,6 +61,24 @@ MAX_DURATION_S = {Kind.STOP: 3.0, Kind.ETCD_STOP: 4.0, Kind.ETCD_KILL: 3.0}
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChaosSettings:
+    seed: int
+    seconds: float = 20.0
+    peers: int = 4
+    rate: float = 4000.0
+    """Datagrams per second to all peers at the beginning; the rate per peer stays the same."""
+
+    coroutines: bool = False
+    """Handlers are coroutines, many at a time: a peer then does not guarantee the order of its answers."""
+
+    kinds: frozenset[Kind] = frozenset(Kind)
+
+    @property
+    def max_peers(self) -> int:
+        return self.peers + SPARE_PEERS
+
+
+@dataclass(frozen=True, kw_only=True)
 class Action:
     at_s: float
     """Seconds after the beginning of the load."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ class Subject:
         peers: int,
         max_peers: int,
         arguments: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Start it. ``folder`` receives its output and all files that it writes."""
         self.folder = folder
@@ -65,7 +64,6 @@ class Subject:
                 process_group=0,  # out of reach of Ctrl-C in the terminal
                 env={
                     **os.environ,
-                    **(environment or {}),
                     "TMPDIR": str(self.temporary),
                     # Process titles would otherwise overwrite the environment, and with it the mark.
                     "SPT_NOENV": "1",
@@ -79,9 +77,8 @@ class Subject:
         return control.request(self.control, name, arguments, timeout_s=COMMAND_TIMEOUT_S)
 
     def peers(self) -> list[dict[str, Any]]:
-        peers: list[dict[str, Any]] = control.request(self.control, "status", timeout_s=10.0)[
-            "peers"
-        ]
+        status = control.request(self.control, "status", timeout_s=10.0)
+        peers: list[dict[str, Any]] = status["peers"]
         return peers
 
     def events(self, after: int) -> list[dict[str, Any]]:

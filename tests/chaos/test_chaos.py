@@ -16,8 +16,7 @@ import pytest
 from harness.command import command, peerd, started
 from harness.supervised import send_signal
 from peerd import control
-from peerd_chaos.chaos_command import DEFAULT_PEERS
-from peerd_chaos.schedule import Kind, schedule
+from peerd_chaos.schedule import ChaosSettings, Kind, schedule
 
 SEED = 2184
 """It does each kind of action more than once within 20 s, and kills 18 times."""
@@ -54,7 +53,9 @@ def test_a_seed(tmp_path: Path, seconds: int, options: list[str], kinds: set[Kin
 def test_a_worker_killed_from_outside_is_found(tmp_path: Path) -> None:
     seed, slot, seconds = 70, 2, 4
     # The schedule leaves this slot alone, so nothing else ends its worker.
-    assert slot not in {a.slot for a in schedule(seed, seconds, DEFAULT_PEERS, [Kind.RESTART])}
+    assert slot not in {
+        a.slot for a in schedule(seed, seconds, ChaosSettings.peers, [Kind.RESTART])
+    }
     with chaos(
         f"--seed={seed}", f"--seconds={seconds}", "--actions=restart", f"--log-dir={tmp_path}"
     ) as run:

@@ -13,8 +13,7 @@ from peerd_chaos import checks
 from peerd_chaos.accounts import Count, LoadReport
 from peerd_chaos.chaos_apps import DIE_CODE
 from peerd_chaos.chaos_command import _command_line, chaos
-from peerd_chaos.drive import ChaosSettings
-from peerd_chaos.schedule import Kind
+from peerd_chaos.schedule import ChaosSettings, Kind
 
 PEER = {
     "slot": 0,
