@@ -6,6 +6,7 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
+from harness.eventually import eventually
 from peerd.registry.etcd import Etcd
 from peerd.registry.etcd_types import KeyValue
 
@@ -34,6 +35,11 @@ class Store:
     def lease(self, ttl_s: int = 60) -> int:
         """A new lease that nothing refreshes."""
         return self.etcd.grant(ttl_s).lease_id
+
+    def outlive_a_lease(self, ttl_s: int) -> None:
+        """Until a key is gone whose lease of ``ttl_s`` is not refreshed."""
+        self.put("control", b"", self.lease(ttl_s))
+        eventually(lambda: self.get("control") is None)
 
     def etcdctl(self, *arguments: str | bytes) -> None:
         """The real program, as an administrator uses it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -172,14 +172,7 @@ def test_certificates_on_both_sides(tls: Tls) -> None:
 
 def test_certificates_and_a_login(tls: Tls) -> None:
     guard(tls.etcd)
-    files = tls.access()
-    access = EtcdAccess(
-        user="peer",
-        password="secret",
-        ca_file=files.ca_file,
-        cert_file=files.cert_file,
-        key_file=files.key_file,
-    )
+    access = replace(tls.access(), user="peer", password="secret")
     with (
         Registry(tls.etcd.endpoint, PREFIX, access=access) as registry,
         WatchRecorder(registry.watch()) as recorder,
@@ -234,60 +227,27 @@ def test_a_wrong_login(guarded: EtcdProcess, access: EtcdAccess, says: str) -> N
     check_watch_raises(guarded.endpoint, access)
 
 
-def test_an_etcd_that_is_not_trusted(tls: Tls) -> None:
-    files = tls.access()
-    access = EtcdAccess(
-        ca_file=tls.stranger.ca_file, cert_file=files.cert_file, key_file=files.key_file
-    )
-    with pytest.raises(RegistryError, match="--etcd-ca"):
-        raise failure(tls.etcd.endpoint, access)
-
-
-def test_an_etcd_whose_authority_this_machine_does_not_know(tls: Tls) -> None:
-    files = tls.access()
-    access = EtcdAccess(cert_file=files.cert_file, key_file=files.key_file)
-    with pytest.raises(RegistryError, match="--etcd-ca"):
-        raise failure(tls.etcd.endpoint, access)
-
-
-def test_no_client_certificate(tls: Tls) -> None:
-    with pytest.raises(RegistryError, match="--etcd-cert"):
-        raise failure(tls.etcd.endpoint, EtcdAccess(ca_file=tls.authority.ca_file))
-
-
-def test_a_client_certificate_that_etcd_does_not_trust(tls: Tls) -> None:
-    theirs = tls.stranger.issue("client")
-    access = EtcdAccess(
-        ca_file=tls.authority.ca_file, cert_file=theirs.cert_file, key_file=theirs.key_file
-    )
-    with pytest.raises(RegistryError, match="--etcd-cert"):
-        raise failure(tls.etcd.endpoint, access)
-
-
-def test_https_where_etcd_speaks_plain_text(tls: Tls) -> None:
-    with pytest.raises(RegistryError, match="http://"):
-        raise failure(f"https://{tls.etcd.plain}", tls.access())
-
-
-def test_plain_text_where_etcd_speaks_tls(tls: Tls) -> None:
-    with pytest.raises(RegistryError, match="https://"):
-        raise failure(f"http://{tls.etcd.client}", EtcdAccess())
-
-
-def test_each_of_these_errors_has_its_own_message(tls: Tls) -> None:
+def test_each_wrong_tls_setting_has_its_own_message(tls: Tls) -> None:
     """So has an etcd that does not run."""
-    files, endpoint = tls.access(), tls.etcd.endpoint
-    theirs = EtcdAccess(
-        ca_file=tls.stranger.ca_file, cert_file=files.cert_file, key_file=files.key_file
-    )
-    said = [
-        failure(endpoint, theirs),
-        failure(endpoint, EtcdAccess(ca_file=tls.authority.ca_file)),
-        failure(f"https://{tls.etcd.plain}", files),
-        failure(f"http://{tls.etcd.client}", EtcdAccess()),
-    ]
+    ours, theirs, endpoint = tls.access(), tls.stranger.issue("client"), tls.etcd.endpoint
+    said: list[str] = []
+    for url, access, says in [
+        (endpoint, replace(ours, ca_file=tls.stranger.ca_file), "--etcd-ca"),
+        (endpoint, replace(ours, cert_file=None, key_file=None), "--etcd-cert"),
+        (f"https://{tls.etcd.plain}", ours, "http://"),
+        (f"http://{tls.etcd.client}", EtcdAccess(), "https://"),
+        # The first two settings, wrong in another way.
+        (endpoint, replace(ours, ca_file=None), "--etcd-ca"),
+        (
+            endpoint,
+            replace(ours, cert_file=theirs.cert_file, key_file=theirs.key_file),
+            "--etcd-cert",
+        ),
+    ]:
+        said.append(str(failure(url, access)))
+        assert says in said[-1]
     tls.etcd.kill()
-    said.append(failure(endpoint, files))
-    words = [str(error).replace(str(tls.etcd.plain), str(tls.etcd.client)) for error in said]
+    different = [*said[:4], str(failure(endpoint, ours))]
+    words = [text.replace(str(tls.etcd.plain), str(tls.etcd.client)) for text in different]
     words = [text.replace("https://", "http://") for text in words]
     assert len(set(words)) == len(words), "\n".join(words)

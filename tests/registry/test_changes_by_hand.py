@@ -127,25 +127,33 @@ def test_own_updates_are_not_taken_for_anothers(
     assert "another writer" not in caplog.text
 
 
+@pytest.mark.parametrize("is_lost", [False, True], ids=["overwritten", "its lease is revoked"])
 def test_a_live_holder_is_a_conflict_until_it_goes(
-    etcd: str, prefix: str, store: Store, caplog: pytest.LogCaptureFixture
+    etcd: str, prefix: str, store: Store, caplog: pytest.LogCaptureFixture, is_lost: bool
 ) -> None:
-    with Registry(etcd, prefix, lease_ttl_s=2) as registry:
+    states: list[SessionState] = []
+    with Registry(etcd, prefix, lease_ttl_s=2, on_state=states.append) as registry:
         registration = registry.register(SEED)
         squatter = store.lease()
         store.put("seedId", FAASNETS, squatter)
+        if is_lost:
+            store.etcd.revoke([registration.lease_id])
         conflict = eventually(lambda: registration.conflict)
         assert f"belongs to localhost:5009 under the live lease {squatter:x}" in conflict
         assert conflict in caplog.messages
         assert not registration.registered
+        eventually(lambda: registry.state is CONNECTED)
         with pytest.raises(PeerConflictError, match="localhost:5009"):
             registration.update(metadata={"a": 1})
+        store.outlive_a_lease(2)
         item = store.get("seedId")
         assert item is not None
         assert item.value == FAASNETS, "two owners do not overwrite each other"
         store.etcd.revoke([squatter])
         eventually(lambda: registration.registered and is_in_etcd(store, registration))
         assert registration.conflict == ""
+        assert registry.nodes() == [SEED]
+    assert states == [CONNECTED, LOST, CONNECTED]
 
 
 def test_a_writer_that_does_not_stop_is_overwritten_ever_more_rarely(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,14 @@ def test_a_record_is_there_from_register_to_close(registry: Registry, store: Sto
     registration.close()
 
 
-def test_closing_the_registry_removes_all_its_records_at_once(etcd: str, prefix: str) -> None:
+def test_closing_the_registry_removes_all_its_records_at_once(
+    etcd: str, prefix: str, store: Store
+) -> None:
     with Registry(etcd, prefix) as registry:
         for port in range(1, 201):
             registry.register(PeerRecord("localhost", port))
         assert len(nodes(etcd, prefix)) == 200
+        assert len({item.lease_id for item in store.items()} - {0}) == 200, "one lease per record"
         begun_s = time.monotonic()
     assert time.monotonic() - begun_s < 10
     assert nodes(etcd, prefix) == []
@@ -61,12 +65,6 @@ def test_closing_the_registry_removes_all_its_records_at_once(etcd: str, prefix:
         with pytest.raises(RuntimeError, match="closed"):
             use()
     registry.close()
-
-
-def test_each_record_has_its_own_lease(registry: Registry, store: Store) -> None:
-    for port in range(1, 9):
-        registry.register(PeerRecord("localhost", port))
-    assert len({item.lease_id for item in store.items()} - {0}) == 8
 
 
 def test_listing_reads_faasnets_records_and_counts_what_is_none(
@@ -91,23 +89,17 @@ def test_a_listing_of_many_pages(registry: Registry, store: Store) -> None:
     assert registry.nodes() == sorted(records, key=lambda record: record.peer_id)
 
 
-def test_nodes_takes_its_settings_from_the_environment(
+def test_nodes_takes_its_settings_and_no_proxy_from_the_environment(
     etcd: str, prefix: str, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     registry.register(SEED)
     assert nodes(etcd, prefix) == [SEED]
     monkeypatch.setenv("PEERD_ETCD", etcd)
     monkeypatch.setenv("PEERD_PREFIX", prefix)
     assert nodes() == [SEED]
     assert nodes(prefix="elsewhere") == []
-
-
-def test_a_proxy_of_the_environment_is_not_asked(
-    etcd: str, prefix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    assert nodes(etcd, prefix) == []
 
 
 # The owner of a key
@@ -199,7 +191,7 @@ def test_a_predecessors_lease_is_adopted_and_its_record_untouched(
     with Registry(etcd, prefix) as registry:
         registration = registry.register(SEED, adopt_lease_id=lease_id, on_lease=noted.append)
         assert (registration.lease_id, noted) == (lease_id, [lease_id])
-        outlive_a_lease_of_two_seconds(store)
+        store.outlive_a_lease(2)
         assert store.get("seedId") == left, "neither deleted meanwhile nor written again"
     assert store.get("seedId") is None
 
@@ -217,9 +209,14 @@ def test_a_predecessors_lease_that_is_gone_is_replaced(registry: Registry, store
     gone = store.lease(10)
     registry.revoke(gone)
     registry.revoke(gone)
-    noted: list[int] = []
-    registration = registry.register(SEED, adopt_lease_id=gone, on_lease=noted.append)
-    assert noted == [registration.lease_id] != [gone]
+    seen: list[tuple[int, KeyValue | None]] = []
+    registration = registry.register(
+        SEED,
+        adopt_lease_id=gone,
+        on_lease=lambda lease_id: seen.append((lease_id, store.get("seedId"))),
+    )
+    assert registration.lease_id != gone
+    assert seen == [(registration.lease_id, None)], "before the record is put"
 
 
 def test_an_adopted_lease_does_not_open_anothers_key(
@@ -230,12 +227,6 @@ def test_an_adopted_lease_does_not_open_anothers_key(
     with Registry(etcd, prefix) as other, pytest.raises(PeerConflictError):
         other.register(SEED, adopt_lease_id=lease.lease_id)
     assert [answer.ttl_s for answer in store.etcd.keep_alive([lease.lease_id])] == [10]
-
-
-def test_on_lease_is_called_before_the_record_is_put(registry: Registry, store: Store) -> None:
-    seen: list[KeyValue | None] = []
-    registry.register(SEED, on_lease=lambda lease_id: seen.append(store.get("seedId")))
-    assert seen == [None]
 
 
 def test_on_lease_may_refuse(registry: Registry, store: Store) -> None:
@@ -254,29 +245,17 @@ def test_on_lease_may_refuse(registry: Registry, store: Store) -> None:
 # Maintaining records
 
 
-def outlive_a_lease_of_two_seconds(store: Store) -> None:
-    """Until a key is gone whose lease of 2 s is not refreshed."""
-    store.put("control", b"", store.lease(2))
-    eventually(lambda: store.get("control") is None)
-
-
-def test_a_record_outlives_its_ttl(etcd: str, prefix: str, store: Store) -> None:
+def test_a_record_outlives_its_ttl_by_keep_alives_over_one_stream(
+    etcd: str, prefix: str, store: Store
+) -> None:
     with Registry(etcd, prefix, lease_ttl_s=2) as registry:
         registrations = [registry.register(PeerRecord("h", port)) for port in range(1, 21)]
         put = store.items()
-        outlive_a_lease_of_two_seconds(store)
-        outlive_a_lease_of_two_seconds(store)
+        stream = eventually(lambda: registry._etcd._keep_alives)
+        store.outlive_a_lease(2)
+        store.outlive_a_lease(2)
         assert store.items() == put
         assert all(registration.registered for registration in registrations)
-
-
-def test_all_keep_alives_go_over_one_stream(etcd: str, prefix: str) -> None:
-    with Registry(etcd, prefix, lease_ttl_s=2) as registry:
-        registrations = [registry.register(PeerRecord("h", port)) for port in range(1, 21)]
-        stream = eventually(lambda: registry._etcd._keep_alives)
-        first_s = max(registration.registered_until_s for registration in registrations)
-        # Three rounds on, each a third of the TTL later.
-        eventually(lambda: min(r.registered_until_s for r in registrations) > first_s + 1.5)
         assert registry._etcd._keep_alives is stream
 
 
@@ -324,31 +303,6 @@ def test_a_revoked_lease_is_replaced(etcd: str, prefix: str, store: Store) -> No
         assert item is not None
         assert item.lease_id == leases[-1] == registration.lease_id
         assert kept.lease_id == kept_lease_id
-
-
-def test_the_new_holder_of_a_lost_key_is_reported_until_it_is_gone(
-    etcd: str, prefix: str, store: Store
-) -> None:
-    states: list[SessionState] = []
-    with Registry(etcd, prefix, lease_ttl_s=2, on_state=states.append) as registry:
-        registration = registry.register(SEED)
-        squatter = store.lease()
-        store.put("seedId", FAASNETS, squatter)
-        store.etcd.revoke([registration.lease_id])
-        conflict = eventually(lambda: registration.conflict)
-        assert "localhost:5009" in conflict
-        assert f"{squatter:x}" in conflict
-        assert not registration.registered
-        eventually(lambda: registry.state is CONNECTED)
-        outlive_a_lease_of_two_seconds(store)
-        item = store.get("seedId")
-        assert item is not None
-        assert item.value == FAASNETS
-        store.etcd.revoke([squatter])
-        eventually(lambda: registration.registered)
-        assert registration.conflict == ""
-        assert registry.nodes() == [SEED]
-    assert states == [CONNECTED, LOST, CONNECTED]
 
 
 def test_an_etcd_away_for_longer_than_the_ttl(prefix: str) -> None:
@@ -446,34 +400,33 @@ def test_a_listener_that_raises_is_logged_and_stops_nothing(
 # etcd unreachable
 
 
-def test_no_server_listens(prefix: str) -> None:
-    with Registry("http://localhost:9", prefix) as registry:
-        for use in (registry.nodes, lambda: registry.register(SEED), lambda: registry.revoke(1)):
-            begun_s = time.monotonic()
-            with pytest.raises(RegistryUnavailableError) as caught:
-                use()
-            assert time.monotonic() - begun_s < 10
-            assert "http://localhost:9 does not answer (connection refused)" in str(caught.value)
-            assert "see that it runs" in str(caught.value)
-        assert registry.state is SUSPENDED
-
-
-def test_a_server_that_accepts_and_does_not_answer(prefix: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-        with Registry(endpoint, prefix, timeout_s=0.3) as registry:
-            with pytest.raises(RegistryUnavailableError, match=r"no answer within 0\.3 s"):
-                registry.nodes()
-            with pytest.raises(RegistryUnavailableError, match=r"no answer within 0\.3 s"):
-                registry.register(SEED)
-
-
-def test_a_host_that_does_not_exist(prefix: str) -> None:
-    with (
-        Registry("http://does-not-exist.invalid:2379", prefix) as registry,
-        pytest.raises(RegistryUnavailableError, match=r"does-not-exist\.invalid"),
-    ):
-        registry.nodes()
+@pytest.mark.parametrize(
+    ("endpoint", "timeout_s", "cause"),
+    [
+        ("http://localhost:9", 5.0, "http://localhost:9 does not answer (connection refused)"),
+        ("http://127.0.0.1:{silent}", 0.3, "does not answer (no answer within 0.3 s)"),
+        ("http://does-not-exist.invalid:2379", 5.0, "does-not-exist.invalid"),
+    ],
+    ids=["no server listens", "a server does not answer", "the host does not exist"],
+)
+def test_an_etcd_that_cannot_be_reached(
+    prefix: str, endpoint: str, timeout_s: float, cause: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = endpoint.format(silent=silent.getsockname()[1])
+        with Registry(endpoint, prefix, timeout_s=timeout_s) as registry:
+            for use in (
+                registry.nodes,
+                lambda: registry.register(SEED),
+                lambda: registry.revoke(1),
+            ):
+                begun_s = time.monotonic()
+                with pytest.raises(RegistryUnavailableError) as caught:
+                    use()
+                assert time.monotonic() - begun_s < 10
+                assert cause in str(caught.value)
+                assert "see that it runs" in str(caught.value)
+            assert registry.state is SUSPENDED
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
@@ -501,63 +454,54 @@ def test_the_thread_lives_from_the_first_registration_to_close(etcd: str, prefix
     assert keepers() == []
 
 
-# Fork
-
 FORKING = """
-import os, sys, time
+import os, sys
 from peerd.registry import PeerRecord, Registry
 registry = Registry(sys.argv[1], sys.argv[2])
 registration = registry.register(PeerRecord("localhost", 5001, peer_id="seedId"))
+watch, cache = registry.watch(), registry.cache()
+assert cache.wait_current(60)
+next(watch)
 uses = {
     "nodes": registry.nodes,
     "register": lambda: registry.register(PeerRecord("localhost", 5002)),
     "revoke": lambda: registry.revoke(1),
     "registered": lambda: registration.registered,
     "lease_id": lambda: registration.lease_id,
+    "update": lambda: registration.update(metadata={}),
+    "watch": registry.watch,
+    "next": lambda: next(watch),
+    "cache": registry.cache,
+    "cache.nodes": cache.nodes,
 }
 child = os.fork()
 if not child:
-    with registry, registration:  # closing in the child leaves the parent's records alone
+    with registry, registration, watch, cache:  # leaves the parent's alone
         for name, use in uses.items():
             try:
                 use()
+                print(name, "worked", flush=True)
             except RuntimeError as error:
                 print(name, error, flush=True)
     os._exit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert registration.registered and len(registry.nodes()) == 1
+registration.update(metadata={"parent": True})
+assert next(watch).record.metadata == {"parent": True}
+assert cache.current
 registry.close()
 """
 
 
 def test_a_forked_child_gets_a_clear_error(etcd: str, prefix: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORKING, etcd, prefix],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == [
-        "nodes",
-        "register",
-        "revoke",
-        "registered",
-        "lease_id",
-    ]
+    lines = run_python(FORKING, etcd, prefix).stdout.splitlines()
+    assert len(lines) == 10
     assert all("forked child" in line and "open another" in line for line in lines)
 
 
 def test_a_program_that_does_not_close_its_registry_ends(etcd: str, prefix: str) -> None:
     code = PREDECESSOR.replace("threading.Event().wait()", "")
-    done = subprocess.run(
-        [sys.executable, "-c", code, etcd, prefix, "2", "0"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert run_python(code, etcd, prefix, "2", "0").stderr == ""
     eventually(lambda: nodes(etcd, prefix) == [])
 
 
@@ -621,15 +565,18 @@ def test_the_errors_are_values_too() -> None:
 # Importing
 
 
-def run_python(code: str, *options: str, **variables: str) -> str:
+def run_python(
+    code: str, *arguments: str, options: Sequence[str] = (), **variables: str
+) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, *options, "-c", code],
+        [sys.executable, *options, "-c", code, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, **variables},
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return done
 
 
 @pytest.mark.parametrize(
@@ -637,21 +584,20 @@ def run_python(code: str, *options: str, **variables: str) -> str:
 )
 def test_modules_that_need_no_etcd_import_no_grpc(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('grpc', 'etcd3') if m in sys.modules])"
-    assert run_python(code) == "[]"
+    assert run_python(code).stdout == "[]\n"
 
 
 def test_every_public_name_exists() -> None:
-    assert run_python("from peerd.registry import *; print(Registry.__name__, nodes.__name__)")
-    assert run_python(
-        "import peerd.registry as r; print(set(r.__all__) <= set(dir(r)), hasattr(r, 'x'))"
-    ) == ("True False")
+    run_python("from peerd.registry import *; print(Registry.__name__, nodes.__name__)")
+    code = "import peerd.registry as r; print(set(r.__all__) <= set(dir(r)), hasattr(r, 'x'))"
+    assert run_python(code).stdout == "True False\n"
 
 
 def test_etcd3_imports_without_a_warning(tmp_path: Path) -> None:
     """Compiled again, so that the compiler's warnings count as well."""
     code = "from peerd.registry.etcd3_import import import_etcd3 as i; print(i().__version__)"
     options = ("-W", "error", "-X", f"pycache_prefix={tmp_path}")
-    assert run_python(code, *options) == "0.12.0"
+    assert run_python(code, options=options).stdout == "0.12.0\n"
 
 
 def test_etcd3_has_every_message_that_it_uses() -> None:
@@ -688,7 +634,7 @@ def test_protobufs_own_pool_is_left_alone() -> None:
         "except KeyError: found = False\n"
         "print(found is (google.protobuf.__version__ < '4'))"
     )
-    assert run_python(code) == "True"
+    assert run_python(code).stdout == "True\n"
 
 
 def test_an_etcd3_that_imports_by_itself_is_not_touched() -> None:
@@ -698,4 +644,4 @@ def test_an_etcd3_that_imports_by_itself_is_not_touched() -> None:
         "print(e.etcdrpc.rpc_pb2.__spec__ is not None, i() is e)"
     )
     variables = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
-    assert run_python(code, "-W", "error", **variables) == "True True"
+    assert run_python(code, options=["-W", "error"], **variables).stdout == "True True\n"
