@@ -1,9 +1,4 @@
-"""Messages and their envelope.
-
-The wire format (``ext/peerd/wire.pxd`` has the byte table) is an int32 length and an ASCII magic
-code, an int32 length and an ASCII version, and a body to the end of the datagram; integers are big
-endian. :func:`encode` and :func:`decode` run the same C functions as the datagram loop.
-"""
+"""Messages and their envelope; ``ext/peerd/_envelope.pyx`` has the manual, which ``help()`` shows."""
 
 from typing import Any, Final, TypeAlias, final
 
@@ -14,54 +9,28 @@ DECODE_REASONS: Final[tuple[str, ...]]
 
 @final
 class Message:
-    """One message: what a handler receives, and, returned by it, a reply with its own magic code.
-
-    The body is a copy and may be kept. Two messages are equal when their four fields are.
-    """
+    """What a handler receives, and, returned by it, a reply with its own magic code."""
 
     def __init__(
         self, magic: str, version: str, body: bytes, sender: tuple[str, int] | None = None
-    ) -> None:
-        """Raises ValueError when magic or version is not ASCII."""
-
+    ) -> None: ...
     @property
-    def magic(self) -> str:
-        """The magic code, which selects the handler. ASCII."""
-
+    def magic(self) -> str: ...
     @property
-    def version(self) -> str:
-        """The sender's version of the protocol. ASCII, may be empty."""
-
+    def version(self) -> str: ...
     @property
-    def body(self) -> bytes:
-        """Everything behind the version, may be empty."""
-
+    def body(self) -> bytes: ...
     @property
-    def sender(self) -> tuple[str, int] | None:
-        """The (address, port) that the datagram came from, built at the first access.
-
-        An IPv4 address in an IPv6 socket is shown as IPv4. None for a message made by hand.
-        """
-
+    def sender(self) -> tuple[str, int] | None: ...
     @property
-    def local(self) -> tuple[str, int] | None:
-        """(address, port) of this host that the datagram was sent to.
-
-        None for a message made by hand, and for a datagram that came by IPv6 multicast.
-        """
-
-    def json(self) -> Any:
-        """The body as JSON (orjson). Raises orjson.JSONDecodeError, a ValueError."""
-
+    def local(self) -> tuple[str, int] | None: ...
+    def json(self) -> Any: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __ne__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
 def encode(magic: str, version: str, body: bytes = b"") -> bytes:
-    """The datagram of a message. Raises ValueError when magic or version is not ASCII.
-
-    The size is not checked: a UDP datagram holds at most 65,507 bytes on IPv4.
-    """
+    """The datagram of a message. Raises ValueError when magic or version is not ASCII."""
 
 def decode(datagram: Buffer, sender: tuple[str, int] | None = None) -> Message:
     """The message in a datagram. Raises :class:`peerd.DecodeError`, and nothing else, on any bytes."""

@@ -46,8 +46,7 @@ class DatagramLoop:
         them, and their number. None: drops are only counted.
     ``gro``, ``gso``
         Ask the kernel to join datagrams of one sender (UDP_GRO), and to take neighbouring replies
-        of one size to one address joined (UDP_SEGMENT); both udp(7). The attributes of the same
-        names are True where that is done.
+        of one size to one address joined (UDP_SEGMENT); both udp(7).
     ``linger_s``
         After a batch that was not full, sleep this long before the next recvmmsg, if that was worth
         it before (``ext/peerd/linger.pxd``). 0 for never.

@@ -51,8 +51,9 @@ cdef object _loads = None
 cdef class Message:
     """One message: what a handler receives, and, returned by it, a reply with its own magic code.
 
-    ``magic`` and ``version`` are ASCII; ``body`` is bytes and may be kept; ``sender`` is (address,
-    port), None for a message made by hand.
+    ``magic``, the magic code, selects the handler; ``version`` is the sender's version of the protocol
+    and may be empty; both are ASCII, or ValueError is raised. ``body`` is everything behind the version,
+    a copy that may be kept. Two messages are equal when these three and ``sender`` are.
     """
 
     def __init__(self, str magic not None, str version not None, bytes body not None, sender=None):
@@ -65,14 +66,20 @@ cdef class Message:
 
     @property
     def sender(self):
-        """The (address, port) that the datagram came from; None for a message made by hand."""
+        """The (address, port) that the datagram came from, IPv4 also in an IPv6 socket.
+
+        Built at the first access. None for a message made by hand.
+        """
         if self._sender is None and self._address_bytes:
             self._sender = address_of(<linux.sockaddr *>&self._destination.address)
         return self._sender
 
     @property
     def local(self):
-        """The (address, port) that was asked; None for a message made by hand, and after multicast."""
+        """(address, port) of this host that the datagram was sent to.
+
+        None for a message made by hand, and for a datagram that came by IPv6 multicast.
+        """
         cdef linux.sockaddr_in6 address
         if self._local_port == 0 or not has_local(&self._destination):
             return None
@@ -117,7 +124,10 @@ Reply = Union[bytes, Message, None]
 
 
 def encode(str magic not None, str version not None, bytes body not None=b""):
-    """The datagram of a message. Raises ValueError when magic or version is not ASCII."""
+    """The datagram of a message. Raises ValueError when magic or version is not ASCII.
+
+    The size is not checked: a UDP datagram holds at most 65,507 bytes on IPv4.
+    """
     cdef Py_ssize_t magic_size, version_size
     cdef const char *magic_text = ascii_text(magic, &magic_size)
     cdef const char *version_text = ascii_text(version, &version_size)

@@ -99,6 +99,22 @@ def is_listening(url: str, timeout_s: float = 0.5) -> bool:
     return True
 
 
+def is_healthy(address: Address, timeout_s: float = 1.0) -> bool:
+    """Whether an etcd serves plain HTTP there. A member without a majority does not."""
+    import http.client  # not at the top: it imports OpenSSL, which the supervisor does not need
+    from http import HTTPStatus
+
+    # Not urllib, which would use a proxy of the environment.
+    connection = http.client.HTTPConnection(*address, timeout=timeout_s)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
 class EmbeddedEtcd:
     """An etcd for a ``with`` block: healthy when the block begins, and removed without a trace after it.
 
@@ -188,7 +204,7 @@ class EmbeddedEtcd:
 
     def _wait_until_healthy(self, process: subprocess.Popen[bytes]) -> None:
         give_up_s = time.monotonic() + _START_TIMEOUT_S
-        while not _is_healthy(self._port):
+        while not is_healthy(Address("127.0.0.1", self._port)):
             if process.poll() is not None:
                 raise RegistryUnavailableError(
                     f"etcd ended with {_exit(process.returncode)}; its log: {self._log_tail()}"
@@ -220,21 +236,6 @@ def _without_etcd_variables() -> list[str]:
     # On some platforms etcd starts only with this variable.
     names = [name for name in names if name != "ETCD_UNSUPPORTED_ARCH"]
     return ["/usr/bin/env", *(f"--unset={name}" for name in names)] if names else []
-
-
-def _is_healthy(port: int) -> bool:
-    import http.client  # not at the top: it imports OpenSSL, which the supervisor does not need
-    from http import HTTPStatus
-
-    # Not urllib, which would use a proxy of the environment.
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == HTTPStatus.OK
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 def _exit(status: int) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Mapping
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard
@@ -16,9 +15,6 @@ from peerd.serving.worker import make_loop
 from peerd.settings import ANONYMOUS, DEFAULT_PREFIX, EtcdAccess, SupervisorSettings
 from peerd.supervisor.socket_queue import KernelDrops
 from peerd.supervisor.sockets import bind_all
-
-if TYPE_CHECKING:
-    from peerd.registry import PeerRecord
 
 DRAIN_S = 1.0
 
@@ -116,9 +112,8 @@ class Peer:
 
     def close(self) -> None:
         """Revoke the record, drain, close the socket. Does nothing when called again."""
-        withdraw = self._open.pop_all()
         try:
-            withdraw.close()
+            self._open.pop_all().close()
         finally:
             self._loop = None
             self._thread = None
@@ -131,12 +126,7 @@ class Peer:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _bind(self) -> DatagramLoop:
@@ -166,20 +156,17 @@ class Peer:
         if self._etcd is None:
             return
         # Only a peer that registers pays for gRPC.
-        from peerd.registry import Registry
+        from peerd.registry import PeerRecord, Registry
 
         registry = self._open.enter_context(
             Registry(self._etcd, self._prefix, access=self._access, lease_ttl_s=self._lease_ttl_s)
         )
-        registry.register(self._record())
-
-    def _record(self) -> PeerRecord:
-        from peerd.registry import PeerRecord
-
-        return PeerRecord(
-            url=self._settings.advertised_host,
-            port=self.port,
-            peer_id=self.peer_id,
-            partition_key=self._partition_key,
-            metadata=self._metadata,
+        registry.register(
+            PeerRecord(
+                url=self._settings.advertised_host,
+                port=self.port,
+                peer_id=self.peer_id,
+                partition_key=self._partition_key,
+                metadata=self._metadata,
+            )
         )

@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 import subprocess
+from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -54,7 +55,6 @@ class ClusterNetwork:
         self._link = f"pd{os.getpid()}n{number}"  # at most 15 characters
         # 198.18.0.0/15 is reserved for benchmarks of networks, so it is in use nowhere.
         self._subnet = WORKER * _SUBNETS + number % _SUBNETS
-        self._made = ExitStack()
 
     def namespace(self, number: int) -> str:
         return f"{self._name}-{number}"
@@ -65,23 +65,16 @@ class ClusterNetwork:
     def peer_host(self, number: int) -> str:
         return f"198.19.{self._subnet}.{10 + number}"
 
-    def cut_clients(self, number: int) -> None:
-        _ip("-n", self._hub, "link", "set", f"clients{number}", "down")
-
-    def cut_peers(self, number: int) -> None:
-        _ip("-n", self._hub, "link", "set", f"peers{number}", "down")
-
-    def mend(self, number: int) -> None:
-        for kind in ("clients", "peers"):
-            _ip("-n", self._hub, "link", "set", f"{kind}{number}", "up")
+    def set_links(self, number: int, state: str, kinds: Iterable[str]) -> None:
+        """``state``: up or down. ``kinds``: clients, peers or both."""
+        for kind in kinds:
+            _ip("-n", self._hub, "link", "set", f"{kind}{number}", state)
 
     def __enter__(self) -> ClusterNetwork:
         _remove_abandoned_namespaces()
-        try:
+        with ExitStack() as self._made:
             self._make()
-        except BaseException:
-            self._made.close()
-            raise
+            self._made = self._made.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 from harness.cluster_network import ClusterNetwork
@@ -68,40 +69,35 @@ class EtcdCluster:
 
     def cut(self, member: EtcdProcess) -> None:
         """Drops all packets to and from the member, without an error on either side."""
-        self._links().cut_clients(self.members.index(member))
-        self._links().cut_peers(self.members.index(member))
+        self._set_links(member, "down", "clients", "peers")
 
     def cut_from_peers(self, member: EtcdProcess) -> None:
         """Clients still reach it, but it is not part of the majority any more."""
-        self._links().cut_peers(self.members.index(member))
+        self._set_links(member, "down", "peers")
 
     def mend(self, member: EtcdProcess) -> None:
         """Ends ``cut`` and ``cut_from_peers``; returns when the member serves again."""
-        self._links().mend(self.members.index(member))
+        self._set_links(member, "up", "clients", "peers")
         member.wait_ready()
 
-    def start(self) -> None:
-        for member in self.members:
-            member.launch()
-        for member in self.members:
-            member.wait_ready()
-            self._ids[member.gateway.status().member_id] = member
-        self.leader()
-
-    def close(self) -> None:
-        for member in self.members:
-            member.close()
+    def _set_links(self, member: EtcdProcess, state: str, *kinds: str) -> None:
+        assert self._network is not None, "a member can be cut off only in a ClusterNetwork"
+        self._network.set_links(self.members.index(member), state, kinds)
 
     def __enter__(self) -> EtcdCluster:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as running:
+            for member in self.members:
+                running.callback(member.kill)
+                member.launch()
+            for member in self.members:
+                member.wait_ready()
+                self._ids[member.gateway.status().member_id] = member
+            self.leader()
+            self._running = running.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._running.close()
 
     def _elected(self) -> EtcdProcess | None:
         votes: Counter[int] = Counter()
@@ -121,7 +117,3 @@ class EtcdCluster:
             if count > SIZE // 2 and number in claims:
                 return self._ids[number]
         return None
-
-    def _links(self) -> ClusterNetwork:
-        assert self._network is not None, "a member can be cut off only in a ClusterNetwork"
-        return self._network

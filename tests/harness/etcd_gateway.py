@@ -68,12 +68,7 @@ class Gateway:
 
     def items(self, prefix: bytes, *, serializable: bool = False) -> dict[bytes, Item]:
         """``serializable``: this member's own state, whether or not it is still part of a majority."""
-        answer = self._post(
-            "kv/range",
-            key=_base64(prefix),
-            range_end=_base64(_end(prefix)),
-            serializable=serializable,
-        )
+        answer = self._post("kv/range", **_below(prefix), serializable=serializable)
         return {
             base64.b64decode(item["key"]): Item(
                 base64.b64decode(item.get("value", "")),
@@ -92,16 +87,18 @@ class Gateway:
         # A mark at the end, because a watch does not report that it has reached the present.
         mark = self.put(b"\xffhistory", b"")
         changes: list[Change] = []
-        with self._stream("watch", create_request=_watch_all()) as lines:
-            for line in lines:
+        everything = {**_below(b""), "start_revision": 1}
+        with self._answer("watch", {"create_request": everything}, self._token()) as lines:
+            for line in map(json.loads, lines):
                 for event in line["result"].get("events", []):
-                    key, revision = base64.b64decode(event["kv"]["key"]), _mod_revision(event)
+                    item = event["kv"]
+                    key, revision = base64.b64decode(item["key"]), int(item["mod_revision"])
                     if revision == mark:
                         return changes
                     if key.startswith(prefix):
-                        value = base64.b64decode(event["kv"].get("value", ""))
                         deleted = event.get("type") == "DELETE"
-                        changes.append(Change(revision, key, None if deleted else value))
+                        value = None if deleted else base64.b64decode(item.get("value", ""))
+                        changes.append(Change(revision, key, value))
         raise GatewayError("the watch ended before it reached the present")
 
     def compact(self, revision: int) -> None:
@@ -139,11 +136,7 @@ class Gateway:
         """Lets ``user`` read and write below ``prefix``."""
         role = f"role-of-{user}"
         self._post("auth/role/add", name=role)
-        permission = {
-            "permType": "READWRITE",
-            "key": _base64(prefix),
-            "range_end": _base64(_end(prefix)),
-        }
+        permission = {"permType": "READWRITE", **_below(prefix)}
         self._post("auth/role/grant", name=role, perm=permission)
         self._post("auth/user/grant", user=user, role=role)
 
@@ -152,11 +145,6 @@ class Gateway:
     def _post(self, path: str, **body: object) -> Any:
         with self._answer(path, body, self._token()) as answer:
             return json.loads(answer.read())
-
-    @contextmanager
-    def _stream(self, path: str, **body: object) -> Iterator[Iterator[Any]]:
-        with self._answer(path, body, self._token()) as answer:
-            yield (json.loads(line) for line in answer)
 
     def _token(self) -> str:
         """A new token for each call, because tokens may be short-lived."""
@@ -184,13 +172,10 @@ class Gateway:
             connection.close()
 
 
-def _watch_all() -> dict[str, object]:
-    return {"key": _base64(ALL_KEYS), "range_end": _base64(ALL_KEYS), "start_revision": 1}
-
-
-def _end(prefix: bytes) -> bytes:
-    """The first key after all keys with the prefix, which must not end in 0xff."""
-    return prefix[:-1] + bytes([prefix[-1] + 1])
+def _below(prefix: bytes) -> dict[str, object]:
+    """The range of all keys with the prefix, which must not end in 0xff; empty: all keys."""
+    end = prefix[:-1] + bytes([prefix[-1] + 1]) if prefix else ALL_KEYS
+    return {"key": _base64(prefix or ALL_KEYS), "range_end": _base64(end)}
 
 
 def _base64(data: bytes) -> str:
@@ -199,7 +184,3 @@ def _base64(data: bytes) -> str:
 
 def _revision(answer: Any) -> int:
     return int(answer["header"]["revision"])
-
-
-def _mod_revision(event: Any) -> int:
-    return int(event["kv"]["mod_revision"])

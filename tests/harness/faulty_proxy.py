@@ -17,7 +17,7 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from enum import Enum
 from typing import Any
 
@@ -85,7 +85,9 @@ class FaultyProxy:
             self.end()
             done[fault] += 1
             if self._schedule.random() < 0.5:
-                self._wait_for_traffic(reconnected_within_s)
+                before = self.bytes_to_client
+                with contextlib.suppress(AssertionError):
+                    eventually(lambda: self.bytes_to_client > before, reconnected_within_s)  # noqa: B023
         return done
 
     def __enter__(self) -> FaultyProxy:
@@ -104,12 +106,6 @@ class FaultyProxy:
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run it in the proxy's thread. Called from other threads."""
         asyncio.run_coroutine_threadsafe(work, self._loop).result(_CALL_TIMEOUT_S)
-
-    def _wait_for_traffic(self, within_s: float) -> None:
-        """Until the client has received bytes again, or the time is over."""
-        before = self.bytes_to_client
-        with contextlib.suppress(AssertionError):
-            eventually(lambda: self.bytes_to_client > before, within_s)
 
     # In the proxy's thread
 
@@ -164,14 +160,10 @@ class FaultyProxy:
         upstream, pair.to_etcd = await asyncio.open_connection(*self._target, limit=_CHUNK_BYTES)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._pump(pair, reader, pair.to_etcd))
-            group.create_task(self._pump(pair, upstream, pair.to_client, self._count))
+            group.create_task(self._pump(pair, upstream, pair.to_client))
 
     async def _pump(
-        self,
-        pair: _Pair,
-        source: asyncio.StreamReader,
-        target: asyncio.StreamWriter | None,
-        count: Callable[[int], None] = lambda _: None,
+        self, pair: _Pair, source: asyncio.StreamReader, target: asyncio.StreamWriter | None
     ) -> None:
         """Until ``source`` ends; then close both connections."""
         while data := await source.read(_CHUNK_BYTES):
@@ -181,13 +173,11 @@ class FaultyProxy:
                 pair.spoilt = True
             if target is None or pair.spoilt:
                 continue
-            count(len(data))
+            if target is pair.to_client:
+                self.bytes_to_client += len(data)
             target.write(data)
             await target.drain()
         pair.finish()
-
-    def _count(self, size: int) -> None:
-        self.bytes_to_client += size
 
     def _garbage(self) -> bytes:
         return self._random.choice(

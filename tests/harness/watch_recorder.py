@@ -23,17 +23,18 @@ class WatchRecorder:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._read, name="watch-recorder", daemon=True)
 
-    def replayed(self) -> dict[str, PeerRecord]:
-        """The present peers according to the events so far. Fails if these contradict each other."""
-        self.check_alive()
-        return replayed(self.events)
-
     def wait_for(self, records: dict[str, PeerRecord], within_s: float = 60.0) -> None:
         """Until exactly these peers are present according to the events."""
 
         def are_equal() -> bool:
-            now = self.replayed()
-            assert now == records, f"{self._wrong(now, records)}; the last: {self.events[-3:]}"
+            self.check_alive()
+            now = replayed(self.events)
+            wrong = {
+                key: (now.get(key), records.get(key))
+                for key in now.keys() | records.keys()
+                if now.get(key) != records.get(key)
+            }
+            assert not wrong, f"(reported, in etcd): {wrong}; the last: {self.events[-3:]}"
             return True
 
         eventually(are_equal, within_s)
@@ -61,16 +62,6 @@ class WatchRecorder:
                 self.events.append(event)
         except BaseException as error:
             self._failure = error
-
-    @staticmethod
-    def _wrong(reported: dict[str, PeerRecord], truth: dict[str, PeerRecord]) -> str:
-        both = reported.keys() & truth.keys()
-        changed = sorted(key for key in both if reported[key] != truth[key])
-        missing, extra = (
-            sorted(truth.keys() - reported.keys()),
-            sorted(reported.keys() - truth.keys()),
-        )
-        return f"missing {missing}, superfluous {extra}, different {changed}"
 
 
 def replayed(events: Iterable[Event]) -> dict[str, PeerRecord]:

@@ -201,16 +201,6 @@ def failure(endpoint: str, access: EtcdAccess) -> RegistryError:
     return said[0]
 
 
-def check_watch_raises(endpoint: str, access: EtcdAccess) -> None:
-    """Only an error that its user can act on ends a watch."""
-    with (
-        Registry(endpoint, PREFIX, access=access) as registry,
-        registry.watch() as watch,
-        pytest.raises(RegistryAuthError),
-    ):
-        next(watch)
-
-
 @pytest.mark.parametrize(
     ("access", "says"),
     [
@@ -224,7 +214,12 @@ def check_watch_raises(endpoint: str, access: EtcdAccess) -> None:
 def test_a_wrong_login(guarded: EtcdProcess, access: EtcdAccess, says: str) -> None:
     with pytest.raises(RegistryAuthError, match=says):
         raise failure(guarded.endpoint, access)
-    check_watch_raises(guarded.endpoint, access)
+    with (
+        Registry(guarded.endpoint, PREFIX, access=access) as registry,
+        registry.watch() as watch,
+        pytest.raises(RegistryAuthError),  # only what its user can act on ends a watch
+    ):
+        next(watch)
 
 
 def test_each_wrong_tls_setting_has_its_own_message(tls: Tls) -> None:

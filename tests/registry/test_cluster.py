@@ -6,20 +6,19 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from harness.cluster_network import ClusterNetwork, why_no_networks
 from harness.etcd_cluster import SIZE, EtcdCluster
-from harness.etcd_gateway import Gateway, GatewayError, Item
+from harness.etcd_gateway import Gateway, GatewayError
 from harness.etcd_process import EtcdProcess
 from harness.etcd_versions import ETCD_VERSIONS
 from harness.eventually import eventually
 from harness.record_writer import RecordWriter
 from harness.watch_recorder import WatchRecorder, check_revisions, every_event, replayed
-from peerd.registry import Cache, PeerRecord, Registry
+from peerd.registry import PeerRecord, Registry
 
 PREFIX = "clustered"
 FOLDER = b"clustered/"
@@ -34,30 +33,14 @@ LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 needs_networks = pytest.mark.skipif(bool(why_no_networks()), reason=why_no_networks())
 
 
-@dataclass(frozen=True)
-class Failure:
-    begin: Callable[[EtcdCluster, EtcdProcess], None]
-    end: Callable[[EtcdCluster, EtcdProcess], None]
-
-
-FAILURES = {
-    "killed": Failure(
-        lambda cluster, member: member.kill(),
-        lambda cluster, member: member.start(),
-    ),
-    "stopped": Failure(
-        lambda cluster, member: member.stop(),
-        lambda cluster, member: member.cont(),
-    ),
-    "cut-off": Failure(
-        lambda cluster, member: cluster.cut(member),
-        lambda cluster, member: cluster.mend(member),
-    ),
-    "cut-off-from-its-peers": Failure(
-        lambda cluster, member: cluster.cut_from_peers(member),
-        lambda cluster, member: cluster.mend(member),
-    ),
+Act = Callable[[EtcdCluster, EtcdProcess], None]
+FAILURES: dict[str, tuple[Act, Act]] = {
+    "killed": (lambda cluster, member: member.kill(), lambda cluster, member: member.start()),
+    "stopped": (lambda cluster, member: member.stop(), lambda cluster, member: member.cont()),
+    "cut-off": (EtcdCluster.cut, EtcdCluster.mend),
+    "cut-off-from-its-peers": (EtcdCluster.cut_from_peers, EtcdCluster.mend),
 }
+"""How each begins and ends."""
 
 
 @pytest.fixture(
@@ -95,7 +78,7 @@ def connected_member(cluster: EtcdCluster, registry: Registry) -> EtcdProcess:
 
 @pytest.mark.timeout(240)
 def test_the_connected_member_fails(cluster: EtcdCluster, failure_name: str) -> None:
-    failure = FAILURES[failure_name]
+    begin, end = FAILURES[failure_name]
     with (
         Registry(cluster.endpoints, PREFIX, lease_ttl_s=TTL_S) as registry,
         registry.cache() as cache,
@@ -113,7 +96,7 @@ def test_the_connected_member_fails(cluster: EtcdCluster, failure_name: str) -> 
             # Its timeout outlasts an election, and it writes through a member that does not fail.
             writer = RecordWriter(Gateway(others[0].plain, timeout_s=1.0), PREFIX, seed=leads)
             with writer.writing():
-                failure.begin(cluster, member)
+                begin(cluster, member)
                 began_s = time.monotonic()
                 eventually(registry.nodes, READS_AGAIN_WITHIN_S)
                 took_s = time.monotonic() - began_s
@@ -128,7 +111,7 @@ def test_the_connected_member_fails(cluster: EtcdCluster, failure_name: str) -> 
                 if LONG:
                     time.sleep(TTL_S + 3)  # a lease that is not refreshed would have expired
                 assert registration.registered
-                failure.end(cluster, member)
+                end(cluster, member)
             member.wait_ready()
 
             history = every_event(others[0].gateway.history(FOLDER))
@@ -136,8 +119,8 @@ def test_the_connected_member_fails(cluster: EtcdCluster, failure_name: str) -> 
             assert recorder.events == history
             check_revisions(recorder.events)
             for one in cluster.members:
-                wait_for_items(one, b"mine", put)
-            wait_for_cache(cache, replayed(history))
+                eventually(lambda: one.gateway.items(FOLDER + b"mine") == put)  # noqa: B023
+            eventually(lambda: {r.peer_id: r for r in cache.nodes()} == replayed(history))  # noqa: B023
 
 
 def check_reads_go_on(registry: Registry) -> None:
@@ -162,26 +145,6 @@ def wait_for_events(recorder: WatchRecorder, revision: int) -> None:
     eventually(lambda: recorder.events[-1].revision > revision, EVENTS_AGAIN_WITHIN_S)
 
 
-def wait_for_items(member: EtcdProcess, peer_id: bytes, items: dict[bytes, Item]) -> None:
-    """Until the member has caught up."""
-
-    def there() -> bool:
-        found = member.gateway.items(FOLDER + peer_id)
-        assert found == items, f"{member.name} has {found}"
-        return True
-
-    eventually(there)
-
-
-def wait_for_cache(cache: Cache, records: dict[str, PeerRecord]) -> None:
-    def known() -> bool:
-        found = {record.peer_id: record for record in cache.nodes()}
-        assert found == records, f"current={cache.current} age={cache.age_s}: {found}"
-        return True
-
-    eventually(known)
-
-
 def wait_for_keep_alive(cluster: EtcdCluster, members: list[EtcdProcess]) -> None:
     """Until the new leader has renewed a lease. Its election has extended each of them once."""
 
@@ -195,7 +158,7 @@ def wait_for_keep_alive(cluster: EtcdCluster, members: list[EtcdProcess]) -> Non
 
 def test_a_cluster_without_a_majority(cluster: EtcdCluster, failure_name: str) -> None:
     """Only serializable reads work until the majority is back; then the watch resumes."""
-    failure = FAILURES[failure_name]
+    begin, end = FAILURES[failure_name]
     writer = RecordWriter(cluster.members[0].gateway, PREFIX)
     writer.put("first")
     with (
@@ -206,7 +169,7 @@ def test_a_cluster_without_a_majority(cluster: EtcdCluster, failure_name: str) -
         recorder.wait_for(writer.records())
         assert cache.wait_current(60)
         for member in cluster.members[1:]:
-            failure.begin(cluster, member)
+            begin(cluster, member)
         eventually(lambda: not cache.current)
         assert [record.peer_id for record in cache.nodes()] == ["first"]
         eventually(lambda: [r.peer_id for r in registry.nodes(serializable=True)] == ["first"])
@@ -215,7 +178,7 @@ def test_a_cluster_without_a_majority(cluster: EtcdCluster, failure_name: str) -
             if failure_name == "killed":
                 member.launch()  # it becomes ready only with the other one
             else:
-                failure.end(cluster, member)
+                end(cluster, member)
         eventually(lambda: cache.current)
         eventually(write_one(writer))
         recorder.wait_for(writer.records())

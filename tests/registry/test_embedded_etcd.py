@@ -68,7 +68,11 @@ def test_it_serves_only_its_own_machine() -> None:
     assert "--unsafe-no-fsync" not in argv
 
 
-def test_it_is_healthy_when_the_block_begins_and_gone_after_it() -> None:
+def test_it_is_healthy_when_the_block_begins_and_gone_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ETCD_NAME", "other")  # meant for another etcd
+    monkeypatch.setenv("ETCD_DATA_DIR", "/nowhere")
     with EmbeddedEtcd() as etcd:
         pid, endpoint = etcd.pid, etcd.endpoint
         assert is_listening(endpoint)
@@ -77,33 +81,22 @@ def test_it_is_healthy_when_the_block_begins_and_gone_after_it() -> None:
         assert argv[0].endswith("etcd"), "the process itself, not a wrapper"
         directory = Path(next(a for a in argv if a.startswith("--data-dir="))[11:]).parent
         assert directory.is_dir()
+        store = Etcd(endpoint, 5.0)
+        store.put(b"key", b"value")
+        etcd.kill()
+        assert not is_listening(endpoint)
+        etcd.restart()
+        assert (etcd.endpoint, etcd.pid != pid) == (endpoint, True)
+        kept = eventually(lambda: store.list(b"key").items)
+        assert [item.value for item in kept] == [b"value"], "data survive a kill"
+        store.close()
+        pid = etcd.pid
     assert not is_listening(endpoint)
     assert not is_alive(pid)
     assert not directory.exists()
     with pytest.raises(RuntimeError, match="not started"):
         _ = etcd.pid
     etcd.stop()
-
-
-def test_data_and_port_survive_a_kill() -> None:
-    with EmbeddedEtcd() as etcd:
-        store = Etcd(etcd.endpoint, 5.0)
-        store.put(b"key", b"value")
-        pid = etcd.pid
-        etcd.kill()
-        assert not is_listening(etcd.endpoint)
-        etcd.restart()
-        assert etcd.pid != pid
-        kept = eventually(lambda: store.list(b"key").items)
-        assert [item.value for item in kept] == [b"value"]
-        store.close()
-
-
-def test_variables_meant_for_another_etcd_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ETCD_NAME", "other")
-    monkeypatch.setenv("ETCD_DATA_DIR", "/nowhere")
-    with EmbeddedEtcd():
-        pass
 
 
 def test_a_port_in_use_is_reported() -> None:
