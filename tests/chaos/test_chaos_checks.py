@@ -39,6 +39,10 @@ OF_A_KILL = died(KILLED, "killed by SIGKILL", "signal", 2)
 OF_DIE = died(BY_ITSELF, f"exit code {DIE_CODE}", "exit", 1)
 
 
+UNASKED = "only killed workers have died"
+UNACCOUNTED = "the certificates account for the whole loss"
+
+
 def broken(invariants: Sequence[checks.Invariant]) -> list[str]:
     return [invariant.name for invariant in invariants if not invariant.holds]
 
@@ -69,7 +73,7 @@ def test_each_defect_of_a_load_is_found(
 
 
 def test_an_empty_load_is_no_load() -> None:
-    nothing = LoadReport((), dropped=0, foreign=0, finished=True)
+    nothing = dataclasses.replace(REPORT, counts=())
     assert broken(checks.load(nothing, [], ordered=True, due=0)) == ["there was a load"]
 
 
@@ -92,29 +96,14 @@ def test_coroutines_may_answer_in_another_order() -> None:
     [
         ([OF_A_KILL, OF_DIE], []),
         ([OF_A_KILL, OF_DIE, died(REPLACED, "exit code 0", "exit")], []),
-        (
-            [OF_A_KILL, OF_DIE, died(STOPPED, "exit code 0", "exit")],
-            ["only killed workers have died"],
-        ),
-        (
-            [OF_A_KILL, OF_DIE, died(STOPPED, "killed by SIGKILL", "stuck")],
-            ["only killed workers have died"],
-        ),
-        (
-            [OF_A_KILL, OF_DIE, died(STOPPED, "killed by SIGKILL", "signal")],
-            ["only killed workers have died"],
-        ),
-        ([OF_A_KILL | {"cause": "stuck"}, OF_DIE], ["only killed workers have died"]),
-        ([OF_A_KILL, OF_DIE, OF_DIE | {"lost_in_flight": 0}], ["only killed workers have died"]),
-        ([OF_A_KILL, OF_DIE, died(99, "exit code 1", "exit")], ["only killed workers have died"]),
-        (
-            [OF_DIE],
-            ["each kill has a certificate", "the certificates account for the whole loss"],
-        ),
-        (
-            [OF_A_KILL | {"lost_in_flight": 1}, OF_DIE],
-            ["the certificates account for the whole loss"],
-        ),
+        ([OF_A_KILL, OF_DIE, died(STOPPED, "exit code 0", "exit")], [UNASKED]),
+        ([OF_A_KILL, OF_DIE, died(STOPPED, "killed by SIGKILL", "stuck")], [UNASKED]),
+        ([OF_A_KILL, OF_DIE, died(STOPPED, "killed by SIGKILL", "signal")], [UNASKED]),
+        ([OF_A_KILL | {"cause": "stuck"}, OF_DIE], [UNASKED]),
+        ([OF_A_KILL, OF_DIE, OF_DIE | {"lost_in_flight": 0}], [UNASKED]),
+        ([OF_A_KILL, OF_DIE, died(99, "exit code 1", "exit")], [UNASKED]),
+        ([OF_DIE], ["each kill has a certificate", UNACCOUNTED]),
+        ([OF_A_KILL | {"lost_in_flight": 1}, OF_DIE], [UNACCOUNTED]),
     ],
 )
 def test_each_defect_of_the_certificates_is_found(

@@ -19,6 +19,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <time.h>
+#include <unistd.h>
 
 /* A send may carry 64 datagrams before Linux 6.9 (UDP_MAX_SEGMENTS), and 65,507 bytes in any case. */
 #define MAX_SEGMENTS 64
@@ -36,6 +37,26 @@ static inline void usage(const char *arguments)
 {
     fprintf(stderr, "usage: %s %s\n", program_invocation_short_name, arguments);
     exit(2);
+}
+
+/* The text of each option, by letter; "" for one without. */
+static const char *option_texts[128];
+
+/* Returns the number of arguments behind the options. */
+static inline int read_options(int argc, char **argv, const char *letters, const char *arguments)
+{
+    int option;
+    while ((option = getopt(argc, argv, letters)) != -1) {
+        if (option == '?')
+            usage(arguments);
+        option_texts[option] = optarg ? optarg : "";
+    }
+    return argc - optind;
+}
+
+static inline double option_number(char letter, double otherwise)
+{
+    return option_texts[(int)letter] ? atof(option_texts[(int)letter]) : otherwise;
 }
 
 static inline int64_t monotonic_ns(void)

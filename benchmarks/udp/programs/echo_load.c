@@ -12,8 +12,6 @@
 
 #include "client.h"
 
-#include <unistd.h>
-
 #define BATCH 16
 #define STALL_NS 500000000
 
@@ -53,20 +51,12 @@ static uint64_t take_replies(int fd, size_t size)
 
 int main(int argc, char **argv)
 {
-    double seconds = 0;
-    int segments = MAX_SEGMENTS, option;
-    uint64_t window = 4096, sent = 0, answered = 0, lost = 0;
-    while ((option = getopt(argc, argv, "s:g:w:")) != -1) {
-        if (option == 's')
-            seconds = atof(optarg);
-        else if (option == 'g')
-            segments = atoi(optarg);
-        else if (option == 'w')
-            window = strtoull(optarg, NULL, 10);
-        else
-            usage(ARGUMENTS);
-    }
-    if (argc - optind != 2 || seconds <= 0 || segments < 1 || segments > MAX_SEGMENTS
+    uint64_t sent = 0, answered = 0, lost = 0;
+    int count = read_options(argc, argv, "s:g:w:", ARGUMENTS);
+    double seconds = option_number('s', 0);
+    int segments = (int)option_number('g', MAX_SEGMENTS);
+    uint64_t window = (uint64_t)option_number('w', 4096);
+    if (count != 2 || seconds <= 0 || segments < 1 || segments > MAX_SEGMENTS
         || window < (uint64_t)segments)
         usage(ARGUMENTS);
     size_t size = parse_hex(argv[optind], joined, sizeof joined);

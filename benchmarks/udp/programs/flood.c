@@ -16,7 +16,6 @@
 #include "client.h"
 
 #include <sys/random.h>
-#include <unistd.h>
 
 #define MAX_PLAIN 1400
 #define MAX_JOINED 1000
@@ -105,20 +104,11 @@ static ssize_t send_joined(int fd)
 
 int main(int argc, char **argv)
 {
-    double seconds = 0;
-    int joined = 0, option;
-    uint64_t seed = 0, sent = 0, errors = 0;
-    while ((option = getopt(argc, argv, "s:jx:")) != -1) {
-        if (option == 's')
-            seconds = atof(optarg);
-        else if (option == 'j')
-            joined = 1;
-        else if (option == 'x')
-            seed = strtoull(optarg, NULL, 10);
-        else
-            usage(ARGUMENTS);
-    }
-    if (argc - optind != 1 || seconds <= 0)
+    uint64_t sent = 0, errors = 0;
+    int count = read_options(argc, argv, "s:jx:", ARGUMENTS);
+    double seconds = option_number('s', 0);
+    uint64_t seed = option_texts['x'] ? strtoull(option_texts['x'], NULL, 10) : 0;
+    if (count != 1 || seconds <= 0)
         usage(ARGUMENTS);
     if (seed == 0 && getrandom(&seed, sizeof seed, 0) != sizeof seed)
         fail("getrandom");
@@ -134,7 +124,7 @@ int main(int argc, char **argv)
     int64_t started = monotonic_ns();
     int64_t now = started;
     for (int64_t end = started + (int64_t)(seconds * 1e9); now < end; now = monotonic_ns()) {
-        ssize_t taken = joined ? send_joined(fd) : send_plain(fd);
+        ssize_t taken = option_texts['j'] ? send_joined(fd) : send_plain(fd);
         if (taken < 0)
             errors++;
         else

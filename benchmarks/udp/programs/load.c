@@ -13,8 +13,6 @@
 
 #include "client.h"
 
-#include <unistd.h>
-
 #define MAX_PORTS 64
 
 static const char ARGUMENTS[] =
@@ -51,20 +49,9 @@ int main(int argc, char **argv)
     static unsigned char joined[MAX_BYTES];
     static struct sockaddr_in to[MAX_PORTS];
     static struct mmsghdr headers[MAX_PORTS];
-    double seconds = 0, rate = 0;
-    int segments = 1, option;
-
-    while ((option = getopt(argc, argv, "s:r:g:")) != -1) {
-        if (option == 's')
-            seconds = atof(optarg);
-        else if (option == 'r')
-            rate = atof(optarg);
-        else if (option == 'g')
-            segments = atoi(optarg);
-        else
-            usage(ARGUMENTS);
-    }
-    int ports = argc - optind - 1;
+    int ports = read_options(argc, argv, "s:r:g:", ARGUMENTS) - 1;
+    double seconds = option_number('s', 0), rate = option_number('r', 0);
+    int segments = (int)option_number('g', 1);
     if (ports < 1 || ports > MAX_PORTS || seconds <= 0 || rate < 0 || (ports > 1 && segments > 1))
         usage(ARGUMENTS);
     size_t size = parse_hex(argv[optind], joined, sizeof joined);

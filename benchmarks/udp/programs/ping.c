@@ -19,7 +19,6 @@
 #include "client.h"
 
 #include <poll.h>
-#include <unistd.h>
 
 #define MAX_SAMPLES (1u << 23)
 #define MAX_PORTS 64
@@ -31,7 +30,7 @@ static size_t size;
 static int fd;
 static struct sockaddr_in to[MAX_PORTS];
 static int ports;
-static int sleeps = 0;
+static int sleeps;
 static uint64_t sent = 0, answered = 0, errors = 0;
 static int64_t *due_ns; /* by request number; 0 for an answered one */
 static uint32_t *samples;
@@ -139,21 +138,10 @@ static uint32_t dropped_here(void)
 
 int main(int argc, char **argv)
 {
-    double seconds = 0, rate = 0, wait = 1;
-    int option;
-    while ((option = getopt(argc, argv, "s:r:bw:")) != -1) {
-        if (option == 's')
-            seconds = atof(optarg);
-        else if (option == 'r')
-            rate = atof(optarg);
-        else if (option == 'b')
-            sleeps = 1;
-        else if (option == 'w')
-            wait = atof(optarg);
-        else
-            usage(ARGUMENTS);
-    }
-    ports = argc - optind - 1;
+    ports = read_options(argc, argv, "s:r:bw:", ARGUMENTS) - 1;
+    double seconds = option_number('s', 0), rate = option_number('r', 0);
+    double wait = option_number('w', 1);
+    sleeps = option_texts['b'] != NULL;
     if (ports < 1 || ports > MAX_PORTS || seconds <= 0 || rate < 0 || wait <= 0)
         usage(ARGUMENTS);
     size = parse_hex(argv[optind], datagram, sizeof datagram);

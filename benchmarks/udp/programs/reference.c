@@ -14,7 +14,6 @@
 
 #include <fcntl.h>
 #include <sys/epoll.h>
-#include <unistd.h>
 
 #define PLAIN_BATCH 64
 #define GRO_BATCH 16
