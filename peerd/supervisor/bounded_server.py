@@ -29,17 +29,13 @@ Reply = Callable[[Iterable[bytes]], None]
 """Sends an answer, given in parts. Does nothing once the client is gone."""
 
 
-@dataclass(frozen=True)
-class Limits:
+@dataclass(frozen=True, kw_only=True)
+class ServerProtocol:
+    """The limits, and what differs between one kind of request and another."""
+
     max_clients: int
     max_request_bytes: int
     client_timeout_s: float | None = None
-
-
-@dataclass(frozen=True)
-class ServerProtocol:
-    """What differs between one kind of request and another."""
-
     split: Callable[[bytes], tuple[bytes, bytes] | None]
     """Input -> the first request and what follows it; None while the request is incomplete."""
 
@@ -51,12 +47,9 @@ class ServerProtocol:
 
 
 class BoundedServer:
-    def __init__(
-        self, loop: Loop, sock: socket.socket, limits: Limits, protocol: ServerProtocol
-    ) -> None:
+    def __init__(self, loop: Loop, sock: socket.socket, protocol: ServerProtocol) -> None:
         """``sock`` listens and must not block; the server owns it from here on."""
         self._selector = loop.selector
-        self._limits = limits
         self._protocol = protocol
         self._clients: dict[socket.socket, _Client] = {}
         self._listener = Listener(loop, sock, self._admit)
@@ -76,13 +69,13 @@ class BoundedServer:
         self._selector.register(connection, selectors.EVENT_READ, partial(self._serve, client))
 
     def _make_room(self) -> None:
-        timeout_s = self._limits.client_timeout_s
+        timeout_s = self._protocol.client_timeout_s
         if timeout_s is not None:
             oldest_s = time.monotonic() - timeout_s
             for client in list(self._clients.values()):
                 if client.connected_s <= oldest_s:
                     self._drop(client)
-        if len(self._clients) >= self._limits.max_clients:
+        if len(self._clients) >= self._protocol.max_clients:
             # min() returns the first of equals, and clients are in the order in which they connected.
             self._drop(
                 min(self._clients.values(), key=lambda each: (each.awaits_answer, not each.is_idle))
@@ -112,7 +105,7 @@ class BoundedServer:
     def _read(self, client: _Client) -> bool:
         chunk = client.connection.recv(CHUNK_BYTES)
         client.received += chunk
-        if not chunk or len(client.received) > self._limits.max_request_bytes:
+        if not chunk or len(client.received) > self._protocol.max_request_bytes:
             self._drop(client)
             return False
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from peerd.errors import ControlError
 from peerd.supervisor.control_server import Command
@@ -24,8 +24,8 @@ Since = Callable[[Arguments], list[dict[str, object]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisorParts:
-    """The parts that the commands act on."""
+class ControlCommands:
+    """Acts on the parts of the supervisor."""
 
     loop: Loop
     peers: PeerView
@@ -39,13 +39,8 @@ class SupervisorParts:
     """Begin to stop, as SIGTERM does."""
 
     stop_timeout_s: float
-
-
-class ControlCommands:
-    def __init__(self, parts: SupervisorParts) -> None:
-        self._parts = parts
-        # A pid is not enough: in a container, all supervisors have the same one.
-        self._name = f"{os.getpid()}-{time.monotonic_ns()}"
+    # A pid is not enough: in a container, all supervisors have the same one.
+    name: str = field(default_factory=lambda: f"{os.getpid()}-{time.monotonic_ns()}")
 
     def table(self) -> Mapping[str, Command]:
         return {
@@ -59,17 +54,17 @@ class ControlCommands:
         }
 
     def _status(self, _arguments: Arguments) -> Result:
-        return self._parts.status.build(self._state)
+        return self.status.build(self._state)
 
     def _reload(self, _arguments: Arguments) -> Promise[Result]:
         """Replace all workers, one at a time; stop at the first that fails."""
         self._refuse_while_stopping()
-        return self._parts.reloads.reload()
+        return self.reloads.reload()
 
     def _restart(self, arguments: Arguments) -> Promise[Result]:
         """Replace the worker of one slot, or start it if it is parked."""
         self._refuse_while_stopping()
-        answer = Promise[Result](self._parts.loop)
+        answer = Promise[Result](self.loop)
         self._peer_at(arguments.get("slot")).replace().then(
             lambda replaced: answer.resolve({"replaced": [asdict(replaced)]}), answer.reject
         )
@@ -81,21 +76,21 @@ class ControlCommands:
         peers = arguments.get("peers")
         if type(peers) is not int:
             raise ControlError(f"cannot scale to {peers!r} peers: give a number")
-        return self._parts.scaler.scale_to(peers)
+        return self.scaler.scale_to(peers)
 
     def _stop(self, _arguments: Arguments) -> Result:
-        self._parts.stop()
-        return {"pid": os.getpid(), "stop_timeout_s": self._parts.stop_timeout_s}
+        self.stop()
+        return {"pid": os.getpid(), "stop_timeout_s": self.stop_timeout_s}
 
     def _events(self, arguments: Arguments) -> object:
-        return self._as_requested(arguments, self._parts.history.since)
+        return self._as_requested(arguments, self.history.since)
 
     def _logs(self, arguments: Arguments) -> object:
         """Of ``slot``, which may be gone, as long as there are lines; None: of all."""
         slot = arguments.get("slot")
-        if slot is not None and not self._parts.recent_lines.has(slot):
+        if slot is not None and not self.recent_lines.has(slot):
             self._peer_at(slot)
-        return self._as_requested(arguments, self._parts.recent_lines.since)
+        return self._as_requested(arguments, self.recent_lines.since)
 
     def _as_requested(self, arguments: Arguments, since: Since) -> object:
         """The entries; for a client that names the supervisor whose entries it has seen, with our name.
@@ -104,23 +99,23 @@ class ControlCommands:
         """
         if "supervisor" not in arguments:
             return since(arguments)
-        is_known = arguments["supervisor"] == self._name
+        is_known = arguments["supervisor"] == self.name
         entries = since(arguments if is_known else {**arguments, "after": 0})
-        return {"supervisor": self._name, "entries": entries}
+        return {"supervisor": self.name, "entries": entries}
 
     def _peer_at(self, slot: object) -> SupervisedPeer:
-        peers = self._parts.peers
+        peers = self.peers
         peer = peers.get(slot) if type(slot) is int else None
         if peer is None:
             raise ControlError(f"no slot {slot!r}: there are 0 to {len(peers) - 1}")
         return peer
 
     def _refuse_while_stopping(self) -> None:
-        if self._parts.is_stopping():
+        if self.is_stopping():
             raise ControlError("the supervisor is stopping")
 
     @property
     def _state(self) -> str:
-        if self._parts.is_stopping():
+        if self.is_stopping():
             return "stopping"
-        return "ready" if self._parts.status.all_healthy else "degraded"
+        return "ready" if self.status.all_healthy else "degraded"

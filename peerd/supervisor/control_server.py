@@ -18,7 +18,7 @@ from typing import Any
 from peerd import control
 from peerd.control.protocol import VERSION
 from peerd.errors import ControlError
-from peerd.supervisor.bounded_server import BoundedServer, Limits, Reply, ServerProtocol
+from peerd.supervisor.bounded_server import BoundedServer, Reply, ServerProtocol
 from peerd.supervisor.loop import Loop, Promise
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,13 @@ class ControlServer:
         self._server = BoundedServer(
             loop,
             _listen(path),
-            Limits(MAX_CLIENTS, MAX_REQUEST_BYTES),
-            ServerProtocol(_split, self._answer, is_allowed=_is_allowed),
+            ServerProtocol(
+                max_clients=MAX_CLIENTS,
+                max_request_bytes=MAX_REQUEST_BYTES,
+                split=_split,
+                answer=self._answer,
+                is_allowed=_is_allowed,
+            ),
         )
         self._inode = path.stat().st_ino
 
@@ -55,26 +60,26 @@ class ControlServer:
                 self._path.unlink()
 
     def _answer(self, line: bytes, reply: Reply) -> None:
-        result = self._result(line)
-        if isinstance(result, Promise):
-            result.then(
-                lambda value: reply([_line(_success(value))]),
-                lambda why: reply([_line(_failure(why))]),
-            )
-        else:
-            reply([_line(result)])
+        def succeed(result: object) -> None:
+            reply([_line({"v": VERSION, "ok": True, "result": result})])
 
-    def _result(self, line: bytes) -> dict[str, object] | Promise[Any]:
+        def fail(why: str) -> None:
+            reply([_line({"v": VERSION, "ok": False, "error": why})])
+
         name = None
         try:
             name, arguments = self._parse(line)
             result = self._commands[name](arguments)
         except ControlError as error:
-            return _failure(str(error))
+            fail(str(error))
         except Exception:  # a failing command must not end the service
             log.exception("the command %r failed", name)
-            return _failure("internal error: see the supervisor's log")
-        return result if isinstance(result, Promise) else _success(result)
+            fail("internal error: see the supervisor's log")
+        else:
+            if isinstance(result, Promise):
+                result.then(succeed, fail)
+            else:
+                succeed(result)
 
     def _parse(self, line: bytes) -> tuple[str, dict[str, Any]]:
         """The command and its arguments. Raises ControlError."""
@@ -98,14 +103,6 @@ class ControlServer:
 def _split(received: bytes) -> tuple[bytes, bytes] | None:
     line, newline, rest = received.partition(b"\n")
     return (line, rest) if newline else None
-
-
-def _success(result: object) -> dict[str, object]:
-    return {"v": VERSION, "ok": True, "result": result}
-
-
-def _failure(error: str) -> dict[str, object]:
-    return {"v": VERSION, "ok": False, "error": error}
 
 
 def _line(answer: dict[str, object]) -> bytes:

@@ -33,8 +33,10 @@ class EventLog:
         journal.subscribe(WorkerReplaced, self._on_worker_replaced)
         journal.subscribe(WorkerStuck, self._on_worker_stuck)
         journal.subscribe(RecordsChanged, lambda _: self._on_records_changed())
-        journal.subscribe(Scaled, self._on_scaled)
         journal.subscribe(Stopping, lambda _: self._on_stopping())
+        journal.subscribe(
+            Scaled, lambda event: log.info("scaled from %d to %d peers", event.before, event.peers)
+        )
 
     def _on_worker_ready(self) -> None:
         if not self._were_all_ready and self._peers.are_all_ready:
@@ -49,21 +51,13 @@ class EventLog:
         )
 
     def _on_worker_replaced(self, event: WorkerReplaced) -> None:
-        self._peers[event.slot].log.log(
-            logging.INFO,
-            "worker pid %d has taken over%s; gap %.1f ms",
-            event.pid,
-            f" from pid {event.old_pid}" if event.old_pid else ", there was none before",
-            event.gap_ms,
-        )
+        before = f" from pid {event.old_pid}" if event.old_pid else ", there was none before"
+        text = "worker pid %d has taken over%s; gap %.1f ms"
+        self._peers[event.slot].log.log(logging.INFO, text, event.pid, before, event.gap_ms)
 
     def _on_worker_stuck(self, event: WorkerStuck) -> None:
-        self._peers[event.slot].log.log(
-            logging.ERROR,
-            "worker pid %d is %s; its stack follows, then SIGKILL",
-            event.pid,
-            event.sentence,
-        )
+        text = "worker pid %d is %s; its stack follows, then SIGKILL"
+        self._peers[event.slot].log.log(logging.ERROR, text, event.pid, event.sentence)
 
     def _on_records_changed(self) -> None:
         if not self._were_all_registered and all(
@@ -71,9 +65,6 @@ class EventLog:
         ):
             self._were_all_registered = True
             log.info("%s registered in etcd at %s", self._all_peers(), self._endpoint)
-
-    def _on_scaled(self, event: Scaled) -> None:
-        log.info("scaled from %d to %d peers", event.before, event.peers)
 
     def _on_stopping(self) -> None:
         self._were_all_registered = True  # not worth a line any more

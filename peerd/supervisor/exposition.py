@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -18,13 +18,14 @@ Samples = Iterable[tuple[str, float]]
 
 
 class Family(NamedTuple):
-    """A metric, with a value for each set of labels."""
+    """A metric, with a value for each set of labels. Names of counters end in ``_total``."""
 
-    kind: Literal["counter", "gauge", "histogram"]
     name: str
     help: str
     samples: Samples
     """Of a histogram: with the suffix of the name before the labels; see histogram_samples()."""
+
+    is_histogram: bool = False
 
 
 def label_pairs(**labels: str) -> str:
@@ -64,7 +65,8 @@ def _buckets(labels: str, upper_bounds: tuple[float, ...]) -> list[str]:
 
 def render(families: Iterable[Family]) -> bytes:
     parts = []
-    for kind, name, explanation, samples in families:
+    for name, explanation, samples, is_histogram in families:
+        kind = "counter" if name.endswith("_total") else "histogram" if is_histogram else "gauge"
         parts.append(f"# HELP {name} {_escaped_help(explanation)}\n# TYPE {name} {kind}\n")
         parts += [f"{name}{labels} {value}\n" for labels, value in samples]
     return "".join(parts).encode()

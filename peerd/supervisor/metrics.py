@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, NamedTuple
+from itertools import chain
 
 from peerd._scoreboard import COUNTER_NAMES, PeerState, RegistryState, Scoreboard, Slot
 from peerd.supervisor.exposition import Family, Samples, histogram_samples, label_pairs, with_label
@@ -21,29 +21,21 @@ from peerd.supervisor.socket_queue import QueueState
 from peerd.supervisor.status import StatusReport
 from peerd.supervisor.supervised_peer import SupervisedPeer
 
-COUNTERS: Mapping[str, tuple[str, str]] = {
-    "rx_datagrams": ("peerd_rx_datagrams_total", "Datagrams that workers have read."),
-    "rx_messages": ("peerd_rx_messages_total", "Messages that handlers were called with."),
-    "rx_bytes": ("peerd_rx_bytes_total", "Bytes of the datagrams that workers have read."),
-    "handled": (
-        "peerd_handled_datagrams_total",
-        "Datagrams that workers have finished with, including those that a dead worker lost.",
-    ),
-    "handler_errors": ("peerd_handler_errors_total", "Messages whose handler raised."),
-    "tx_messages": ("peerd_tx_messages_total", "Replies that the kernel accepted."),
-    "tx_bytes": ("peerd_tx_bytes_total", "Bytes of the replies that the kernel accepted."),
-    "tx_gso_refused": (
-        "peerd_tx_gso_refused_total",
-        "Joined sends (UDP_SEGMENT) that the kernel refused; their datagrams were sent one by one.",
-    ),
-    "icmp_errors": (
-        "peerd_icmp_errors_total",
-        "ICMP errors about replies, such as port unreachable.",
-    ),
-    "lingers": ("peerd_lingers_total", "Iterations that waited for more after a short batch."),
-    "turns": ("peerd_turns_total", "Iterations of the workers' loops."),
+COUNTERS: Mapping[str, str] = {
+    "rx_datagrams": "Datagrams that workers have read.",
+    "rx_messages": "Messages that handlers were called with.",
+    "rx_bytes": "Bytes of the datagrams that workers have read.",
+    "handled": "Datagrams that workers have finished with, including those that a dead worker lost.",
+    "handler_errors": "Messages whose handler raised.",
+    "tx_messages": "Replies that the kernel accepted.",
+    "tx_bytes": "Bytes of the replies that the kernel accepted.",
+    "tx_gso_refused": "Joined sends (UDP_SEGMENT) that the kernel refused; their datagrams were sent "
+    "one by one.",
+    "icmp_errors": "ICMP errors about replies, such as port unreachable.",
+    "lingers": "Iterations that waited for more after a short batch.",
+    "turns": "Iterations of the workers' loops.",
 }
-"""Scoreboard counter -> metric and help."""
+"""Scoreboard counter -> help."""
 
 RX_DROPPED: Mapping[str, str] = {
     name: name.removeprefix("rx_")
@@ -85,38 +77,26 @@ class Metrics:
         now_ns = time.monotonic_ns()
         readings = [_read(peer, now_ns, self._started_ns) for peer in self._peers.values()]
         version = label_pairs(version=self._resources.version)
-        yield Family("gauge", "peerd_info", "The supervisor.", [(version, 1)])
+        yield Family("peerd_info", "The supervisor.", [(version, 1)])
         yield Family(
-            "gauge",
             "peerd_registry_state",
             "1 for the state of the connection to etcd, 0 for the other states.",
             _one_hot("", RegistryState, self._status.registry_state()),
         )
         yield Family(
-            "counter",
             "peerd_log_records_dropped_total",
             "Records of the supervisor's log that were dropped because its output was not read.",
             [("", self._resources.log_dropped())],
         )
+        states = (_one_hot(each.labels, PeerState, each.slot.state) for each in readings)
         yield Family(
-            "gauge",
             "peerd_peer_state",
             "1 for the peer's state, 0 for the other states.",
-            [
-                sample
-                for each in readings
-                for sample in _one_hot(each.labels, PeerState, each.slot.state)
-            ],
+            list(chain.from_iterable(states)),
         )
-        for metric in PEER_METRICS:
-            yield Family(
-                metric.kind,
-                metric.name,
-                metric.help,
-                [(each.labels, metric.value(each)) for each in readings],
-            )
+        for name, (value, explanation) in PEER_METRICS.items():
+            yield Family(name, explanation, [(each.labels, value(each)) for each in readings])
         yield Family(
-            "gauge",
             "peerd_handlers_waiting",
             "Async handlers that wait for something, per magic code.",
             [
@@ -126,7 +106,6 @@ class Metrics:
             ],
         )
         yield Family(
-            "counter",
             "peerd_restarts_total",
             "Workers started because another one had died: by a signal, by exiting, by the kernel's OOM "
             "killer, killed because it was stuck or late, or because it could not start (boot).",
@@ -136,13 +115,12 @@ class Metrics:
                 for reason, count in self._totals.restarts_of(each.slot).items()
             ],
         )
+        totals = self._totals
         yield Family(
-            "histogram",
             "peerd_reload_gap_seconds",
             "How long a socket had no reader while its worker was replaced (reload, restart).",
-            histogram_samples(
-                "", RELOAD_GAP_BOUNDS_S, self._totals.gap_counts, self._totals.gaps_s
-            ),
+            histogram_samples("", RELOAD_GAP_BOUNDS_S, totals.gap_counts, totals.gaps_s),
+            is_histogram=True,
         )
         yield from _worker_counters(readings)
         yield from _histograms(readings)
@@ -177,72 +155,48 @@ def _read(peer: SupervisedPeer, now_ns: int, started_ns: int) -> _Reading:
     )
 
 
-class _PeerMetric(NamedTuple):
-    """A metric with one value per peer."""
-
-    kind: Literal["counter", "gauge"]
-    name: str
-    value: Callable[[_Reading], float]
-    help: str
-
-
-PEER_METRICS = (
-    _PeerMetric(
-        "gauge",
-        "peerd_healthy",
+PEER_METRICS: Mapping[str, tuple[Callable[[_Reading], float], str]] = {
+    "peerd_healthy": (
         lambda each: int(each.is_healthy),
         "1 while the peer is ready, makes progress and reads its socket.",
     ),
-    _PeerMetric(
-        "gauge",
-        "peerd_heartbeat_age_seconds",
+    "peerd_heartbeat_age_seconds": (
         lambda each: each.heartbeat_age_s,
-        "Time since the last iteration of the worker's loop, or since the supervisor started; at most "
-        "0.25 in an idle loop.",
+        (
+            "Time since the last iteration of the worker's loop, or since the supervisor started; at "
+            "most 0.25 in an idle loop."
+        ),
     ),
-    _PeerMetric(
-        "gauge",
-        "peerd_registered",
+    "peerd_registered": (
         lambda each: int(each.slot.registered),
         "1 while the peer's record is in etcd.",
     ),
-    _PeerMetric(
-        "gauge",
-        "peerd_conflict",
+    "peerd_conflict": (
         lambda each: int(bool(each.slot.holder)),
         "1 while a live record of another process has the peer's id.",
     ),
-    _PeerMetric(
-        "gauge",
-        "peerd_rx_queued_bytes",
+    "peerd_rx_queued_bytes": (
         lambda each: each.queue.queued_bytes,
         "Memory of the datagrams in the socket's receive queue.",
     ),
-    _PeerMetric(
-        "counter",
-        "peerd_worker_starts_total",
+    "peerd_worker_starts_total": (
         lambda each: each.slot.generation,
         "Workers started: the first one, restarts, and reloads.",
     ),
-    _PeerMetric(
-        "counter",
-        "peerd_lost_in_flight_total",
+    "peerd_lost_in_flight_total": (
         lambda each: each.slot.lost_in_flight,
         "Datagrams that workers had read and not answered when they died.",
     ),
-    _PeerMetric(
-        "counter",
-        "peerd_lost_unread_total",
+    "peerd_lost_unread_total": (
         lambda each: each.slot.lost_unread,
         "Datagrams in the queue when the port was closed, because no worker could serve them.",
     ),
-    _PeerMetric(
-        "counter",
-        "peerd_output_dropped_total",
+    "peerd_output_dropped_total": (
         lambda each: each.slot.log_dropped,
         "Writes of workers to their output that were dropped because the pipe was full.",
     ),
-)
+}
+"""Metrics with one value per peer: name -> value and help."""
 
 
 class _RestartTotals:
@@ -278,22 +232,25 @@ class _RestartTotals:
             counts[reason if reason in RESTART_REASONS else "other"] += 1
 
 
+def counter_metric(counter: str) -> str:
+    """The metric of a counter of the scoreboard."""
+    return f"peerd_{'handled_datagrams' if counter == 'handled' else counter}_total"
+
+
 def _worker_counters(readings: Sequence[_Reading]) -> Iterator[Family]:
-    for counter, (metric, explanation) in COUNTERS.items():
+    for counter, explanation in COUNTERS.items():
         samples = [(each.labels, each.counters[counter]) for each in readings]
-        yield Family("counter", metric, explanation, samples)
+        yield Family(counter_metric(counter), explanation, samples)
     by_kernel = [
         (with_label(each.labels, "reason", "kernel"), each.dropped_by_kernel) for each in readings
     ]
     yield Family(
-        "counter",
         "peerd_rx_dropped_total",
         'Datagrams that reached no handler; reason="kernel": the receive buffer was full (joined '
         "datagrams count as one).",
         [*by_kernel, *_by_reason(readings, RX_DROPPED)],
     )
     yield Family(
-        "counter",
         "peerd_tx_dropped_total",
         "Replies that were not sent.",
         _by_reason(readings, TX_DROPPED),
@@ -317,7 +274,7 @@ def _histograms(readings: Sequence[_Reading]) -> Iterator[Family]:
         for each in readings:
             sum_of_all = each.counters[total] if total else None
             samples += histogram_samples(each.labels, bounds, each.histograms[field], sum_of_all)
-        return Family("histogram", name, explanation, samples)
+        return Family(name, explanation, samples, is_histogram=True)
 
     # Bucket i of the scoreboard ends below 2**(i+1). Datagrams are whole numbers; microseconds are truncated,
     # so a time that was counted as 2**(i+1) - 1 may have been nearly 2**(i+1).

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from http import HTTPStatus
 
 from peerd.supervisor import exposition
-from peerd.supervisor.bounded_server import BoundedServer, Limits, Reply, ServerProtocol
+from peerd.supervisor.bounded_server import BoundedServer, Reply, ServerProtocol
 from peerd.supervisor.loop import Loop
 from peerd.supervisor.metrics import Metrics
 from peerd.supervisor.status import StatusReport
@@ -57,8 +57,14 @@ class MetricsServer:
         self._server = BoundedServer(
             loop,
             listener,
-            Limits(MAX_CLIENTS, MAX_REQUEST_BYTES, CLIENT_TIMEOUT_S),
-            ServerProtocol(_split, self._answer, is_closed_after_answer=True),
+            ServerProtocol(
+                max_clients=MAX_CLIENTS,
+                max_request_bytes=MAX_REQUEST_BYTES,
+                client_timeout_s=CLIENT_TIMEOUT_S,
+                split=_split,
+                answer=self._answer,
+                is_closed_after_answer=True,
+            ),
         )
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import NamedTuple
 
 from peerd._scoreboard import Slot
@@ -166,13 +167,14 @@ class WorkerOutput:
         self._unfinished = b""
 
 
-class _Kept(NamedTuple):
-    number: int
-    at_s: float
-    level: str
+class KeptLine(NamedTuple):
+    slot: int
+    peer_id: str
+    port: int
     pid: int
     generation: int
-    text: str
+    level: str
+    message: str
 
 
 class RecentLines:
@@ -180,28 +182,27 @@ class RecentLines:
 
     def __init__(self) -> None:
         self._last = 0
-        self._kept: dict[int, deque[_Kept]] = {}
-        self._bytes: dict[int, int] = {}
-        self._names: dict[int, tuple[str, int]] = {}
+        self._kept: dict[int, deque[tuple[int, float, KeptLine]]] = {}
+        """By slot: number, monotonic time, line."""
 
-    def keep(
-        self, slot: int, peer_id: str, port: int, pid: int, generation: int, level: str, text: str
-    ) -> None:
+        self._bytes: dict[int, int] = {}
+
+    def keep(self, line: KeptLine) -> None:
         self._last += 1
-        self._names[slot] = peer_id, port
+        slot = line.slot
         kept = self._kept.setdefault(slot, deque())
-        kept.append(_Kept(self._last, time.monotonic(), level, pid, generation, text))
-        self._bytes[slot] = self._bytes.get(slot, 0) + len(text)
+        kept.append((self._last, time.monotonic(), line))
+        self._bytes[slot] = self._bytes.get(slot, 0) + len(line.message)
         while len(kept) > MAX_KEPT_LINES or self._bytes[slot] > MAX_KEPT_BYTES:
-            self._bytes[slot] -= len(kept.popleft().text)
+            self._bytes[slot] -= len(kept.popleft()[2].message)
 
     def has(self, slot: object) -> bool:
         return type(slot) is int and slot in self._kept
 
     def last_of(self, slot: int, generation: int, count: int) -> list[str]:
         """The texts of the last lines of one worker, oldest first."""
-        kept = [each for each in self._kept.get(slot, ()) if each.generation == generation]
-        return [each.text[-MAX_LAST_LINE_CHARS:] for each in kept[-count:]]
+        kept = [line for *_, line in self._kept.get(slot, ()) if line.generation == generation]
+        return [line.message[-MAX_LAST_LINE_CHARS:] for line in kept[-count:]]
 
     def since(self, arguments: Mapping[str, object]) -> list[dict[str, object]]:
         """Lines of ``slot`` (None: all) with a number above ``after``, oldest first, with their ``age_s``."""
@@ -209,26 +210,10 @@ class RecentLines:
         if type(after) is not int:
             after = 0
         now_s = time.monotonic()
-        found = [
-            (each.number, index, each)
-            for index, kept in self._kept.items()
-            if slot in (None, index)
-            for each in kept
-            if each.number > after
-        ]
         return [
-            {
-                "number": number,
-                "age_s": round(now_s - each.at_s, 3),
-                "slot": index,
-                "peer_id": self._names[index][0],
-                "port": self._names[index][1],
-                "pid": each.pid,
-                "generation": each.generation,
-                "level": each.level,
-                "message": each.text,
-            }
-            for number, index, each in sorted(found, key=lambda entry: entry[0])
+            {"number": number, "age_s": round(now_s - at_s, 3), **line._asdict()}
+            for number, at_s, line in sorted(chain.from_iterable(self._kept.values()))
+            if number > after and slot in (None, line.slot)
         ]
 
 
@@ -256,15 +241,9 @@ class PeerLog:
         text = record.getMessage()
         if record.exc_text:
             text = f"{text}\n{record.exc_text}"
-        self._recent.keep(
-            self._slot.index,
-            self._peer_id,
-            self._port,
-            pid,
-            generation,
-            record.levelname.lower(),
-            text,
-        )
+        level, slot = record.levelname.lower(), self._slot.index
+        line = KeptLine(slot, self._peer_id, self._port, pid, generation, level, text)
+        self._recent.keep(line)
         root = logging.getLogger()
         # Printed lines have no level. A forged record may have a level below the configured one.
         if record.name == PRINTED or root.isEnabledFor(record.levelno):

@@ -56,7 +56,6 @@ class Stop:
         peers: Mapping[int, SupervisedPeer],
         registrar: RegistrarService,
         etcd: EtcdService | None,
-        on_done: Callback,
     ) -> None:
         """``peers`` may shrink: the scaler still removes those that were being scaled away."""
         self._loop = loop
@@ -64,7 +63,6 @@ class Stop:
         self._peers = peers
         self._registrar = registrar
         self._etcd = etcd
-        self._on_done = on_done
         self._phase = _Phase.WITHDRAW
         self._signals = 1
         self._begun_s = time.monotonic()
@@ -85,6 +83,10 @@ class Stop:
         for peer in reversed(list(peers.values())):
             peer.stop()
         self._advance()
+
+    @property
+    def is_done(self) -> bool:
+        return self._phase is _Phase.DONE
 
     def another_signal(self) -> None:
         self._signals += 1
@@ -116,7 +118,6 @@ class Stop:
             log.info("stopped, in %.1f s", time.monotonic() - self._begun_s)
             for timer in self._timers:
                 timer.cancel()
-            self._on_done()
 
     def _drain(self) -> None:
         if self._phase is _Phase.WITHDRAW:

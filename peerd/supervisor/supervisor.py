@@ -14,6 +14,7 @@ The functions that run in the children are handed in: nothing here imports the w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -26,7 +27,7 @@ from peerd._scoreboard import Scoreboard
 from peerd.errors import ControlError
 from peerd.settings import MAX_PEERS, OnCrashloop, SupervisorSettings
 from peerd.supervisor.cgroup import OomKills
-from peerd.supervisor.control_commands import ControlCommands, SupervisorParts
+from peerd.supervisor.control_commands import ControlCommands
 from peerd.supervisor.control_server import ControlServer
 from peerd.supervisor.event_log import EventLog
 from peerd.supervisor.journal import (
@@ -113,23 +114,19 @@ class Supervisor:
         self._scaler = Scaler(settings, self._loop, self._journal, self._table)
         self._recycler = Recycler(settings, self._loop, self._journal, self._peers)
         self._commands = ControlCommands(
-            SupervisorParts(
-                loop=self._loop,
-                peers=self._peers,
-                status=self._status,
-                reloads=self._reloads,
-                scaler=self._scaler,
-                history=history,
-                recent_lines=recent_lines,
-                is_stopping=lambda: self._stop is not None,
-                stop=self._on_stop_command,
-                stop_timeout_s=settings.stop_timeout_s,
-            )
+            loop=self._loop,
+            peers=self._peers,
+            status=self._status,
+            reloads=self._reloads,
+            scaler=self._scaler,
+            history=history,
+            recent_lines=recent_lines,
+            is_stopping=lambda: self._stop is not None,
+            stop=self._on_stop_command,
+            stop_timeout_s=settings.stop_timeout_s,
         )
-        self._control: ControlServer | None = None
-        self._metrics: MetricsServer | None = None
+        self._servers = contextlib.ExitStack()
         self._stop: Stop | None = None
-        self._is_done = False
         self._exit_code = os.EX_OK
         self._journal.subscribe(WorkerReady, self._on_worker_ready)
         self._journal.subscribe(CannotStart, self._on_cannot_start)
@@ -152,7 +149,7 @@ class Supervisor:
                 self._loop.call_later(HEALTH_CHECK_INTERVAL_S, self._check_health)
                 self._recycler.start()
                 self._manager.feed_watchdog()
-                while not self._is_done:
+                while self._stop is None or not self._stop.is_done:
                     self._loop.run_once()
             finally:
                 self._release()
@@ -205,11 +202,7 @@ class Supervisor:
             self._peers,
             self._registrar,
             self._etcd,
-            self._on_stopped,
         )
-
-    def _on_stopped(self) -> None:
-        self._is_done = True
 
     def _check_health(self) -> None:
         if os.getpid() == 1:
@@ -228,7 +221,8 @@ class Supervisor:
     def _open_control(self) -> None:
         path = self._resources.control_path
         try:
-            self._control = ControlServer(path, self._commands.table(), self._loop)
+            server = ControlServer(path, self._commands.table(), self._loop)
+            self._servers.callback(server.close)
         except (OSError, ControlError) as error:
             is_default = path == control.default_path(self._settings.base_port)
             why = f"{path}: {error.strerror or error}" if isinstance(error, OSError) else error
@@ -236,12 +230,12 @@ class Supervisor:
             log.log(level, "no control socket, so no 'peerd status': %s", why)
 
     def _open_metrics(self) -> None:
-        if self._resources.metrics_socket is None:
-            return
-        metrics = Metrics(self._peers, self._board, self._status, self._journal, self._resources)
-        self._metrics = MetricsServer(
-            self._resources.metrics_socket, metrics, self._status, self._loop
-        )
+        sock = self._resources.metrics_socket
+        if sock is not None:
+            metrics = Metrics(
+                self._peers, self._board, self._status, self._journal, self._resources
+            )
+            self._servers.callback(MetricsServer(sock, metrics, self._status, self._loop).close)
 
     def _release(self) -> None:
         """After a stop nothing is left to end here; after an exception there is."""
@@ -249,8 +243,5 @@ class Supervisor:
         self._registrar.release()
         if self._etcd is not None:
             self._etcd.release()
-        if self._control is not None:
-            self._control.close()
-        if self._metrics is not None:
-            self._metrics.close()
+        self._servers.close()
         self._resources.notifier.close()

@@ -96,8 +96,8 @@ def check_against_status(running: Running, port: int) -> bool:
             return of_peer(samples, name, running, slot, **labels)
 
         counters: dict[str, int] = peer["counters"]
-        for name, (metric, _) in metrics.COUNTERS.items():
-            assert value(metric) == counters[name], name
+        for name in metrics.COUNTERS:
+            assert value(metrics.counter_metric(name)) == counters[name], name
         for name, reason in metrics.RX_DROPPED.items():
             assert value("peerd_rx_dropped_total", reason=reason) == counters[name]
         for name, reason in metrics.TX_DROPPED.items():

@@ -116,7 +116,7 @@ def test_the_text_has_the_values_of_the_scoreboard(processes: Processes) -> None
 
 def test_labels_and_help_are_escaped() -> None:
     value = 'a "quoted\\" name\nof two lines'
-    family = exposition.Family("gauge", "x", value, [(exposition.label_pairs(peer=value), 0.1)])
+    family = exposition.Family("x", value, [(exposition.label_pairs(peer=value), 0.1)])
     (parsed,) = text_string_to_metric_families(exposition.render([family]).decode())
     assert parsed.documentation == value
     assert parsed.samples[0].labels == {"peer": value}
