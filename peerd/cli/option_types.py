@@ -70,5 +70,4 @@ class _Size(click.ParamType):  # type: ignore[type-arg]
 SECONDS = Seconds(min=0)
 POSITIVE_SECONDS = Seconds(min=0, min_open=True)
 HOST_PORT = _HostPort()
-SIZE = _Size()
-"""Bytes; K, M, G and T are powers of 1024."""
+SIZE = _Size()  # Bytes; K, M, G and T are powers of 1024

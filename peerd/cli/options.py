@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 PASSWORD_VARIABLE = "PEERD_ETCD_PASSWORD"
 
-COMPLETION_TIMEOUT_S = 0.5
-"""How long TAB waits for a supervisor, which may be stopped."""
+COMPLETION_TIMEOUT_S = 0.5  # How long TAB waits for a supervisor, which may be stopped
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -56,12 +56,9 @@ class LaunchOptions:
 
 
 class Setting(NamedTuple):
-    name: str
-    """The flag without its dashes."""
-
+    name: str  # The flag without its dashes
     value: str
-    origin: str
-    """``--peers``, ``PEERD_PEERS`` or the path of the file."""
+    origin: str  # ``--peers``, ``PEERD_PEERS`` or the path of the file
 
 
 class SupervisorCommand(click.Command):

@@ -56,16 +56,10 @@ class _Source:
     """The reports of the supervisors that answer at a socket."""
 
     def __init__(self, path: Path) -> None:
-        self.report: dict[str, Any] | None = None
-        """The last one."""
-
+        self.report: dict[str, Any] | None = None  # The last one
         self.rates: dict[int, tuple[int, int]] = {}
-        self.silence = ""
-        """Why the last request failed; empty if it did not."""
-
-        self.restarts = ""
-        """A line about the latest restart of the supervisor; empty without one."""
-
+        self.silence = ""  # Why the last request failed; empty if it did not
+        self.restarts = ""  # A line about the latest restart of the supervisor; empty without one
         self._path = path
         self._rates = status_view.Rates()
         self._answered_s = 0.0

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-SEPARATOR = 2
-"""Spaces between two columns."""
-
+SEPARATOR = 2  # Spaces between two columns
 UNLIMITED_WIDTH = 10_000
 """The width of a pipe or a file. rich would assume 80 and wrap there, which splits words for scripts."""
 
@@ -22,9 +20,7 @@ UNLIMITED_WIDTH = 10_000
 @dataclass(frozen=True)
 class Column:
     title: str
-    cells: Sequence[object]
-    """None is shown as a dash. Numbers are aligned right, text left."""
-
+    cells: Sequence[object]  # None is shown as a dash. Numbers are aligned right, text left.
     style: Callable[[str], str] | None = None
     """Returns the style of a cell's text, in the terms of rich, for terminals."""
 

@@ -156,8 +156,7 @@ class _Client:
 
 PAUSE_S = 0.25
 
-MAX_ACCEPTS = 64
-"""Connections accepted per iteration of the loop."""
+MAX_ACCEPTS = 64  # Connections accepted per iteration of the loop
 
 
 class Listener:

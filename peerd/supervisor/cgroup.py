@@ -38,8 +38,7 @@ class OomKills:
             for group in groups
         ]
         self._last = self._total()
-        self._unclaimed: list[float] = []
-        """Monotonic time at which each was counted."""
+        self._unclaimed: list[float] = []  # Monotonic time at which each was counted
 
     def new(self) -> int:
         """Number of kills since the last call; 0 when the count cannot be read."""

@@ -35,9 +35,7 @@ class ControlCommands:
     history: History
     recent_lines: RecentLines
     is_stopping: Callable[[], bool]
-    stop: Callable[[], object]
-    """Begin to stop, as SIGTERM does."""
-
+    stop: Callable[[], object]  # Begin to stop, as SIGTERM does
     stop_timeout_s: float
     # A pid is not enough: in a container, all supervisors have the same one.
     name: str = field(default_factory=lambda: f"{os.getpid()}-{time.monotonic_ns()}")

@@ -26,8 +26,7 @@ _CAUSES = {
 class WorkerExit(NamedTuple):
     worker: Worker
     end: Exit
-    lost_in_flight: int
-    """Datagrams that it had read and not answered."""
+    lost_in_flight: int  # Datagrams that it had read and not answered
 
     @property
     def is_hand_over(self) -> bool:
@@ -48,15 +47,11 @@ class Death(NamedTuple):
     pid: int
     generation: int
     at_s: float
-    how: str
-    """The exit code, or the signal by name."""
-
+    how: str  # The exit code, or the signal by name
     cause: str
     """``exit``, ``signal``, ``oom``; or why the supervisor killed it: ``stuck``, ``late``, ``stop``."""
 
-    ready_for_s: float | None
-    """None: it was never ready."""
-
+    ready_for_s: float | None  # None: it was never ready
     lost_in_flight: int
     next: str
     last_lines: tuple[str, ...]

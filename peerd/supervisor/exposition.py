@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-Samples = Iterable[tuple[str, float]]
-"""Labels, as label_pairs() writes them, and the value."""
+Samples = Iterable[tuple[str, float]]  # Labels, as label_pairs() writes them, and the value
 
 
 class Family(NamedTuple):

@@ -90,9 +90,7 @@ class WorkerStuck(PeerEvent):
 
     shown_as = "stuck"
     pid: int
-    for_s: float
-    """The time since its last progress that the worker could have used."""
-
+    for_s: float  # The time since its last progress that the worker could have used
     sentence: str
 
 
@@ -101,9 +99,7 @@ class SocketNotRead(PeerEvent):
     """Its loop runs but has read no datagram for the liveness timeout, so the peer is not ready."""
 
     shown_as = "not reading"
-    health: str
-    """``full``: too many handlers wait; ``unread``: for another reason."""
-
+    health: str  # ``full``: too many handlers wait; ``unread``: for another reason
     for_s: float
 
 
@@ -130,12 +126,9 @@ class WorkerReplaced(PeerEvent):
     """A worker has taken over from another one, as requested."""
 
     shown_as = "replaced"
-    old_pid: int | None
-    """None: there was no worker."""
-
+    old_pid: int | None  # None: there was no worker
     pid: int
-    gap_ms: float
-    """How long no process read the socket."""
+    gap_ms: float  # How long no process read the socket
 
 
 @event
@@ -152,9 +145,7 @@ class CannotStart(PeerEvent):
 
     shown_as = "cannot start"
     why: str
-    is_provisional: bool
-    """The peer is being added, and the scaling is undone."""
-
+    is_provisional: bool  # The peer is being added, and the scaling is undone
     is_retried: bool
     """False also where no peer was ever ready: the configuration is wrong, for every worker."""
 
@@ -165,9 +156,7 @@ class CannotFork(Event):
 
     shown_as = "cannot fork"
     peer_id: str | None = None
-    what: str | None = None
-    """The service, when it is no worker."""
-
+    what: str | None = None  # The service, when it is no worker
     why: str
 
 
@@ -179,8 +168,7 @@ class PeerParked(PeerEvent):
     hidden = PeerEvent.hidden | {"why"}
     retry_in_s: float
     why: str
-    is_provisional: bool
-    """The peer is being added, and the scaling is undone."""
+    is_provisional: bool  # The peer is being added, and the scaling is undone
 
 
 class PeerEnded(PeerEvent):
@@ -239,11 +227,8 @@ class RepliesWithheld(PeerEvent):
     """Replies that looked like a loop of servers were not sent (ext/peerd/loop_guard.pxd)."""
 
     shown_as = "replies withheld"
-    to_peers: int
-    """Replies to the socket of a peer of this supervisor."""
-
-    over_rate: int
-    """Replies above --max-reply-rate."""
+    to_peers: int  # Replies to the socket of a peer of this supervisor
+    over_rate: int  # Replies above --max-reply-rate
 
 
 @event
@@ -300,8 +285,7 @@ class Journal:
                 on_event(event)
 
 
-MAX_EVENTS = 1000
-"""The oldest is dropped."""
+MAX_EVENTS = 1000  # The oldest is dropped
 
 
 class History:

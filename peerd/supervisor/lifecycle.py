@@ -35,21 +35,13 @@ class LifecycleEvent(enum.Enum):
 
 
 class LifecycleAction(enum.Enum):
-    LIMIT_BOOT = enum.auto()
-    """Kill the worker if it is not ready in time."""
-
-    ANNOUNCE = enum.auto()
-    """Publish that the peer is served; complete a replacement."""
-
+    LIMIT_BOOT = enum.auto()  # Kill the worker if it is not ready in time
+    ANNOUNCE = enum.auto()  # Publish that the peer is served; complete a replacement
     ANNOUNCE_AND_DRAIN = enum.auto()
     """The same, and the worker ends when it has served the queue, if that was asked for."""
 
-    RETRY = enum.auto()
-    """Start a worker when the delay is over."""
-
-    RETRY_SLOWLY = enum.auto()
-    """The same, and publish that the peer is parked."""
-
+    RETRY = enum.auto()  # Start a worker when the delay is over
+    RETRY_SLOWLY = enum.auto()  # The same, and publish that the peer is parked
     WITHDRAW = enum.auto()
     """Cancel restarts and replacements that have not begun; the worker serves on."""
 

@@ -34,12 +34,9 @@ running: the machine may have been suspended, or supervisor and workers stopped 
 
 class _Sample(NamedTuple):
     at_s: float
-    state: str
-    """The letter in proc(5)."""
-
+    state: str  # The letter in proc(5)
     ran_s: float
-    waited_s: float
-    """For a CPU. Both are totals over the life of the process."""
+    waited_s: float  # For a CPU. Both are totals over the life of the process.
 
 
 @dataclass
@@ -47,11 +44,8 @@ class _Watched:
     pid: int
     progress: tuple[int, int]
     last: _Sample
-    elapsed_s: float = 0.0
-    """Since the last progress, without the time in which it was stopped."""
-
-    usable_s: float = 0.0
-    """The part of it that the worker could have used."""
+    elapsed_s: float = 0.0  # Since the last progress, without the time in which it was stopped
+    usable_s: float = 0.0  # The part of it that the worker could have used
 
 
 class Liveness:

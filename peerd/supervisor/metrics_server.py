@@ -29,15 +29,12 @@ MAX_REQUEST_BYTES = 8 * 1024
 MAX_CLIENTS = 32
 CLIENT_TIMEOUT_S = 5.0
 
-REUSE_FACTOR = 10
-"""A page is reused for ten times as long as rendering it took."""
-
+REUSE_FACTOR = 10  # A page is reused for ten times as long as rendering it took
 PLAIN_TEXT = "text/plain; charset=utf-8"
 
 END_OF_HEADERS = re.compile(rb"\r?\n\r?\n")
 
-Response = tuple[bytes, bytes]
-"""Headers and body; apart, so that clients share one copy of a page."""
+Response = tuple[bytes, bytes]  # Headers and body; apart, so that clients share one copy of a page
 
 
 class MetricsServer:

@@ -24,28 +24,16 @@ from peerd._scoreboard import Slot
 
 SEPARATOR = b"\x1e"
 
-MAX_LINE_BYTES = 32 * 1024
-"""Longer lines are cut."""
-
-CHUNK_BYTES = 8 * 1024
-"""Of one read."""
-
-MAX_TIME_S = 253_402_300_799.0
-"""The end of the year 9999: a later time was forged."""
-
-MAX_LINES_PER_ITERATION = 100
-"""Of one worker: they take some milliseconds."""
-
+MAX_LINE_BYTES = 32 * 1024  # Longer lines are cut
+CHUNK_BYTES = 8 * 1024  # Of one read
+MAX_TIME_S = 253_402_300_799.0  # The end of the year 9999: a later time was forged
+MAX_LINES_PER_ITERATION = 100  # Of one worker: they take some milliseconds
 MAX_LAST_LINE_CHARS = 500
 """Of each line in a death certificate: the history keeps a thousand of them."""
 
 MAX_KEPT_LINES = 200
-MAX_KEPT_BYTES = 256 * 1024
-"""Per peer."""
-
-PRINTED = "output"
-"""Name of the logger for printed lines."""
-
+MAX_KEPT_BYTES = 256 * 1024  # Per peer
+PRINTED = "output"  # Name of the logger for printed lines
 _exceptions = logging.Formatter()
 
 

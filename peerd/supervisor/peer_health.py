@@ -19,8 +19,7 @@ from peerd.supervisor.liveness import MAX_INTERVAL_S, Liveness
 from peerd.supervisor.output import PeerLog
 from peerd.supervisor.socket_queue import has_datagrams
 
-FRESH_HEARTBEAT_S = 1.0
-"""Four times the age that an idle loop lets its heartbeat reach."""
+FRESH_HEARTBEAT_S = 1.0  # Four times the age that an idle loop lets its heartbeat reach
 
 
 class PeerHealth:
@@ -43,9 +42,7 @@ class PeerHealth:
         self._check = HealthCheck(settings.liveness_timeout_s)
         self._liveness = Liveness(settings.stuck_timeout_s)
         self._stuck_timeout_s = settings.stuck_timeout_s
-        self._not_reading_s = 0.0
-        """Time for which checks have found it FULL or UNREAD."""
-
+        self._not_reading_s = 0.0  # Time for which checks have found it FULL or UNREAD
         self._checked_s = 0.0
         self._evidence: tuple[int, ...] = ()
 

@@ -32,9 +32,7 @@ log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 
-_own_pids: set[int] = set()
-"""Children that have not been reaped."""
-
+_own_pids: set[int] = set()  # Children that have not been reaped
 _ALL_SIGNALS = signal.valid_signals()
 
 _libc = ctypes.CDLL(None, use_errno=True)

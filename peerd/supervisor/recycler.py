@@ -20,9 +20,7 @@ from peerd.supervisor.supervised_peer import SupervisedPeer
 
 log = logging.getLogger(__name__)
 
-RECYCLE_CHECK_INTERVAL_S = 2.0
-"""Interval between checks of worker age and memory."""
-
+RECYCLE_CHECK_INTERVAL_S = 2.0  # Interval between checks of worker age and memory
 RETRY_DELAY_S = 60.0
 """After a worker could not be replaced: the next one would most likely load the same broken app."""
 

@@ -40,16 +40,13 @@ class ReplacementPhase(enum.Enum):
 
 
 class ReplacementEvent(enum.Enum):
-    PREPARED = enum.auto()
-    """The successor has loaded the app."""
-
+    PREPARED = enum.auto()  # The successor has loaded the app
     PREPARED_BUT_STOPPED = enum.auto()
     """The same, but the worker is stopped (SIGSTOP, a debugger), so it could not leave."""
 
     WORKER_ENDED = enum.auto()
     SUCCESSOR_ENDED = enum.auto()
-    READY = enum.auto()
-    """The successor's loop has run."""
+    READY = enum.auto()  # The successor's loop has run
 
 
 class ReplacementAction(enum.Enum):
@@ -84,9 +81,7 @@ TABLE: Mapping[tuple[_Phase, _Event], tuple[_Phase, _Action]] = {
 
 class Replacement:
     def __init__(self, peer: SupervisedPeer, replacements: Replacements) -> None:
-        self.successor: Worker | None = None
-        """None before it begins, and once it has taken over."""
-
+        self.successor: Worker | None = None  # None before it begins, and once it has taken over
         self._peer = peer
         self._replacements = replacements
         self._phase = ReplacementPhase.LOADING
@@ -218,9 +213,7 @@ class Replacements:
         self.current: Replacement | None = None
         self._peer = peer
         self._environment = environment
-        self._promise: Promise[WorkerReplaced] | None = None
-        """Of the current one."""
-
+        self._promise: Promise[WorkerReplaced] | None = None  # Of the current one
         self._next: Promise[WorkerReplaced] | None = None
 
     def request(self) -> Promise[WorkerReplaced]:

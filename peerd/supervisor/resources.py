@@ -24,14 +24,10 @@ class ChildEntryPoints:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    sockets: Sequence[socket.socket]
-    """Bound, one per peer. The supervisor owns them from here on."""
-
+    sockets: Sequence[socket.socket]  # Bound, one per peer. The supervisor owns them from here on.
     control_path: Path
     metrics_socket: socket.socket | None
-    etcd: EmbeddedEtcdSettings | None
-    """None: the supervisor starts no etcd."""
-
+    etcd: EmbeddedEtcdSettings | None  # None: the supervisor starts no etcd
     notifier: Notifier
     version: str
 

@@ -31,10 +31,8 @@ class RestartPolicy(NamedTuple):
 
 class Failure(NamedTuple):
     at_s: float
-    ready_for_s: float
-    """How long the worker had been ready when it died; 0 if it never was."""
-    was_parked: bool = False
-    """The peer was in a crash loop when this worker was started."""
+    ready_for_s: float  # How long the worker had been ready when it died; 0 if it never was
+    was_parked: bool = False  # The peer was in a crash loop when this worker was started
 
 
 class Restart(NamedTuple):
@@ -67,9 +65,7 @@ def next_restart(policy: RestartPolicy, failures: Sequence[Failure], random_unit
     return Restart(delay_s * (1 + policy.jitter * (2 * random_unit - 1)), crashloop=False)
 
 
-MAX_FAILURES = 64
-"""More than any policy looks back at."""
-
+MAX_FAILURES = 64  # More than any policy looks back at
 FORK_DELAY_S = 0.25
 MAX_FORK_DELAY_S = 5.0
 """Delays between two attempts to fork where the machine had no process left; each doubles the last one."""
@@ -80,9 +76,7 @@ class RestartSchedule:
 
     def __init__(self, loop: Loop, policy: RestartPolicy, start: Callback) -> None:
         self.policy = policy
-        self.was_parked = False
-        """The last failure was one too many."""
-
+        self.was_parked = False  # The last failure was one too many
         self.next_start_s: float | None = None
         """Monotonic time of the next start; None when none is due."""
 

@@ -38,12 +38,8 @@ from peerd.supervisor.worker_process import DESCRIPTORS
 
 log = logging.getLogger(__name__)
 
-DESCRIPTORS_PER_PEER = 1 + 2 * DESCRIPTORS
-"""Its socket, a worker, and a successor."""
-
-OTHER_DESCRIPTORS = 160
-"""Control and metrics clients, the registrar, etcd, what Python has open."""
-
+DESCRIPTORS_PER_PEER = 1 + 2 * DESCRIPTORS  # Its socket, a worker, and a successor
+OTHER_DESCRIPTORS = 160  # Control and metrics clients, the registrar, etcd, what Python has open
 ScaleResult = dict[str, object]
 
 
@@ -51,15 +47,11 @@ ScaleResult = dict[str, object]
 class _Scaling:
     """One request, and how far it is."""
 
-    target: Callable[[int], int]
-    """Number of peers before -> after."""
-
+    target: Callable[[int], int]  # Number of peers before -> after
     promise: Promise[ScaleResult]
     before: int = 0
     started: list[SupervisedPeer] = field(default_factory=list)
-    starting: set[int] = field(default_factory=set)
-    """Slots of those that are not ready yet."""
-
+    starting: set[int] = field(default_factory=set)  # Slots of those that are not ready yet
     ending: dict[int, float] = field(default_factory=dict)
     """Slot -> monotonic time of the begin of its end."""
 

@@ -20,8 +20,7 @@ MIN_SKB_BYTES = 256
 
 class QueueState(NamedTuple):
     queued_bytes: int
-    dropped: int
-    """Datagrams dropped since the socket was made because its buffer was full."""
+    dropped: int  # Datagrams dropped since the socket was made because its buffer was full
 
 
 def queue_state(sock: socket.socket) -> QueueState:

@@ -31,9 +31,7 @@ log = logging.getLogger(__name__)
 
 LISTEN_BACKLOG = 64
 
-FIRST_PASSED_FD = 3
-"""SD_LISTEN_FDS_START of sd-daemon.h."""
-
+FIRST_PASSED_FD = 3  # SD_LISTEN_FDS_START of sd-daemon.h
 Protocol = Literal["tcp", "udp"]
 
 

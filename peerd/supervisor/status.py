@@ -19,9 +19,7 @@ from peerd.supervisor.supervised_peer import SupervisedPeer
 if TYPE_CHECKING:
     import psutil
 
-REGISTRAR_STALE_S = 5.0
-"""Longer than one of the registrar's rounds takes when etcd does not answer."""
-
+REGISTRAR_STALE_S = 5.0  # Longer than one of the registrar's rounds takes when etcd does not answer
 EXIT_FIELDS = (*(name for name in Death._fields if name != "at_s"), "oom", "age_s", "summary")
 """Fields of ``last_exit``, which is null until a worker has died."""
 

@@ -33,11 +33,8 @@ WITHDRAW_TIMEOUT_S = 2.0
 """How long a stop waits for the registrar, and a peer that is scaled away serves on: longer than an answer
 of etcd takes, shorter than a stop."""
 
-LAST_TIMEOUT_S = 1.0
-"""The end of a stop, which is left to the registrar to revoke records."""
-
-NOTICE_INTERVAL_S = 1.0
-"""Interval between log lines that name what the stop waits for."""
+LAST_TIMEOUT_S = 1.0  # The end of a stop, which is left to the registrar to revoke records
+NOTICE_INTERVAL_S = 1.0  # Interval between log lines that name what the stop waits for
 
 
 class _Phase(enum.Enum):

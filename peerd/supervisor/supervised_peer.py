@@ -72,9 +72,7 @@ class SupervisedPeer:
         self.last_death: Death | None = None
         self.last_gap_ms: float | None = None
         self.is_provisional = is_provisional
-        self.is_stopping = False
-        """stop() was called."""
-
+        self.is_stopping = False  # stop() was called
         self.log = PeerLog(slot, self.peer_id, self.port, environment.recent_lines)
         self.restarts = PeerRestarts(self, environment)
         self.replacements = Replacements(self, environment)

@@ -68,8 +68,7 @@ STOP_SIGNALS: Mapping[signal.Signals, int] = {
 OTHER_SIGNALS = (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU)
 """Reload, one more peer, one peer fewer."""
 
-HEALTH_CHECK_INTERVAL_S = 0.5
-"""Interval between checks of the workers' heartbeats."""
+HEALTH_CHECK_INTERVAL_S = 0.5  # Interval between checks of the workers' heartbeats
 
 
 class Supervisor:

@@ -30,12 +30,8 @@ from peerd.supervisor.processes import Child, ChildPipes, Exit, spawn
 
 MAX_REPORT_BYTES = 32 * 1024
 
-DESCRIPTORS = 4
-"""Open in the supervisor for each worker while it starts: a pidfd and three pipes."""
-
-STACK_TIMEOUT_S = 0.5
-"""How long a worker that is about to be killed has to write its stack."""
-
+DESCRIPTORS = 4  # Open in the supervisor for each worker while it starts: a pidfd and three pipes
+STACK_TIMEOUT_S = 0.5  # How long a worker that is about to be killed has to write its stack
 WorkerEntry = Callable[[int, socket.socket, Slot, "BootPipes"], int]
 """(slot number, socket, slot, report) -> exit code; runs in the worker."""
 
@@ -83,18 +79,10 @@ class Worker:
         """``pipe_fds``: the supervisor's ends, for reports and for permissions."""
         self.pid = child.pid
         self.generation = generation
-        self.ready_s: float | None = None
-        """Monotonic time of the report that its loop has run."""
-
-        self.killed_for: str | None = None
-        """Why the supervisor killed it."""
-
-        self.is_handing_over = False
-        """It was asked to leave the socket to its successor."""
-
-        self.lines_dropped = 0
-        """Of its output, known once it has ended."""
-
+        self.ready_s: float | None = None  # Monotonic time of the report that its loop has run
+        self.killed_for: str | None = None  # Why the supervisor killed it
+        self.is_handing_over = False  # It was asked to leave the socket to its successor
+        self.lines_dropped = 0  # Of its output, known once it has ended
         self._loop = loop
         self._child = child
         self._report_fd: int | None

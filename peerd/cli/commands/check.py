@@ -55,11 +55,8 @@ class _Findings:
 class _Registry:
     endpoint: str
     prefix: str
-    records: int | None
-    """None if etcd does not answer."""
-
-    starts_etcd: bool
-    """Whether 'peerd supervise' would start an etcd."""
+    records: int | None  # None if etcd does not answer
+    starts_etcd: bool  # Whether 'peerd supervise' would start an etcd
 
     def __str__(self) -> str:
         keys = f"keys {self.prefix}/..."

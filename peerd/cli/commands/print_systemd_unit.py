@@ -26,15 +26,9 @@ TEMPLATE = Path(__file__).with_name("peerd.service.in")
 SPARE_DESCRIPTORS = 64
 """Room in systemd's store for peers that 'peerd scale' adds. A full store rejects even updates."""
 
-STOP_MARGIN_S = 5
-"""Time after the hard end of a stop until the last process is reaped."""
-
-HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
-"""Folders that ProtectHome= hides."""
-
-PRIVATE = (Path("/tmp"), Path("/var/tmp"))
-"""Folders that PrivateTmp= replaces."""
-
+STOP_MARGIN_S = 5  # Time after the hard end of a stop until the last process is reaped
+HOMES = (Path("/home"), Path("/root"), Path("/run/user"))  # Folders that ProtectHome= hides
+PRIVATE = (Path("/tmp"), Path("/var/tmp"))  # Folders that PrivateTmp= replaces
 ABOUT_EMBEDDED_ETCD = (
     f"# Without --etcd the peers register at {DEFAULT_ENDPOINT}, and if nothing listens there, peerd starts\n"
     "# an etcd with throw-away data. In production, pass your own etcd.\n"
@@ -51,9 +45,7 @@ class _Service:
     command: list[str]
     environment: dict[str, str]
     settings: SupervisorSettings
-    files: list[Path]
-    """Files that the service reads, except those of the app."""
-
+    files: list[Path]  # Files that the service reads, except those of the app
     control_path: Path | None
     has_embedded_etcd: bool
     has_etcd_password: bool
