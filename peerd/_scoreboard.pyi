@@ -63,23 +63,20 @@ class Slot:
     @property
     def registered(self) -> bool:
         """Whether the record is in etcd now: False once its lease has expired."""
-    @property
-    def heartbeat_ns(self) -> int:
-        """CLOCK_MONOTONIC at the worker's last turn; at most 250 ms old unless the loop is blocked."""
+    heartbeat_ns: int
+    """CLOCK_MONOTONIC at the worker's last turn; at most 250 ms old unless the loop is blocked."""
     @property
     def unfinished(self) -> int:
         """Datagrams that were read and not finished. Exact once the worker is dead, wherever it died;
         approximate while it lives."""
-    @property
-    def waiting(self) -> int:
-        """The number of coroutine handlers that wait for something."""
+    waiting: int
+    """The number of coroutine handlers that wait for something."""
     @property
     def waiting_by_magic(self) -> dict[str, int]:
         """The same per magic code, without zeros. The key ``""`` has the sum of the codes without a row of
         their own: those longer than 32 characters, and those behind the app's first 16 async handlers."""
-    @property
-    def not_reading_since_ns(self) -> int:
-        """CLOCK_MONOTONIC when the worker stopped reading because too many handlers wait; else 0."""
+    not_reading_since_ns: int
+    """CLOCK_MONOTONIC when the worker stopped reading because too many handlers wait; else 0."""
     def settle(self) -> int:
         """Return ``unfinished`` of a dead worker and reset it, so that each loss is counted once. Reset what
         the worker has published about waiting handlers. Only the supervisor calls this."""
@@ -92,9 +89,8 @@ class Slot:
     def unread_since_ns(self) -> int:
         """CLOCK_MONOTONIC since when the queue has held datagrams without the worker reading one, as far as
         watch_queue() has seen; 0 when it has read one since, or the queue was empty."""
-    @property
-    def log_dropped(self) -> int:
-        """Lines of the workers' output that were dropped because a buffer was full."""
+    log_dropped: int
+    """Lines of the workers' output that were dropped because a buffer was full."""
     def add_log_dropped(self, lines: int) -> None:
         """Atomic: a worker, its successor and the supervisor may call this concurrently."""
     def histograms(self) -> dict[str, list[int]]:

@@ -47,6 +47,6 @@ cdef class Coroutines:
 
     cdef object step(self, object handler, Message message)
     cdef int leave(self) except -1
-    cdef int close(self) except -1
+    cdef int discard(self) except -1
     cdef int _enter(self) except -1
     cdef int _discard_if_touched(self) except -1

@@ -211,18 +211,19 @@ cdef class Coroutines:
             self._spare.record_references()
         return 0
 
-    cdef int close(self) except -1:
-        if self._spare is not None:
-            self._spare.finish()
+    cdef int discard(self) except -1:
+        """End the spare, if there is one."""
+        spare = self._spare
+        if spare is not None:
+            self.leave()
             self._spare = None
+            spare.finish()
         return 0
 
     cdef int _enter(self) except -1:
         if self._event_loop is None:
             raise RuntimeError("coroutine handlers need an event loop: see attach()")
-        if self._spare is not None and not self._spare.is_untouched():
-            self._spare.finish()
-            self._spare = None
+        self._discard_if_touched()
         if self._spare is None:
             self._spare = Spare(self._new_task, self._event_loop, self._on_ended)
         self._enter_task(self._event_loop, self._spare._task)
@@ -232,11 +233,8 @@ cdef class Coroutines:
         return 0
 
     cdef int _discard_if_touched(self) except -1:
-        if not self._spare.is_untouched():
-            spare = self._spare
-            self.leave()
-            self._spare = None
-            spare.finish()
+        if self._spare is not None and not self._spare.is_untouched():
+            self.discard()
         return 0
 
 

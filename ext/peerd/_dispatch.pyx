@@ -22,12 +22,14 @@ from peerd._scoreboard cimport (
 )
 from peerd.outbox cimport Outbox, count_handled
 
-cdef uint64_t NO_LIMIT = <uint64_t>-1
-
 
 @cython.final
 cdef class Route:
-    pass
+    def __init__(self, handler, bint is_batched, bint is_coroutine):
+        self.handler = handler
+        self.pending = [] if is_batched else None
+        self.is_coroutine = is_coroutine
+        self.max_waiting = <uint64_t>-1  # no limit
 
 
 @cython.final
@@ -41,7 +43,7 @@ cdef class Dispatcher:
             for magic, handler in table.items():
                 if magic in routes:
                     raise ValueError(f"two handlers for {magic!r}")
-                routes[magic] = new_route(handler, table is batch_handlers, table is coroutine_handlers)
+                routes[magic] = Route(handler, table is batch_handlers, table is coroutine_handlers)
                 if table is batch_handlers:
                     self._batched.append(routes[magic])
         for magic, limit in max_waiting.items():
@@ -77,7 +79,7 @@ cdef class Dispatcher:
         return 0
 
     cdef int detach(self) except -1:
-        self._coroutines.close()
+        self._coroutines.discard()
         self._coroutines = Coroutines()
         return 0
 
@@ -175,12 +177,3 @@ cdef class Dispatcher:
         self._counters[HANDLER_ERRORS] += 1
         self._on_handler_error(message.magic, message.sender, error)
         return 0
-
-
-cdef Route new_route(object handler, bint is_batched, bint is_coroutine):
-    cdef Route route = Route.__new__(Route)
-    route.handler = handler
-    route.pending = [] if is_batched else None
-    route.is_coroutine = is_coroutine
-    route.max_waiting = NO_LIMIT
-    return route

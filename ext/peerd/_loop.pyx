@@ -61,7 +61,6 @@ from peerd._scoreboard cimport (
     Slot,
     SlotData,
 )
-from peerd.clock cimport monotonic_ns
 from peerd.destination cimport Destination, read_local, report_local_addresses
 from peerd.flight cimport RX_BATCH
 from peerd.icmp cimport may_be_icmp
@@ -207,8 +206,8 @@ cdef class DatagramLoop:
                 elif linger_ns < 0 and not self._stopping:
                     self._wait()
                 PyErr_CheckSignals()
-            deadline = monotonic_ns() + self._drain_ns
-            while monotonic_ns() < deadline:
+            deadline = linux.monotonic_ns() + self._drain_ns
+            while linux.monotonic_ns() < deadline:
                 if self._hand_over:
                     self._flush()
                 if self._hand_over or (self._turn() < 0 and self._rx.used == 0):
@@ -258,10 +257,10 @@ cdef class DatagramLoop:
         return self._dispatcher.take_dropped()
 
     def set_reading(self, bint is_reading):
-        self._stats.waiting.not_reading_since_ns = 0 if is_reading else monotonic_ns()
+        self._stats.waiting.not_reading_since_ns = 0 if is_reading else linux.monotonic_ns()
 
     def beat(self):
-        self._stats.heartbeat_ns = monotonic_ns()
+        self._stats.heartbeat_ns = linux.monotonic_ns()
 
     def stop(self, double drain_s=0.0, *, bint hand_over=False):
         cdef char byte = 0
@@ -347,9 +346,12 @@ cdef class DatagramLoop:
         cdef unsigned int taken
         with nogil:
             filled = receive(&self._rx, asked, &stats.counters[RX_DATAGRAMS])
-        begun_ns = self._turn_ns = stats.heartbeat_ns = monotonic_ns()
+        begun_ns = self._turn_ns = stats.heartbeat_ns = linux.monotonic_ns()
         if filled < 0:
-            self._receive_failed(-filled)
+            if may_be_icmp(-filled):
+                self._read_icmp_errors()
+            elif -filled not in (EAGAIN, EINTR, ENOMEM, ENOBUFS):
+                raise OSError(-filled, f"recvmmsg: {os.strerror(-filled)}")
             if self._outbox.tx.queued:
                 self._flush()
             if filled != -EAGAIN:
@@ -371,19 +373,12 @@ cdef class DatagramLoop:
             # A loop under load never polls, and the error queue takes receive buffer from datagrams.
             self._read_icmp_errors()
         stats.counters[TURNS] += 1
-        now_ns = stats.heartbeat_ns = monotonic_ns()
+        now_ns = stats.heartbeat_ns = linux.monotonic_ns()
         self._record_turn(taken, filled, now_ns - begun_ns)
         # A batch that is not full has emptied the queue.
         full = filled == asked
         linger_ns = linger_after(&self._linger, taken, full, begun_ns, now_ns)
         return 0 if full else linger_ns or -1
-
-    cdef int _receive_failed(self, int error) except -1:
-        if may_be_icmp(error):
-            self._read_icmp_errors()
-        elif error != EAGAIN and error != EINTR and error != ENOMEM and error != ENOBUFS:
-            raise OSError(error, f"recvmmsg: {os.strerror(error)}")
-        return 0
 
     cdef void _record_turn(self, unsigned int taken, int filled, int64_t took_ns) noexcept nogil:
         cdef SlotData *stats = self._stats
@@ -434,7 +429,7 @@ cdef class DatagramLoop:
         """In a turn that takes long, do what would otherwise wait for its end."""
         cdef int64_t now_ns
         self._until_clock_check = CLOCK_CHECK_INTERVAL
-        now_ns = monotonic_ns()
+        now_ns = linux.monotonic_ns()
         if now_ns - self._turn_ns > TURN_BUDGET_NS:
             self._turn_ns = self._stats.heartbeat_ns = now_ns
             flush(&self._outbox)

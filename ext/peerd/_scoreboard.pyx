@@ -152,6 +152,10 @@ cdef class Slot:
     lost_unread = Word(<size_t>&(<SlotData *>NULL).lost_unread)
     lease_id = Word(<size_t>&(<SlotData *>NULL).lease_id)
     registered_until_ns = Word(<size_t>&(<SlotData *>NULL).registered_until_ns)
+    heartbeat_ns = Word(<size_t>&(<SlotData *>NULL).heartbeat_ns)
+    waiting = Word(<size_t>&(<SlotData *>NULL).waiting.count)
+    not_reading_since_ns = Word(<size_t>&(<SlotData *>NULL).waiting.not_reading_since_ns)
+    log_dropped = Word(<size_t>&(<SlotData *>NULL).log_dropped)
 
     @property
     def state(self):
@@ -182,14 +186,6 @@ cdef class Slot:
         target[0] = source[0]
 
     @property
-    def heartbeat_ns(self):
-        return self.data.heartbeat_ns
-
-    @property
-    def waiting(self):
-        return self.data.waiting.count
-
-    @property
     def waiting_by_magic(self):
         cdef Waiting *waiting = &self.data.waiting
         cdef int i
@@ -201,10 +197,6 @@ cdef class Slot:
         counts[""] = waiting.counts[MAX_WAITING_ROWS]
         return {magic: count for magic, count in counts.items() if count}
 
-    @property
-    def not_reading_since_ns(self):
-        return self.data.waiting.not_reading_since_ns
-
     def watch_queue(self, bint has_datagrams, int64_t now_ns):
         if not has_datagrams:
             self.data.unread_since_ns = 0
@@ -215,10 +207,6 @@ cdef class Slot:
     @property
     def unread_since_ns(self):
         return self.data.unread_since_ns if reads(self.data) == self.data.unread_reads else 0
-
-    @property
-    def log_dropped(self):
-        return self.data.log_dropped
 
     def add_log_dropped(self, uint64_t lines):
         atomic_add(&self.data.log_dropped, lines, RELAXED)

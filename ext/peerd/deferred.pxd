@@ -20,7 +20,6 @@ from libc.string cimport memcmp, memcpy
 
 cimport peerd.linux_udp as linux
 from peerd.destination cimport Destination
-from peerd.pages cimport free_pages, untouched_pages
 
 cdef enum:
     MAX_DEFERRED_ADDRESSES = 32
@@ -47,13 +46,13 @@ cdef struct Deferred:
 
 cdef inline bint deferred_open(Deferred *deferred) noexcept nogil:
     """False without memory."""
-    deferred.entries = <Entry *>untouched_pages(MAX_DEFERRED_ADDRESSES * sizeof(Entry))
+    deferred.entries = <Entry *>linux.untouched_pages(MAX_DEFERRED_ADDRESSES * sizeof(Entry))
     deferred.datagrams = 0
     return deferred.entries != NULL
 
 
 cdef inline void deferred_close(Deferred *deferred) noexcept nogil:
-    free_pages(deferred.entries, MAX_DEFERRED_ADDRESSES * sizeof(Entry))
+    linux.free_pages(deferred.entries, MAX_DEFERRED_ADDRESSES * sizeof(Entry))
 
 
 cdef inline void deferred_clear(Deferred *deferred) noexcept nogil:

@@ -24,15 +24,7 @@ cdef extern from "<errno.h>" nogil:
 
 
 cdef inline bint may_be_icmp(int error) noexcept nogil:
-    return (
-        error == ECONNREFUSED
-        or error == EHOSTUNREACH
-        or error == ENETUNREACH
-        or error == EHOSTDOWN
-        or error == ENONET
-        or error == ENOPROTOOPT
-        or error == EOPNOTSUPP
-        or error == EPROTO
-        or error == EACCES
-        or error == EMSGSIZE
+    return error in (
+        ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, EHOSTDOWN, ENONET, ENOPROTOOPT, EOPNOTSUPP, EPROTO,
+        EACCES, EMSGSIZE,
     )

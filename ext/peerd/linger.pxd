@@ -32,11 +32,9 @@ cdef struct Linger:
 
 
 cdef inline void linger_open(Linger *linger, int64_t linger_ns) noexcept nogil:
+    """The rest is 0."""
     linger.linger_ns = linger_ns
-    linger.last_turn_ns = 0
-    linger.rest = 0
     linger.next_rest = 1
-    linger.lingered = False
 
 
 cdef inline int64_t linger_after(

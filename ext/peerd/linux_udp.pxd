@@ -1,6 +1,6 @@
-"""Foreign declarations only: the parts of the kernel's and libc's interfaces that the datagram loop uses."""
+"""The parts of the kernel's and libc's interfaces that the datagram loop uses."""
 
-from libc.stdint cimport uint16_t, uint32_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t
 
 cdef extern from "<sys/socket.h>" nogil:
     ctypedef unsigned int socklen_t
@@ -154,3 +154,24 @@ cdef extern from "<sys/mman.h>" nogil:
     int MAP_SHARED
     int MAP_ANONYMOUS
     void *MAP_FAILED
+
+
+cdef inline int64_t monotonic_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+
+
+cdef inline void *untouched_pages(size_t size) noexcept nogil:
+    """Zeros, to which the kernel adds a page when it is first written; NULL without memory.
+
+    calloc would not do: once a large block was freed, glibc takes such sizes from its heap instead of
+    from the kernel (mallopt(3), M_MMAP_THRESHOLD), and writes zeros to all of them.
+    """
+    cdef void *pages = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    return NULL if pages == MAP_FAILED else pages
+
+
+cdef inline void free_pages(void *pages, size_t size) noexcept nogil:
+    if pages != NULL:
+        munmap(pages, size)

@@ -33,7 +33,6 @@ from libc.string cimport memcmp, memcpy, memset
 
 cimport peerd.linux_udp as linux
 from peerd._scoreboard cimport SlotData
-from peerd.clock cimport monotonic_ns
 from peerd.transmit cimport DROP_LOOP, DROP_RATE
 
 cdef enum:
@@ -132,7 +131,7 @@ cdef inline int why_not_reply(Guard *guard, const void *to, bint same_magic) noe
     cdef int cost = 1
     cdef uint16_t slot = port_of(to) - guard.first_port
     read_source(to, &source)
-    # Only a slot that has a peer: another program may have taken the port of a removed peer.
+    # Only slots with a peer: another program may have taken the port of a removed peer.
     if (
         same_magic
         and slot < guard.slot_count[0]
@@ -143,7 +142,7 @@ cdef inline int why_not_reply(Guard *guard, const void *to, bint same_magic) noe
     if guard.limits_all or source.port < guard.checked_ports:
         if not guard.limits_all and same_magic:
             cost = SAME_MAGIC_COST
-        if not takes(guard, &source, cost, monotonic_ns()):
+        if not takes(guard, &source, cost, linux.monotonic_ns()):
             return DROP_RATE
     return -1
 
@@ -189,7 +188,7 @@ cdef inline bint is_local(Guard *guard, const uint8_t *address) noexcept nogil:
         return memcmp(address, guard.own.address, 16) == 0
     if is_loopback(address) or is_listed(guard, address):
         return True
-    now_ns = monotonic_ns()
+    now_ns = linux.monotonic_ns()
     if guard.local_read_ns and now_ns - guard.local_read_ns < ADDRESSES_INTERVAL_NS:
         return False
     guard.local_read_ns = now_ns

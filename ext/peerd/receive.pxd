@@ -15,7 +15,6 @@ from libc.string cimport memcpy
 
 cimport peerd.linux_udp as linux
 from peerd.flight cimport RX_BATCH, RX_CONTROL_BYTES, UNTOUCHED, Flight, store_barrier
-from peerd.pages cimport free_pages, untouched_pages
 
 cdef enum:
     # The largest UDP payload is 65,527 bytes (IPv6); a joined one is no larger (RFC 768).
@@ -42,7 +41,7 @@ cdef inline bint receiver_open(Receiver *rx, int fd, Flight *flight) noexcept no
     flight.receiving = 0
     rx.vectors = <linux.iovec *>calloc(RX_BATCH, sizeof(linux.iovec))
     rx.addresses = <linux.sockaddr_storage *>calloc(RX_BATCH, sizeof(linux.sockaddr_storage))
-    rx.buffers = <uint8_t *>untouched_pages(RX_BATCH * RX_BUFFER_DISTANCE)
+    rx.buffers = <uint8_t *>linux.untouched_pages(RX_BATCH * RX_BUFFER_DISTANCE)
     if rx.vectors == NULL or rx.addresses == NULL or rx.buffers == NULL:
         return False
     for i in range(RX_BATCH):
@@ -59,7 +58,7 @@ cdef inline bint receiver_open(Receiver *rx, int fd, Flight *flight) noexcept no
 cdef inline void receiver_close(Receiver *rx) noexcept nogil:
     free(rx.vectors)
     free(rx.addresses)
-    free_pages(rx.buffers, RX_BATCH * RX_BUFFER_DISTANCE)
+    linux.free_pages(rx.buffers, RX_BATCH * RX_BUFFER_DISTANCE)
 
 
 cdef inline int receive(Receiver *rx, int buffers, uint64_t *rx_datagrams) noexcept nogil:

@@ -42,7 +42,6 @@ from peerd._scoreboard cimport (
     TX_GSO_REFUSED,
     TX_MESSAGES,
 )
-from peerd.clock cimport monotonic_ns
 from peerd.deferred cimport (
     MAX_ATTEMPTS,
     MAX_DEFERRED_ADDRESSES,
@@ -60,7 +59,6 @@ from peerd.deferred cimport (
 from peerd.destination cimport LOCAL_CONTROL_BYTES, Destination, has_local, write_local
 from peerd.flight cimport TX_WINDOW, UNTOUCHED, Flight, store_barrier
 from peerd.icmp cimport may_be_icmp
-from peerd.pages cimport free_pages, untouched_pages
 
 cdef enum:
     # 65,535 less the IPv4 (20) and UDP (8) headers: RFC 768, RFC 791.
@@ -139,13 +137,13 @@ cdef inline bint transmitter_open(
     tx.flight = flight
     flight.sending = 0
     tx.prepared = 0
-    tx.clock_ns = monotonic_ns
+    tx.clock_ns = linux.monotonic_ns
     tx.family = 0
     # The arena, then what each run has, from the strictest alignment to none.
     tx.pages_bytes = TX_ARENA_BYTES + TX_RUNS * (
         sizeof(linux.mmsghdr) + sizeof(linux.iovec) + sizeof(Run) + TX_CONTROL_BYTES + sizeof(Destination)
     )
-    tx.arena = <uint8_t *>untouched_pages(tx.pages_bytes)
+    tx.arena = <uint8_t *>linux.untouched_pages(tx.pages_bytes)
     if tx.arena == NULL or not deferred_open(&tx.deferred):
         return False
     tx.headers = <linux.mmsghdr *>(tx.arena + TX_ARENA_BYTES)
@@ -159,7 +157,7 @@ cdef inline bint transmitter_open(
 
 
 cdef inline void transmitter_close(Transmitter *tx) noexcept nogil:
-    free_pages(tx.arena, tx.pages_bytes)
+    linux.free_pages(tx.arena, tx.pages_bytes)
     deferred_close(&tx.deferred)
 
 

@@ -54,7 +54,7 @@ def run(
     core: DatagramLoop,
     on_serving: Callable[[], None],
     drain_timeout_s: float,
-    timeouts_s: Mapping[str, float] | None = None,
+    timeouts_s: Mapping[str, float],
 ) -> None:
     """Serve in an event loop of this thread until SIGTERM; then drain, for ``drain_timeout_s``.
 
@@ -65,7 +65,7 @@ def run(
     or an exception of a handler that is no Exception.
     """
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
-        runner.run(AsyncServer(core, timeouts_s or {}).serve(on_serving, drain_timeout_s))
+        runner.run(AsyncServer(core, timeouts_s).serve(on_serving, drain_timeout_s))
 
 
 class SpareTask(asyncio.Task[None]):
@@ -86,7 +86,7 @@ class _Waiting:
     """A coroutine handler that waits."""
 
     magic: str
-    timeout: asyncio.TimerHandle | None
+    timeout: asyncio.TimerHandle | None = None
     has_timed_out: bool = False
 
 
@@ -277,7 +277,7 @@ class AsyncServer:
         return SpareTask(coroutine, loop=self._events, context=context)
 
     def _on_suspended(self, task: asyncio.Task[None], message: Message) -> None:
-        waiting = _Waiting(message.magic, None)
+        waiting = _Waiting(message.magic)
         timeout_s = self._timeouts_s.get(message.magic)
         if timeout_s is not None:
             waiting.timeout = self._events.call_later(timeout_s, self._on_timeout, task)
@@ -298,15 +298,13 @@ class AsyncServer:
                 return  # the server cancels what it cannot wait for: the message counts as lost
             if waiting.has_timed_out:
                 timeout_s = self._timeouts_s[message.magic]
-                cancelled, result = (
-                    result,
-                    TimeoutError(f"it waited for longer than {timeout_s:g} s"),
-                )
-                result.__cause__ = cancelled
+                error = TimeoutError(f"it waited for longer than {timeout_s:g} s")
+                error.__cause__ = result
+                result = error
         try:
             self._core.answer(message, result)
-        except BaseException as error:
-            self._fail(error)
+        except BaseException as failure:
+            self._fail(failure)
         self._check_room()
         self._flush_soon()
 

@@ -161,12 +161,11 @@ class Peer:
         registry = self._open.enter_context(
             Registry(self._etcd, self._prefix, access=self._access, lease_ttl_s=self._lease_ttl_s)
         )
-        registry.register(
-            PeerRecord(
-                url=self._settings.advertised_host,
-                port=self.port,
-                peer_id=self.peer_id,
-                partition_key=self._partition_key,
-                metadata=self._metadata,
-            )
+        record = PeerRecord(
+            url=self._settings.advertised_host,
+            port=self.port,
+            peer_id=self.peer_id,
+            partition_key=self._partition_key,
+            metadata=self._metadata,
         )
+        registry.register(record)

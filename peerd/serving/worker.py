@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import socket
-import time
 import traceback
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,11 +19,10 @@ from setproctitle import setproctitle
 
 from peerd._loop import DatagramLoop
 from peerd._scoreboard import Slot
-from peerd.address import Address
 from peerd.errors import AppLoadError
 from peerd.linux import is_kernel_with_broken_gso, is_kernel_without_gro
 from peerd.serving.app import App, load_app
-from peerd.serving.dropped_replies import DroppedReplyLog
+from peerd.serving.loop_logs import DroppedReplyLog, HandlerErrorLog, IcmpErrorLog
 from peerd.settings import DatagramSettings
 from peerd.signals import DUMP_STACK, HAND_OVER
 
@@ -110,46 +108,6 @@ def make_loop(
         linger_s=settings.linger_us / 1e6,
         max_reply_rate=settings.max_reply_rate,
     )
-
-
-class IcmpErrorLog:
-    """Logs the clients that cannot be reached."""
-
-    def __init__(self, about: str) -> None:
-        self._about = about
-
-    def __call__(self, address: tuple[str, int] | None, error: int) -> None:
-        to = Address(*address) if address else "?"
-        log.debug("%sto=%s: %s", self._about, to, os.strerror(error))
-
-
-class HandlerErrorLog:
-    """Logs what handlers raise: at most one line per magic code and second, with the number left out."""
-
-    INTERVAL_S = 1.0
-
-    def __init__(self, about: str) -> None:
-        self._about = about
-        self._last_s: dict[str, float] = {}
-        self._left_out: dict[str, int] = {}
-
-    def __call__(self, magic: str, sender: tuple[str, int] | None, error: BaseException) -> None:
-        now_s = time.monotonic()
-        if now_s - self._last_s.get(magic, -self.INTERVAL_S) < self.INTERVAL_S:
-            self._left_out[magic] = self._left_out.get(magic, 0) + 1
-            return
-        self._last_s[magic] = now_s
-        left_out = self._left_out.pop(magic, 0)
-        also = f" ({left_out} more since the last such line)" if left_out else ""
-        log.error(
-            "%sfrom=%s: the handler of %r raised %s%s",
-            self._about,
-            Address(*sender) if sender else "?",
-            magic,
-            type(error).__name__,
-            also,
-            exc_info=error,
-        )
 
 
 def _explain(error: AppLoadError) -> str:

@@ -1,6 +1,6 @@
 """Publishes that a peer's replies were withheld, because they looked like a loop of two servers.
 
-The worker counts each such reply and logs the first ones (peerd/serving/dropped_replies.py); this one says
+The worker counts each such reply and logs the first ones (peerd/serving/loop_logs.py); this one says
 in ``peerd events`` that it happened, at most once per minute for a peer.
 """
 

@@ -18,7 +18,7 @@ from harness.loop_harness import LoopHarness
 from harness.namespaces import Hosts
 from harness.supervised import Supervised
 from peerd import control, decode, encode
-from peerd.serving.dropped_replies import DroppedReplyLog
+from peerd.serving.loop_logs import DroppedReplyLog
 
 PORT = 5001
 # 1 Mbit/s and a queue of seven datagrams: 1,000 replies of 400 bytes per second fill it.
