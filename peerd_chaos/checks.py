@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,86 +140,55 @@ def deaths(
 
 def records(subject: Subject, within_s: float) -> Invariant:
     """Within the lease TTL, etcd has records of the ready peers only."""
-    stored, ready = set[str](), set[str]()
 
-    def same() -> bool:
+    def look() -> tuple[list[str], list[str]]:
+        stored = list[str]()
         with contextlib.suppress(RegistryError):
-            stored.clear()
-            stored.update(f"{node.peer_id} {node.port}" for node in registry.nodes())
-        ready.clear()
-        peers = (peer for peer in subject.peers() if peer["state"] == "ready")
-        ready.update(f"{peer['peer_id']} {peer['port']}" for peer in peers)
-        return stored == ready
+            stored = [f"{node.peer_id} {node.port}" for node in registry.nodes()]
+        ready = (peer for peer in subject.peers() if peer["state"] == "ready")
+        return stored, [f"{peer['peer_id']} {peer['port']}" for peer in ready]
 
     with Registry(subject.etcd, subject.prefix) as registry:
-        holds = wait_for(same, within_s)
-    differ = f"; only in one: {', '.join(sorted(stored ^ ready))}" if stored != ready else ""
-    return Invariant(
-        "the records are those of the ready peers",
-        holds,
-        f"{len(stored)} records, {len(ready)} ready{differ}",
-    )
+        return _becomes("the records are those of the ready peers", "records", look, within_s)
 
 
 def processes(subject: Subject) -> Invariant:
     """The supervisor's descendants are one worker per peer and the registrar."""
-    more, fewer, zombies = set[int | None](), set[int | None](), list[int]()
-    workers = 0
 
-    def exact() -> bool:
-        nonlocal more, fewer, zombies, workers
+    def look() -> tuple[list[str], list[str]]:
         children = subject.children()
-        zombies = []
+        zombies = list[str]()
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if child.status() == psutil.STATUS_ZOMBIE:
-                    zombies.append(child.pid)
-        peers = {peer["pid"] for peer in subject.peers()}
-        expected = {subject.pid, subject.registrar(), *peers}
-        found = set[int | None](subject.processes())
-        workers, more, fewer = len(peers), found - expected, expected - found
-        return not more and not fewer and not zombies and len(children) == workers + 1
+                    zombies.append(f"zombie {child.pid}")
+        found = [*subject.processes(), *(child.pid for child in children)]
+        expected = [subject.registrar(), *(peer["pid"] for peer in subject.peers())]
+        # Each has to be a child, and a process of this run, as the supervisor is.
+        return [*map(str, found), *zombies], [*map(str, [subject.pid, *expected, *expected])]
 
-    holds = wait_for(exact, SETTLE_TIMEOUT_S)
-    counted = f"{workers} workers and a registrar"
-    if not holds:
-        counted += f"; zombies {zombies}, unexpected {sorted(map(str, more))}, missing {fewer}"
-    return Invariant("no orphan, no zombie", holds, counted)
+    return _becomes("no orphan, no zombie", "processes", look, SETTLE_TIMEOUT_S)
 
 
 def descriptors(subject: Subject, before: Sequence[str]) -> Invariant:
     """With as many peers as ``before`` was taken with."""
-    now: list[str] = []
-
-    def same() -> bool:
-        now[:] = subject.descriptors()
-        return now == before
-
-    holds = wait_for(same, SETTLE_TIMEOUT_S)
-    more, fewer = Counter(now) - Counter(before), Counter(before) - Counter(now)
-    differ = "" if holds else f"; more {dict(more)}, fewer {dict(fewer)}"
-    return Invariant(
-        "the supervisor's descriptors are as before",
-        holds,
-        f"{len(before)} before, {len(now)} after{differ}",
-    )
+    name = "the supervisor's descriptors are as before"
+    return _becomes(name, "descriptors", lambda: (subject.descriptors(), before), SETTLE_TIMEOUT_S)
 
 
 def nothing_left(subject: Subject, ports: Iterable[int]) -> Invariant:
     """Once the supervisor has exited."""
-    left: list[str] = []
 
-    def gone() -> bool:
-        left[:] = [f"process {pid}" for pid in subject.processes()]
-        left.extend(f"port {port}" for port in ports if not is_free(port))
-        left.extend(f"file {path}" for path in subject.temporary.iterdir())
-        left.extend(f"file {path}" for path in (subject.control,) if path.exists())
-        left.extend(f"record {node.peer_id}" for node in registry.nodes())
-        return not left
+    def look() -> tuple[list[str], list[str]]:
+        left = [f"process {pid}" for pid in subject.processes()]
+        left += [f"port {port}" for port in ports if not is_free(port)]
+        left += [f"file {path}" for path in subject.temporary.iterdir()]
+        left += [f"file {path}" for path in (subject.control,) if path.exists()]
+        return left + [f"record {node.peer_id}" for node in registry.nodes()], []
 
     with Registry(subject.etcd, subject.prefix) as registry:
-        holds = wait_for(gone, SETTLE_TIMEOUT_S)
-    return Invariant("nothing is left", holds, ", ".join(left) or "no process, port, file, record")
+        what = "processes, ports, files, records"
+        return _becomes("nothing is left", what, look, SETTLE_TIMEOUT_S)
 
 
 def log(subject: Subject) -> Invariant:
@@ -228,6 +197,25 @@ def log(subject: Subject) -> Invariant:
         found.update(DEFECTS.findall((subject.folder / name).read_text(errors="replace")))
     counted = ", ".join(f"{count} {what!r}" for what, count in found.items())
     return Invariant("no traceback in the log", not found, counted or "0")
+
+
+def _becomes(
+    name: str, what: str, look: Callable[[], tuple[Iterable[str], Iterable[str]]], within_s: float
+) -> Invariant:
+    """What ``look`` finds (the first) becomes what it expects (the second) within the time."""
+    found, expected = Counter[str](), Counter[str]()
+
+    def same() -> bool:
+        nonlocal found, expected
+        found, expected = map(Counter, look())
+        return found == expected
+
+    holds = wait_for(same, within_s)
+    counted = f"{found.total()} {what}, {expected.total()} expected"
+    if not holds:
+        more, fewer = (", ".join(each.elements()) for each in (found - expected, expected - found))
+        counted += f"; unexpected: {more or 'none'}; missing: {fewer or 'none'}"
+    return Invariant(name, holds, counted)
 
 
 def _lost(peer: Mapping[str, Any]) -> int:

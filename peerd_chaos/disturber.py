@@ -11,9 +11,8 @@ A slot that dies too often is parked by design (restart.py). It is restarted her
 from __future__ import annotations
 
 import functools
-import heapq
-import itertools
 import os
+import sched
 import signal
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -59,8 +58,7 @@ class Disturber:
         """Slots that the change of the number of peers under way adds or removes."""
 
         self._begun_s = time.monotonic()
-        self._order = itertools.count()
-        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._due = sched.scheduler(self._now_s, self._pause)
 
     def __enter__(self) -> Disturber:
         return self
@@ -72,12 +70,9 @@ class Disturber:
     def run(self, actions: Iterable[Action], seconds: float) -> None:
         self._begun_s = time.monotonic()
         for action in actions:
-            self._plan(action.at_s, functools.partial(self._do, action))
-        while self._due:
-            at_s, _, do = heapq.heappop(self._due)
-            self._wait_until(at_s)
-            do()
-        self._wait_until(seconds)
+            self._due.enterabs(action.at_s, 0, self._do, (action,))
+        self._due.enterabs(seconds, 1, lambda: None)
+        self._due.run()
 
     def settle(self, within_s: float) -> None:
         """Continue the stopped workers and wait for the commands under way."""
@@ -85,15 +80,13 @@ class Disturber:
         for pid in self._stopped:
             self.subject.send_child(pid, signal.SIGCONT)
         until_s = time.monotonic() + within_s
-        for future in self._futures:
-            while not future.done() and time.monotonic() < until_s:
-                self.update()
-                wait([future], UPDATE_INTERVAL_S)
-            if future.done():
-                future.result()
-        unfinished = sum(not future.done() for future in self._futures)
+        while wait(self._futures, UPDATE_INTERVAL_S).not_done and time.monotonic() < until_s:
+            self.update()
+        done, unfinished = wait(self._futures, 0)
+        for future in done:
+            future.result()
         if unfinished:
-            self.record.failed_commands.append(f"{unfinished} still running")
+            self.record.failed_commands.append(f"{len(unfinished)} still running")
 
     def update(self) -> None:
         """Take in the news from the supervisor and restart the slots that it has parked."""
@@ -116,14 +109,12 @@ class Disturber:
     def _now_s(self) -> float:
         return time.monotonic() - self._begun_s
 
-    def _plan(self, at_s: float, do: Callable[[], None]) -> None:
-        heapq.heappush(self._due, (at_s, next(self._order), do))
-
-    def _wait_until(self, at_s: float) -> None:
-        while (left_s := at_s - self._now_s()) > 0:
-            if left_s > UPDATE_INTERVAL_S:
-                self.update()
-            time.sleep(max(0.0, min(UPDATE_INTERVAL_S, at_s - self._now_s())))
+    def _pause(self, left_s: float) -> None:
+        """At most until the next action is due. The scheduler calls it until then."""
+        at_s = self._now_s() + left_s
+        if left_s > UPDATE_INTERVAL_S:
+            self.update()
+        time.sleep(max(0.0, min(UPDATE_INTERVAL_S, at_s - self._now_s())))
 
     def _submit(
         self, pool: ThreadPoolExecutor, what: str, do: Callable[[], None], kind: Kind | None = None
@@ -205,7 +196,7 @@ class Disturber:
         if pid is not None:
             assert action.for_s is not None
             self._stopped.add(pid)
-            self._plan(self._now_s() + action.for_s, functools.partial(self._continue, pid))
+            self._due.enter(action.for_s, 0, self._continue, (pid,))
 
     def _continue(self, pid: int) -> None:
         self._stopped.discard(pid)

@@ -44,9 +44,9 @@ class Machine:
 
 
 def describe_machine(versions: Mapping[str, str], setup: str = "") -> Machine:
-    """Takes a second. ``versions``: of the packages that are compared with peerd."""
+    """Print it as well. Takes a second. ``versions``: of the packages that are compared with peerd."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
-    return Machine(
+    machine = Machine(
         cpu=_cpu_model(cpuinfo),
         cores=os.cpu_count() or 1,
         virtual=" hypervisor" in cpuinfo,
@@ -59,6 +59,8 @@ def describe_machine(versions: Mapping[str, str], setup: str = "") -> Machine:
         setup=setup,
         busy_before=psutil.cpu_percent(interval=1.0) / 100,
     )
+    print(machine, flush=True)
+    return machine
 
 
 def package_version(name: str) -> str:

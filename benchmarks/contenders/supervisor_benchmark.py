@@ -67,7 +67,6 @@ def main() -> int:
         {"etcd": etcd_version()}
         | {c.name: installed_version(others, c.package) for c in contenders if c is not PEERD}
     )
-    print(machine, flush=True)
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     with guarded_folder("peerd-benchmark-") as folder, EmbeddedEtcd() as etcd:
         bench = Bench(contenders, missing, folder, etcd.endpoint, others, rounds)

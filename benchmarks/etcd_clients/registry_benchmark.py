@@ -41,7 +41,6 @@ def main() -> int:
     packages = [spec.package for spec in CLIENTS.values() if spec.package is not None]
     versions = {name: package_version(name) for name in (*packages, *LIBRARIES)}
     machine = describe_machine({"etcd": etcd_version(), **versions})
-    print(machine, flush=True)
     for name in options.clients:
         if not CLIENTS[name].installed:
             print(f"NOTE      no {name}: it is not installed (pip install -e '.[bench]')")

@@ -45,7 +45,6 @@ def main() -> int:
     options = parser.parse_args()
     cpus = choose_cpus()
     machine = describe_machine({}, f"{cpus}; {granted_buffer()}")
-    print(machine, flush=True)
     cpus.pin_sender()
     plan = [(flood, options.seconds) for flood in LONG]
     plan += [(flood, options.seconds * SHORT_SHARE) for flood in SHORT]

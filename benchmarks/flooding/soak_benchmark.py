@@ -53,7 +53,6 @@ def main() -> int:
     options = parser.parse_args()
     cpus = choose_cpus()
     machine = describe_machine({}, f"{cpus}; {granted_buffer()}")
-    print(machine, flush=True)
     cpus.pin_sender()
     with built_programs("load") as programs:
         results = run_trials(

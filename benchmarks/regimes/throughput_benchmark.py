@@ -51,7 +51,6 @@ def main() -> int:
     machine = describe_machine(
         {name: package_version(name) for name in COMPARED}, f"{cpus}; {granted_buffer()}"
     )
-    print(machine, flush=True)
     for title, needs in not_installed(options.plan):
         print(f"NOTE      no {title}: {needs} is not installed (pip install -e '.[bench]')")
     cpus.pin_sender()

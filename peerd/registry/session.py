@@ -153,10 +153,9 @@ class Session:
             for lease in self._live_leases():
                 self._schedule_refresh(lease)
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="peerd-registry", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="peerd-registry", daemon=True)
+                thread.start()
+                self._thread = thread  # now that close() can join it: Ctrl-C may come in between
         self._wake.set()
         self._on_answer(answered=True)
         return claim

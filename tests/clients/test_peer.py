@@ -14,29 +14,21 @@ import pytest
 from harness import raw_client
 from harness.eventually import eventually
 from harness.ports import free_ports
-from peerd import App, Message, Peer, PeerConflictError, PortInUseError, RegistryUnavailableError
+from peerd import App, Peer, PeerConflictError, PortInUseError, RegistryUnavailableError
 from peerd.registry import Registry
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_it_serves_in_a_thread() -> None:
+def test_it_serves_in_a_thread_and_is_registered_meanwhile(etcd: str) -> None:
     app = App()
-
-    @app.handler("CHAT")
-    def chat(message: Message) -> bytes:
-        return b"hello " + message.body
-
+    app.handler("CHAT")(lambda message: b"hello " + message.body)
     port = free_ports()
-    with Peer(app, port=port) as peer:
-        assert raw_client.request(port, b"CHAT", b"you") == (b"CHAT", b"1.0", b"hello you")
-        eventually(lambda: peer.counters()["handled"] == 1)
-
-
-def test_it_is_registered_while_it_serves(etcd: str) -> None:
-    port = free_ports()
+    peer = Peer(app, port=port, peer_id="seedId", etcd=etcd, prefix="peer-class", partition_key="p")
     with Registry(etcd, "peer-class") as registry:
-        with Peer(port=port, peer_id="seedId", etcd=etcd, prefix="peer-class", partition_key="p"):
+        with peer:
+            assert raw_client.request(port, b"CHAT", b"you") == (b"CHAT", b"1.0", b"hello you")
+            eventually(lambda: peer.counters()["handled"] == 1)
             (record,) = registry.nodes()
             assert (record.peer_id, record.url, record.port) == ("seedId", "localhost", port)
             assert record.partition_key == "p"
