@@ -13,7 +13,7 @@ import socket
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from peerd.address import MAX_PORT, Address, EtcdEndpoints
 from peerd.errors import SettingsError
@@ -39,20 +39,14 @@ WILDCARDS = ("0.0.0.0", "::")
 """Addresses to bind that mean every address of this machine. Nothing can be sent to them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flag:
+class Flag(NamedTuple):
     """How users set a field: with ``--NAME``, ``PEERD_NAME`` or ``NAME = ...`` in ``peerd.toml``."""
 
-    name: str
-    """Without dashes in front."""
-
-    section: str
-    """The heading of ``--help`` that lists it."""
-
+    name: str  # without dashes in front
+    section: str  # the heading of --help that lists it
     help: str
     metavar: str | None
-    reads: type | None
-    """The type that the command line reads, where it is not that of the field."""
+    reads: type | None  # what the command line reads, where it is not the type of the field
 
 
 FLAG = "flag"
@@ -70,8 +64,8 @@ def setting(
 ) -> Any:
     """A dataclass field that users can set. ``name``: of the flag, and the metavar, if it needs one."""
     name, _, metavar = name.partition(" ")
-    flag = Flag(name=name, section=section, help=help, metavar=metavar or None, reads=reads)
-    return field(default=default, repr=repr, metadata={FLAG: flag})
+    metadata = {FLAG: Flag(name, section, help, metavar or None, reads)}
+    return field(default=default, repr=repr, metadata=metadata)
 
 
 _peers = partial(setting, "Peers")

@@ -10,14 +10,17 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from collections.abc import Callable
 
 from peerd._scoreboard import PeerState, Slot
 from peerd.health import Diagnosis, Health, HealthCheck
 from peerd.settings import SupervisorSettings
-from peerd.supervisor.journal import Journal, SocketNotRead, SocketReadAgain
+from peerd.supervisor.journal import RepliesWithheld, SocketNotRead, SocketReadAgain
 from peerd.supervisor.liveness import MAX_INTERVAL_S, Liveness
 from peerd.supervisor.output import PeerLog
 from peerd.supervisor.socket_queue import has_datagrams
+
+MIN_REPORT_INTERVAL_S = 60.0  # Between two events about withheld replies
 
 FRESH_HEARTBEAT_S = 1.0  # Four times the age that an idle loop lets its heartbeat reach
 
@@ -28,16 +31,16 @@ class PeerHealth:
         slot: Slot,
         sock: socket.socket,
         settings: SupervisorSettings,
-        journal: Journal,
+        publish: Callable[..., None],
         log: PeerLog,
     ) -> None:
+        """``publish``: of SupervisedPeer."""
         self.diagnosis: Diagnosis | None = None
         """Of the last check; None while the peer is not ready."""
 
         self._slot = slot
         self._sock = sock
-        self._peer_id = settings.peer_id(slot.index)
-        self._journal = journal
+        self._publish = publish
         self._log = log
         self._check = HealthCheck(settings.liveness_timeout_s)
         self._liveness = Liveness(settings.stuck_timeout_s)
@@ -90,27 +93,18 @@ class PeerHealth:
 
     def _on_not_read(self, found: Diagnosis) -> None:
         if not self._not_reading_s:
-            self._journal.publish(
-                SocketNotRead(
-                    slot=self._slot.index,
-                    peer_id=self._peer_id,
-                    health=found.health.value,
-                    for_s=round(found.for_s, 3),
-                )
-            )
-            self._log.log(
-                logging.ERROR,
+            self._publish(SocketNotRead, health=found.health.value, for_s=round(found.for_s, 3))
+            text = (
                 "%s: not ready, and its record is withdrawn until it reads again; it is replaced after "
-                "%g s (--stuck-timeout)",
-                found.sentence,
-                self._stuck_timeout_s,
+                "%g s (--stuck-timeout)"
             )
+            self._log.log(logging.ERROR, text, found.sentence, self._stuck_timeout_s)
 
     def _on_reads(self) -> None:
         if self._not_reading_s:
             self._not_reading_s = 0.0
             if self._slot.state is PeerState.READY:
-                self._journal.publish(SocketReadAgain(slot=self._slot.index, peer_id=self._peer_id))
+                self._publish(SocketReadAgain)
                 self._log.log(logging.WARNING, "reads its socket again")
 
     def _signs_of_life(self) -> tuple[int, ...]:
@@ -119,3 +113,31 @@ class PeerHealth:
         if self._not_reading_s:
             return slot.not_reading_since_ns, slot.unread_since_ns
         return slot.progress
+
+
+class ReplyLimits:
+    """Publishes that a peer's replies were withheld, because they looked like a loop of two servers.
+
+    The worker counts each such reply and logs the first ones (serving/loop_logs.py); this one says in
+    ``peerd events`` that it happened, at most once per minute.
+    """
+
+    def __init__(self, slot: Slot, publish: Callable[..., None]) -> None:
+        self._slot = slot
+        self._publish = publish
+        self._published = self._counts()
+        self._next_s = 0.0
+
+    def check(self) -> None:
+        """Call it about twice per second."""
+        if time.monotonic() >= self._next_s and (counts := self._counts()) != self._published:
+            to_peers, over_rate = (
+                now - then for now, then in zip(counts, self._published, strict=True)
+            )
+            self._publish(RepliesWithheld, to_peers=to_peers, over_rate=over_rate)
+            self._published = counts
+            self._next_s = time.monotonic() + MIN_REPORT_INTERVAL_S
+
+    def _counts(self) -> tuple[int, int]:
+        counters = self._slot.counters()
+        return counters["tx_loop"], counters["tx_dropped_rate"]

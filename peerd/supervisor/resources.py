@@ -1,4 +1,5 @@
-"""What the supervisor gets (sockets, entry points of its children), and what its peers get from it."""
+"""Sockets, entry points of the children and other resources opened before the supervisor starts; and what
+its peers share."""
 
 from __future__ import annotations
 

@@ -208,13 +208,9 @@ class Scaler:
         scaling = self._current
         if scaling is None or event.slot not in scaling.ending:
             return
-        took_s = time.monotonic() - scaling.ending.pop(event.slot)
-        took_ms = round(took_s * 1e3, 3)
-        scaling.stopped[event.slot] = {
-            "slot": event.slot,
-            "peer_id": event.peer_id,
-            "took_ms": took_ms,
-        }
+        took_ms = round((time.monotonic() - scaling.ending.pop(event.slot)) * 1e3, 3)
+        stopped = {"slot": event.slot, "peer_id": event.peer_id, "took_ms": took_ms}
+        scaling.stopped[event.slot] = stopped
         self._table.remove(self._peers[event.slot])
         self._finish_if_done()
 

@@ -36,10 +36,9 @@ from peerd.supervisor.journal import (
 from peerd.supervisor.lifecycle import TRANSITIONS, LifecycleAction, LifecycleEvent
 from peerd.supervisor.loop import Promise
 from peerd.supervisor.output import PeerLog
-from peerd.supervisor.peer_health import PeerHealth
+from peerd.supervisor.peer_health import PeerHealth, ReplyLimits
 from peerd.supervisor.peer_restarts import PeerRestarts
 from peerd.supervisor.replacement import Replacements
-from peerd.supervisor.reply_limits import ReplyLimits
 from peerd.supervisor.resources import PeerEnvironment
 from peerd.supervisor.socket_queue import KernelDrops, count_unread, has_datagrams
 from peerd.supervisor.worker_process import Worker, start_worker
@@ -80,8 +79,8 @@ class SupervisedPeer:
         self._generations = slot.generation
         self._is_draining = False
         self._queue_starts_left = MAX_QUEUE_STARTS
-        self.health = PeerHealth(slot, sock, environment.settings, environment.journal, self.log)
-        self._reply_limits = ReplyLimits(slot, self.peer_id, environment.journal)
+        self.health = PeerHealth(slot, sock, environment.settings, self.publish, self.log)
+        self._reply_limits = ReplyLimits(slot, self.publish)
         self._actions: dict[LifecycleAction, Callable[[], object]] = {
             LifecycleAction.LIMIT_BOOT: self._limit_boot,
             LifecycleAction.ANNOUNCE: self._announce,

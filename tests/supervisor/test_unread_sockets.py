@@ -18,7 +18,7 @@ from peerd._loop import DatagramLoop
 from peerd._scoreboard import PeerState, Scoreboard
 from peerd.health import Health, HealthCheck
 from peerd.settings import SupervisorSettings
-from peerd.supervisor.journal import Event, Journal, SocketNotRead, SocketReadAgain
+from peerd.supervisor.journal import Event, Journal, PeerEvent, SocketNotRead, SocketReadAgain
 from peerd.supervisor.loop import Loop
 from peerd.supervisor.output import PeerLog, RecentLines
 from peerd.supervisor.peer_health import PeerHealth
@@ -151,11 +151,15 @@ def test_a_loop_that_runs_without_reading_its_queue_is_unread_then_stuck() -> No
     journal.subscribe(Event, seen.append)
     slot = Scoreboard(1).slots[0]
     slot.state = PeerState.READY
+
+    def publish(kind: type[PeerEvent], **details: Any) -> None:
+        journal.publish(kind(slot=0, peer_id="localhost:5001", **details))
+
     settings = SupervisorSettings(liveness_timeout_s=1.0, stuck_timeout_s=1.0)
     with bound_socket() as own, bound_socket() as other, bound_socket() as client:
         worker = DatagramLoop(other.fileno(), {}, {}, slot, lambda *_: None)
         log = PeerLog(slot, "localhost:5001", 5001, RecentLines())
-        health = PeerHealth(slot, own, settings, journal, log)
+        health = PeerHealth(slot, own, settings, publish, log)
         registrar = HealthCheck(settings.liveness_timeout_s)
         found: list[Health] = []
 
