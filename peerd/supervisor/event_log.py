@@ -5,16 +5,8 @@ from __future__ import annotations
 import logging
 import time
 
-from peerd.supervisor.journal import (
-    Journal,
-    RecordsChanged,
-    Scaled,
-    Stopping,
-    WorkerDied,
-    WorkerReady,
-    WorkerReplaced,
-    WorkerStuck,
-)
+from peerd.supervisor import events
+from peerd.supervisor.journal import Journal
 from peerd.supervisor.peer_table import PeerView
 
 log = logging.getLogger(__name__)
@@ -28,14 +20,15 @@ class EventLog:
         self._begun_s = time.monotonic()
         self._were_all_ready = False
         self._were_all_registered = False
-        journal.subscribe(WorkerReady, lambda _: self._on_worker_ready())
-        journal.subscribe(WorkerDied, self._on_worker_died)
-        journal.subscribe(WorkerReplaced, self._on_worker_replaced)
-        journal.subscribe(WorkerStuck, self._on_worker_stuck)
-        journal.subscribe(RecordsChanged, lambda _: self._on_records_changed())
-        journal.subscribe(Stopping, lambda _: self._on_stopping())
+        journal.subscribe(events.WorkerReady, lambda _: self._on_worker_ready())
+        journal.subscribe(events.WorkerDied, self._on_worker_died)
+        journal.subscribe(events.WorkerReplaced, self._on_worker_replaced)
+        journal.subscribe(events.WorkerStuck, self._on_worker_stuck)
+        journal.subscribe(events.RecordsChanged, lambda _: self._on_records_changed())
+        journal.subscribe(events.Stopping, lambda _: self._on_stopping())
         journal.subscribe(
-            Scaled, lambda event: log.info("scaled from %d to %d peers", event.before, event.peers)
+            events.Scaled,
+            lambda event: log.info("scaled from %d to %d peers", event.before, event.peers),
         )
 
     def _on_worker_ready(self) -> None:
@@ -44,18 +37,18 @@ class EventLog:
             passed_ms = (time.monotonic() - self._begun_s) * 1e3
             log.info("%s ready, %.0f ms after start", self._all_peers(), passed_ms)
 
-    def _on_worker_died(self, event: WorkerDied) -> None:
+    def _on_worker_died(self, event: events.WorkerDied) -> None:
         death = event.death
         self._peers[event.slot].log.log(
             logging.ERROR, "%s", death.sentence, pid=death.pid, generation=death.generation
         )
 
-    def _on_worker_replaced(self, event: WorkerReplaced) -> None:
+    def _on_worker_replaced(self, event: events.WorkerReplaced) -> None:
         before = f" from pid {event.old_pid}" if event.old_pid else ", there was none before"
         text = "worker pid %d has taken over%s; gap %.1f ms"
         self._peers[event.slot].log.log(logging.INFO, text, event.pid, before, event.gap_ms)
 
-    def _on_worker_stuck(self, event: WorkerStuck) -> None:
+    def _on_worker_stuck(self, event: events.WorkerStuck) -> None:
         text = "worker pid %d is %s; its stack follows, then SIGKILL"
         self._peers[event.slot].log.log(logging.ERROR, text, event.pid, event.sentence)
 

@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from peerd._scoreboard import PeerState
-from peerd.supervisor.journal import (
-    Journal,
-    NotScaled,
-    PeerParked,
-    PeersChanged,
-    ReloadChanged,
-    Scaled,
-    Stopping,
-    WorkerReady,
-)
+from peerd.supervisor import events
+from peerd.supervisor.journal import Journal
 from peerd.supervisor.loop import Loop
 from peerd.supervisor.notify import Notifier
 from peerd.supervisor.peer_table import PeerView
@@ -35,10 +27,16 @@ class ManagerStatus:
         self._was_up = False
         self._is_reloading = False
         self._is_stopping = False
-        for kind in (WorkerReady, PeerParked, PeersChanged, Scaled, NotScaled):
+        for kind in (
+            events.WorkerReady,
+            events.PeerParked,
+            events.PeersChanged,
+            events.Scaled,
+            events.NotScaled,
+        ):
             journal.subscribe(kind, lambda _: self.update())
-        journal.subscribe(ReloadChanged, self._on_reload_changed)
-        journal.subscribe(Stopping, lambda _: self._on_stopping())
+        journal.subscribe(events.ReloadChanged, self._on_reload_changed)
+        journal.subscribe(events.Stopping, lambda _: self._on_stopping())
 
     def update(self) -> None:
         """Send the status line, and READY when all peers are ready and no reload is under way."""
@@ -62,7 +60,7 @@ class ManagerStatus:
             self._notifier.watchdog()
         self._loop.call_later(interval_s, self.feed_watchdog)
 
-    def _on_reload_changed(self, event: ReloadChanged) -> None:
+    def _on_reload_changed(self, event: events.ReloadChanged) -> None:
         self._is_reloading = event.is_running
         if self._is_stopping:
             return

@@ -14,8 +14,9 @@ from enum import IntEnum
 from itertools import chain
 
 from peerd._scoreboard import COUNTER_NAMES, PeerState, RegistryState, Scoreboard, Slot
+from peerd.supervisor.events import CannotStart, WorkerDied, WorkerReplaced
 from peerd.supervisor.exposition import Family, Samples, histogram_samples, label_pairs, with_label
-from peerd.supervisor.journal import CannotStart, Journal, WorkerDied, WorkerReplaced
+from peerd.supervisor.journal import Journal
 from peerd.supervisor.resources import Resources
 from peerd.supervisor.socket_queue import QueueState
 from peerd.supervisor.status import StatusReport

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from peerd._scoreboard import PeerState, Slot
 from peerd.health import Diagnosis, Health, HealthCheck
 from peerd.settings import SupervisorSettings
-from peerd.supervisor.journal import RepliesWithheld, SocketNotRead, SocketReadAgain
+from peerd.supervisor.events import RepliesWithheld, SocketNotRead, SocketReadAgain
 from peerd.supervisor.liveness import MAX_INTERVAL_S, Liveness
 from peerd.supervisor.output import PeerLog
 from peerd.supervisor.socket_queue import has_datagrams

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from peerd.settings import OnCrashloop
 from peerd.supervisor.death import WorkerExit
-from peerd.supervisor.journal import CannotFork, CannotStart, PeerParked
+from peerd.supervisor.events import CannotFork, CannotStart, PeerParked
 from peerd.supervisor.lifecycle import LifecycleEvent
 from peerd.supervisor.resources import PeerEnvironment
 from peerd.supervisor.restart import RestartPolicy, RestartSchedule

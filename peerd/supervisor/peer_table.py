@@ -10,13 +10,8 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 
 from peerd._scoreboard import PeerState, Scoreboard
-from peerd.supervisor.journal import (
-    Journal,
-    PeersChanged,
-    RecordInConflict,
-    RecordRecovered,
-    RecordsChanged,
-)
+from peerd.supervisor.events import PeersChanged, RecordInConflict, RecordRecovered, RecordsChanged
+from peerd.supervisor.journal import Journal
 from peerd.supervisor.notify import Notifier, socket_name
 from peerd.supervisor.resources import PeerEnvironment
 from peerd.supervisor.socket_queue import KernelDrops

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from peerd._scoreboard import PeerState
 from peerd.procfs import rss_bytes
 from peerd.settings import SupervisorSettings
-from peerd.supervisor.journal import Journal, Stopping
+from peerd.supervisor.events import Stopping
+from peerd.supervisor.journal import Journal
 from peerd.supervisor.loop import Loop, Timer
 from peerd.supervisor.supervised_peer import SupervisedPeer
 

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from peerd.supervisor.journal import Journal, ReloadChanged, Stopping, WorkerReplaced
+from peerd.supervisor.events import ReloadChanged, Stopping, WorkerReplaced
+from peerd.supervisor.journal import Journal
 from peerd.supervisor.loop import Loop, Promise
 from peerd.supervisor.supervised_peer import SupervisedPeer
 

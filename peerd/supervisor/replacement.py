@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 from peerd.supervisor.death import WorkerExit
-from peerd.supervisor.journal import CannotFork, WorkerNotReplaced, WorkerReplaced
+from peerd.supervisor.events import CannotFork, WorkerNotReplaced, WorkerReplaced
 from peerd.supervisor.lifecycle import LifecycleEvent
 from peerd.supervisor.liveness import is_stopped
 from peerd.supervisor.loop import Promise

@@ -18,17 +18,8 @@ from dataclasses import dataclass, field
 from peerd.address import MAX_PORT
 from peerd.errors import BindError, ControlError
 from peerd.settings import MAX_PEERS, SupervisorSettings
-from peerd.supervisor.journal import (
-    CannotStart,
-    Journal,
-    NotScaled,
-    PeerEnded,
-    PeerParked,
-    RecordsChanged,
-    Scaled,
-    Stopping,
-    WorkerReady,
-)
+from peerd.supervisor import events
+from peerd.supervisor.journal import Journal
 from peerd.supervisor.loop import Loop, Promise
 from peerd.supervisor.peer_table import PeerTable
 from peerd.supervisor.sockets import bind_all, resolve
@@ -76,12 +67,12 @@ class Scaler:
         """The scaling that takes in further signals, because it has not begun."""
 
         self._signalled = 0
-        journal.subscribe(WorkerReady, self._on_worker_ready)
-        journal.subscribe(CannotStart, self._on_peer_failed)
-        journal.subscribe(PeerParked, self._on_peer_failed)
-        journal.subscribe(RecordsChanged, lambda _: self._drain_withdrawn())
-        journal.subscribe(PeerEnded, self._on_peer_ended)
-        journal.subscribe(Stopping, lambda _: self._on_stopping())
+        journal.subscribe(events.WorkerReady, self._on_worker_ready)
+        journal.subscribe(events.CannotStart, self._on_peer_failed)
+        journal.subscribe(events.PeerParked, self._on_peer_failed)
+        journal.subscribe(events.RecordsChanged, lambda _: self._drain_withdrawn())
+        journal.subscribe(events.PeerEnded, self._on_peer_ended)
+        journal.subscribe(events.Stopping, lambda _: self._on_stopping())
 
     def scale_to(self, peers: int) -> Promise[ScaleResult]:
         scaling = _Scaling(lambda _: peers, Promise(self._loop))
@@ -114,7 +105,7 @@ class Scaler:
                 self._check(target)
                 sockets = self._bind(range(scaling.before, target))
             except (BindError, ControlError) as error:
-                self._journal.publish(NotScaled(why=str(error)))
+                self._journal.publish(events.NotScaled(why=str(error)))
                 scaling.promise.reject(str(error))
                 continue
             self._current = scaling
@@ -191,12 +182,12 @@ class Scaler:
                 log.warning("the worker of %s has not stopped in time: SIGKILL", peer.peer_id)
                 peer.kill()
 
-    def _on_worker_ready(self, event: WorkerReady) -> None:
+    def _on_worker_ready(self, event: events.WorkerReady) -> None:
         if self._current is not None and event.slot in self._current.starting:
             self._current.starting.remove(event.slot)
             self._finish_if_done()
 
-    def _on_peer_failed(self, event: CannotStart | PeerParked) -> None:
+    def _on_peer_failed(self, event: events.CannotStart | events.PeerParked) -> None:
         """If it is one that is being added, remove all that were added with it."""
         scaling = self._current
         if scaling is not None and event.slot in scaling.starting:
@@ -204,7 +195,7 @@ class Scaler:
             scaling.starting.clear()
             self._end(scaling.started)
 
-    def _on_peer_ended(self, event: PeerEnded) -> None:
+    def _on_peer_ended(self, event: events.PeerEnded) -> None:
         scaling = self._current
         if scaling is None or event.slot not in scaling.ending:
             return
@@ -227,13 +218,13 @@ class Scaler:
         self._current = None
         peers = len(self._peers)
         if scaling.failure is not None:
-            self._journal.publish(NotScaled(why=scaling.failure))
+            self._journal.publish(events.NotScaled(why=scaling.failure))
             scaling.promise.reject(
                 f"not scaled, the number of peers is still {peers}: {scaling.failure}"
             )
         else:
             if scaling.before != peers:
-                self._journal.publish(Scaled(before=scaling.before, peers=peers))
+                self._journal.publish(events.Scaled(before=scaling.before, peers=peers))
             scaling.promise.resolve(_result(scaling, peers))
         self._begin_next()
 

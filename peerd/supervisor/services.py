@@ -20,14 +20,8 @@ from collections.abc import Callable
 
 from peerd._scoreboard import RegistryState, Scoreboard
 from peerd.settings import EmbeddedEtcdSettings, RegistrySettings
-from peerd.supervisor.journal import (
-    CannotFork,
-    Journal,
-    RecordsChanged,
-    ServiceDied,
-    ServiceEnded,
-    SlotChanged,
-)
+from peerd.supervisor import events
+from peerd.supervisor.journal import Journal
 from peerd.supervisor.loop import Loop
 from peerd.supervisor.processes import Child, ChildPipes, Exit, redirect_output, spawn
 from peerd.supervisor.restart import RestartPolicy, RestartSchedule
@@ -68,7 +62,7 @@ class _RestartedService(abc.ABC):
         try:
             child = self._child = self._spawn()
         except OSError as error:
-            self._journal.publish(CannotFork(what=self.name, why=str(error)))
+            self._journal.publish(events.CannotFork(what=self.name, why=str(error)))
             log.error("cannot start the %s: %s", self.name, error)
             self._restart()
             return
@@ -98,7 +92,7 @@ class _RestartedService(abc.ABC):
         self._child = None
         self._on_ended(child.pid, end)
         if not self._is_restarted:
-            self._journal.publish(ServiceEnded(what=self.name))
+            self._journal.publish(events.ServiceEnded(what=self.name))
 
     def _restart(self) -> None:
         restart = self._restarts.after_failure(time.monotonic() - self._started_s)
@@ -128,7 +122,7 @@ class RegistrarService(_RestartedService):
         self._board = board
         self._lifeline_fd: int | None = None
         self._report_fd: int | None = None
-        journal.subscribe(SlotChanged, lambda _: self._wake())
+        journal.subscribe(events.SlotChanged, lambda _: self._wake())
 
     def _wake(self) -> None:
         if self._lifeline_fd is not None:
@@ -167,14 +161,14 @@ class RegistrarService(_RestartedService):
         assert self._report_fd is not None
         if not os.read(self._report_fd, 4096):
             self._close_report()
-        self._journal.publish(RecordsChanged())
+        self._journal.publish(events.RecordsChanged())
 
     def _on_ended(self, pid: int, end: Exit) -> None:
         self._close_lifeline()
         self._close_report()
         self._board.registry_state = RegistryState.SUSPENDED
         if self._is_restarted:
-            self._journal.publish(ServiceDied(what=self.name, pid=pid, how=str(end)))
+            self._journal.publish(events.ServiceDied(what=self.name, pid=pid, how=str(end)))
             log.error("the registrar, pid %d: %s", pid, end)
             self._restart()
 
@@ -221,7 +215,7 @@ class EtcdService(_RestartedService):
             # Two supervisors started at the same time, and the other one's etcd was first.
             log.info("etcd pid %d: %s; another one listens there by now and is used", pid, end)
             return
-        self._journal.publish(ServiceDied(what=self.name, pid=pid, how=str(end)))
+        self._journal.publish(events.ServiceDied(what=self.name, pid=pid, how=str(end)))
         log.error("etcd pid %d: %s; the end of its log:\n%s", pid, end, self._end_of_log())
         self._restart()
 

@@ -21,7 +21,8 @@ from collections.abc import Mapping
 
 from peerd.name_list import shortened
 from peerd.settings import SupervisorSettings
-from peerd.supervisor.journal import Journal, PeerEnded, RecordsChanged, ServiceEnded
+from peerd.supervisor.events import PeerEnded, RecordsChanged, ServiceEnded
+from peerd.supervisor.journal import Journal
 from peerd.supervisor.loop import Callback, Loop, Timer
 from peerd.supervisor.services import EtcdService, RegistrarService
 from peerd.supervisor.socket_queue import queue_state

@@ -22,17 +22,8 @@ from typing import Any
 
 from peerd._scoreboard import PeerState, Slot
 from peerd.health import Health
+from peerd.supervisor import events
 from peerd.supervisor.death import Death, WorkerExit, certify
-from peerd.supervisor.journal import (
-    PeerClosed,
-    PeerEnded,
-    PeerEvent,
-    SlotChanged,
-    WorkerDied,
-    WorkerReady,
-    WorkerReplaced,
-    WorkerStuck,
-)
 from peerd.supervisor.lifecycle import TRANSITIONS, LifecycleAction, LifecycleEvent
 from peerd.supervisor.loop import Promise
 from peerd.supervisor.output import PeerLog
@@ -88,7 +79,7 @@ class SupervisedPeer:
             LifecycleAction.RETRY: self.restarts.arm,
             LifecycleAction.RETRY_SLOWLY: self.restarts.arm_slowly,
             LifecycleAction.WITHDRAW: self._withdraw,
-            LifecycleAction.REPORT_END: lambda: self.publish(PeerEnded),
+            LifecycleAction.REPORT_END: lambda: self.publish(events.PeerEnded),
             LifecycleAction.NOTHING: lambda: None,
         }
 
@@ -105,7 +96,7 @@ class SupervisedPeer:
         worker.allow_serving()
         return True
 
-    def replace(self) -> Promise[WorkerReplaced]:
+    def replace(self) -> Promise[events.WorkerReplaced]:
         """Replace the worker by one that has loaded the app anew; start one where none serves."""
         return self.replacements.request()
 
@@ -151,7 +142,7 @@ class SupervisedPeer:
         if worker is None or found is None or found.health is not Health.STUCK or worker.killed_for:
             return
         self.publish(
-            WorkerStuck, pid=worker.pid, for_s=round(found.for_s, 3), sentence=found.sentence
+            events.WorkerStuck, pid=worker.pid, for_s=round(found.for_s, 3), sentence=found.sentence
         )
         worker.kill_with_stack("stuck", self.health.has_recovered)
 
@@ -160,7 +151,7 @@ class SupervisedPeer:
         self.drops.leave()
         if not is_kept and (unread := count_unread(self.sock)):
             self.slot.lost_unread += unread
-            self.publish(PeerClosed, lost_unread=unread)
+            self.publish(events.PeerClosed, lost_unread=unread)
             self.log.log(
                 logging.WARNING, "datagrams in the queue when its port was closed: %d", unread
             )
@@ -196,14 +187,14 @@ class SupervisedPeer:
         state, action = TRANSITIONS[self.slot.state, event]
         self.slot.since_ns = time.monotonic_ns()
         self.slot.state = state
-        self.publish(SlotChanged)
+        self.publish(events.SlotChanged)
         self._actions[action]()
 
     def certify(self, exit_: WorkerExit, then: str) -> None:
         self.last_death = certify(exit_, then, self.log, self._environment.claim_oom_kill)
-        self.publish(WorkerDied, death=self.last_death)
+        self.publish(events.WorkerDied, death=self.last_death)
 
-    def publish(self, kind: type[PeerEvent], **details: Any) -> None:
+    def publish(self, kind: type[events.PeerEvent], **details: Any) -> None:
         self._environment.journal.publish(
             kind(slot=self.slot.index, peer_id=self.peer_id, **details)
         )
@@ -231,7 +222,7 @@ class SupervisedPeer:
         worker.cancel_boot_limit()
         self.health.on_ready()
         self.is_provisional = False
-        self.publish(WorkerReady, pid=worker.pid)
+        self.publish(events.WorkerReady, pid=worker.pid)
         self.replacements.on_worker_ready()
 
     def _announce_and_drain(self) -> None:

@@ -26,20 +26,12 @@ from peerd import control
 from peerd._scoreboard import Scoreboard
 from peerd.errors import ControlError
 from peerd.settings import MAX_PEERS, OnCrashloop, SupervisorSettings
+from peerd.supervisor import events
 from peerd.supervisor.cgroup import OomKills
 from peerd.supervisor.control_commands import ControlCommands
 from peerd.supervisor.control_server import ControlServer
 from peerd.supervisor.event_log import EventLog
-from peerd.supervisor.journal import (
-    CannotStart,
-    History,
-    Journal,
-    PeerParked,
-    PeersChanged,
-    ReloadChanged,
-    Stopping,
-    WorkerReady,
-)
+from peerd.supervisor.journal import History, Journal
 from peerd.supervisor.loop import Loop, watch_signals
 from peerd.supervisor.manager_status import ManagerStatus
 from peerd.supervisor.metrics import Metrics
@@ -127,10 +119,10 @@ class Supervisor:
         self._servers = contextlib.ExitStack()
         self._stop: Stop | None = None
         self._exit_code = os.EX_OK
-        self._journal.subscribe(WorkerReady, self._on_worker_ready)
-        self._journal.subscribe(CannotStart, self._on_cannot_start)
-        self._journal.subscribe(PeerParked, self._on_peer_parked)
-        self._journal.subscribe(PeersChanged, lambda _: self._set_title())
+        self._journal.subscribe(events.WorkerReady, self._on_worker_ready)
+        self._journal.subscribe(events.CannotStart, self._on_cannot_start)
+        self._journal.subscribe(events.PeerParked, self._on_peer_parked)
+        self._journal.subscribe(events.PeersChanged, lambda _: self._set_title())
 
     def run(self) -> int:
         """Serve until a signal ends it; returns the exit code."""
@@ -155,16 +147,16 @@ class Supervisor:
         self._loop.close()
         return self._exit_code
 
-    def _on_worker_ready(self, _event: WorkerReady) -> None:
+    def _on_worker_ready(self, _event: events.WorkerReady) -> None:
         self._was_ready = True
 
-    def _on_cannot_start(self, event: CannotStart) -> None:
+    def _on_cannot_start(self, event: events.CannotStart) -> None:
         # No peer was ever ready: it is the configuration, and the same for every worker.
         if not event.is_retried and not event.is_provisional and self._stop is None:
             log.critical("%s", event.why)
             self._begin_stop(os.EX_CONFIG)
 
-    def _on_peer_parked(self, event: PeerParked) -> None:
+    def _on_peer_parked(self, event: events.PeerParked) -> None:
         is_fatal = self._settings.on_crashloop is OnCrashloop.EXIT and not event.is_provisional
         if is_fatal and self._stop is None:
             log.critical("peer %s is in a crash loop: stopping (--on-crashloop)", event.peer_id)
@@ -181,7 +173,7 @@ class Supervisor:
         elif number == signal.SIGHUP:
             log.info("SIGHUP: reloading")
             # For systemd, which waits for a notification that comes after its signal.
-            self._journal.publish(ReloadChanged(is_running=self._reloads.is_running))
+            self._journal.publish(events.ReloadChanged(is_running=self._reloads.is_running))
             self._reloads.reload()
         else:
             self._scaler.scale_by(1 if number == signal.SIGTTIN else -1)
@@ -192,7 +184,7 @@ class Supervisor:
             self._begin_stop(os.EX_OK)
 
     def _begin_stop(self, exit_code: int) -> None:
-        self._journal.publish(Stopping(exit_code=exit_code))
+        self._journal.publish(events.Stopping(exit_code=exit_code))
         self._exit_code = exit_code
         self._stop = Stop(
             self._loop,

@@ -15,7 +15,8 @@ from peerd.address import Address
 from peerd.settings import SupervisorSettings
 from peerd.supervisor import exposition, metrics
 from peerd.supervisor.death import Death
-from peerd.supervisor.journal import CannotStart, Event, Journal, ServiceDied, WorkerDied
+from peerd.supervisor.events import CannotStart, Event, ServiceDied, WorkerDied
+from peerd.supervisor.journal import Journal
 from peerd.supervisor.loop import Loop
 from peerd.supervisor.metrics import Metrics
 from peerd.supervisor.metrics_server import MetricsServer

@@ -6,7 +6,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from peerd.supervisor.journal import Event, Journal, PeersChanged, Scaled, Stopping
+from peerd.supervisor.events import Event, PeersChanged, Scaled, Stopping
+from peerd.supervisor.journal import Journal
 from peerd.supervisor.loop import Loop, Promise
 
 

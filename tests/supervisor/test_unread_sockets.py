@@ -18,7 +18,8 @@ from peerd._loop import DatagramLoop
 from peerd._scoreboard import PeerState, Scoreboard
 from peerd.health import Health, HealthCheck
 from peerd.settings import SupervisorSettings
-from peerd.supervisor.journal import Event, Journal, PeerEvent, SocketNotRead, SocketReadAgain
+from peerd.supervisor.events import Event, PeerEvent, SocketNotRead, SocketReadAgain
+from peerd.supervisor.journal import Journal
 from peerd.supervisor.loop import Loop
 from peerd.supervisor.output import PeerLog, RecentLines
 from peerd.supervisor.peer_health import PeerHealth
