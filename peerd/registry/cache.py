@@ -63,13 +63,13 @@ class Cache:
     def skipped(self) -> int:
         """The number of values below the prefix that are no record, as in ``Listing``."""
         self._check_usable()
-        return self._snapshot.skipped
+        return self._snapshot.watch.skipped
 
     @property
     def age_s(self) -> float:
         """Seconds since etcd last confirmed this view; ``inf`` before its first answer."""
         self._check_process()
-        return max(0.0, time.monotonic() - self._snapshot.confirmed_at_s)
+        return max(0.0, time.monotonic() - self._snapshot.watch.confirmed_at_s)
 
     @property
     def current(self) -> bool:
@@ -79,7 +79,7 @@ class Cache:
     def wait_current(self, timeout_s: float) -> bool:
         """Wait for the first list, which ``Registry.cache`` does not. Returns whether the view is current."""
         self._check_usable()
-        listed = self._snapshot.wait_listed(timeout_s)
+        listed = self._snapshot.listed.wait(timeout_s)
         self._check_usable()
         return listed and self.current
 
@@ -105,10 +105,12 @@ class Snapshot:
     """The records that a Watch reports, kept up to date by a thread until ``close()``."""
 
     def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+        self.watch = watch
         self._peer_ids: list[str] = []
-        self._listed = threading.Event()
         self._closed = threading.Event()
+        self.listed = threading.Event()
+        """Set after the first list, and when the thread has failed."""
+
         self.failure: BaseException | None = None
         """The error that ended the thread."""
 
@@ -120,26 +122,14 @@ class Snapshot:
         self._thread.start()
 
     @property
-    def confirmed_at_s(self) -> float:
-        return self._watch.confirmed_at_s
-
-    @property
-    def skipped(self) -> int:
-        return self._watch.skipped
-
-    @property
     def is_followed(self) -> bool:
         """Whether a thread keeps the records up to date."""
-        is_ending = self.failure is not None or self._watch.is_closed
+        is_ending = self.failure is not None or self.watch.is_closed
         return self._thread.is_alive() and not is_ending
-
-    def wait_listed(self, timeout_s: float) -> bool:
-        """Returns early, with True, if the thread has failed."""
-        return self._listed.wait(timeout_s)
 
     def close(self) -> None:
         self._closed.set()
-        self._watch.close()
+        self.watch.close()
         self._thread.join(1.0)
 
     def _run(self) -> None:
@@ -148,13 +138,13 @@ class Snapshot:
         except BaseException as error:
             log.exception("the cache of peers has ended")
             self.failure = error
-            self._listed.set()
-            self._watch.close()
+            self.listed.set()
+            self.watch.close()
 
     def _follow(self) -> None:
         while not self._closed.is_set():
             try:
-                events = self._watch.take()
+                events = self.watch.take()
             except RegistryError as error:  # access is refused, which an operator can change
                 log.warning("the cache of peers is not current: %s", error)
                 self._closed.wait(_AUTH_RETRY_INTERVAL_S)
@@ -163,8 +153,8 @@ class Snapshot:
                 return
             if events:
                 self._apply(events)
-            if self._watch.confirmed_at_s > 0:
-                self._listed.set()
+            if self.watch.confirmed_at_s > 0:
+                self.listed.set()
 
     def _apply(self, events: list[Event]) -> None:
         by_peer_id = dict(self.by_peer_id)
@@ -172,7 +162,7 @@ class Snapshot:
             peer_id = event.record.peer_id
             if not isinstance(event, Left):
                 by_peer_id[peer_id] = event.record
-            elif (other := self._watch.last_known(peer_id)) is not None:
+            elif (other := self.watch.last_known(peer_id)) is not None:
                 by_peer_id[peer_id] = other
             else:
                 by_peer_id.pop(peer_id, None)

@@ -206,8 +206,10 @@ class EmbeddedEtcd:
         give_up_s = time.monotonic() + _START_TIMEOUT_S
         while not is_healthy(Address("127.0.0.1", self._port)):
             if process.poll() is not None:
+                code = process.returncode
+                end = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
                 raise RegistryUnavailableError(
-                    f"etcd ended with {_exit(process.returncode)}; its log: {self._log_tail()}"
+                    f"etcd ended with {end}; its log: {self._log_tail()}"
                 )
             if time.monotonic() > give_up_s:
                 raise RegistryUnavailableError(
@@ -236,7 +238,3 @@ def _without_etcd_variables() -> list[str]:
     # On some platforms etcd starts only with this variable.
     names = [name for name in names if name != "ETCD_UNSUPPORTED_ARCH"]
     return ["/usr/bin/env", *(f"--unset={name}" for name in names)] if names else []
-
-
-def _exit(status: int) -> str:
-    return f"exit code {status}" if status >= 0 else signal.Signals(-status).name

@@ -123,7 +123,10 @@ class _Reconciler:
         for slot in self.board.slots:
             if self.lifeline.has_ended:
                 return
-            diagnosis = self._judge(slot)
+            check = self.health.setdefault(
+                slot.index, HealthCheck(self.settings.liveness_timeout_s)
+            )
+            diagnosis = check.judge(slot, time.monotonic_ns())
             desired = diagnosis is not None and diagnosis.is_healthy
             registration = self.registrations.get(slot.index)
             if registration is None:
@@ -163,11 +166,6 @@ class _Reconciler:
                 self.retry_at_s[other.index] = time.monotonic() + RETRY_INTERVAL_S
         else:
             self._publish(slot, self.registrations[slot.index].registered_until_s, "")
-
-    def _judge(self, slot: Slot) -> Diagnosis | None:
-        timeout_s = self.settings.liveness_timeout_s
-        check = self.health.setdefault(slot.index, HealthCheck(timeout_s))
-        return check.judge(slot, time.monotonic_ns())
 
     def _revoke(self, slot: Slot, registration: Registration, diagnosis: Diagnosis | None) -> None:
         if diagnosis is not None:

@@ -124,10 +124,7 @@ class Watch:
             self._pending.extend(events)
         return self._pending.popleft()
 
-    def __aiter__(self) -> AsyncGenerator[Event, None]:
-        return self._events()
-
-    async def _events(self) -> AsyncGenerator[Event, None]:
+    async def __aiter__(self) -> AsyncGenerator[Event, None]:
         import asyncio  # only an asyncio program gets here, and has imported it already
 
         waiting = ThreadPoolExecutor(1, "peerd-watch")

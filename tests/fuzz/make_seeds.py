@@ -10,20 +10,9 @@ import socket
 import struct
 from pathlib import Path
 
+from peerd.linux import SO_TIMESTAMPNS, SOL_UDP, UDP_GRO
+
 CORPUS = Path(__file__).parent / "corpus"
-SOL_UDP = 17
-UDP_GRO = 104  # linux/udp.h
-SO_TIMESTAMPNS = 35  # asm-generic/socket.h
-
-
-def seeds() -> dict[str, bytes]:
-    """File name under ``corpus/`` to content."""
-    groups = {"envelope": _envelopes(), "split": _splits(), "transmit": _transmits()}
-    return {
-        f"{group}/{name}": content
-        for group, files in groups.items()
-        for name, content in files.items()
-    }
 
 
 def _text(text: bytes) -> bytes:
@@ -54,12 +43,8 @@ def _envelopes() -> dict[str, bytes]:
 def _control(level: int, kind: int, data: bytes, said_bytes: int | None = None) -> bytes:
     """A control message as in cmsg(3); ``said_bytes`` is the length that it gives, if another."""
     size = 16 + len(data)
-    padding = bytes(-size % 8)
-    return (
-        struct.pack("=Qii", size if said_bytes is None else said_bytes, level, kind)
-        + data
-        + padding
-    )
+    head = struct.pack("=Qii", size if said_bytes is None else said_bytes, level, kind)
+    return head + data + bytes(-size % 8)
 
 
 def _gro(stride: int) -> bytes:
@@ -158,10 +143,11 @@ def _transmits() -> dict[str, bytes]:
 
 
 def main() -> None:
-    for name, content in seeds().items():
-        path = CORPUS / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    groups = {"envelope": _envelopes(), "split": _splits(), "transmit": _transmits()}
+    for group, files in groups.items():
+        (CORPUS / group).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (CORPUS / group / name).write_bytes(content)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ only an administrator does: compaction, users, a move of the leader.
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from peerd.address import Address
@@ -119,6 +119,12 @@ class Gateway:
         """This member must be the leader."""
         self._post("maintenance/transfer-leadership", targetID=str(member_id))
 
+    def metrics(self) -> str:
+        """This member's page of metrics."""
+        with contextlib.closing(self._connection()) as connection:
+            connection.request("GET", "/metrics")
+            return connection.getresponse().read().decode()
+
     # Authentication
 
     def enable_auth(self, root_password: str) -> None:
@@ -155,10 +161,13 @@ class Gateway:
             token: str = json.loads(answer.read())["token"]
             return token
 
-    @contextmanager
-    def _answer(self, path: str, body: object, token: str) -> Iterator[http.client.HTTPResponse]:
+    def _connection(self) -> http.client.HTTPConnection:
         # Not urllib, which would use a proxy of the environment.
-        connection = http.client.HTTPConnection(*self.address, timeout=self.timeout_s)
+        return http.client.HTTPConnection(*self.address, timeout=self.timeout_s)
+
+    @contextlib.contextmanager
+    def _answer(self, path: str, body: object, token: str) -> Iterator[http.client.HTTPResponse]:
+        connection = self._connection()
         try:
             headers = {"Authorization": token} if token else {}
             connection.request("POST", f"/v3/{path}", json.dumps(body), headers)

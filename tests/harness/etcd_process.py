@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -115,9 +114,7 @@ class EtcdProcess:
 
     def metric(self, name: str) -> float:
         """The value of a metric without labels."""
-        without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with without_proxy.open(f"http://{self.plain}/metrics", timeout=5.0) as answer:
-            lines = answer.read().decode().splitlines()
+        lines = self.gateway.metrics().splitlines()
         return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
 
     def kill(self) -> None:
@@ -145,11 +142,12 @@ class EtcdProcess:
         self.start()
 
     def wipe(self) -> None:
-        """All data are lost, while it is down. The next start begins another history at revision 1,
-        under the same cluster id, which etcd makes from names and addresses.
+        """Killed and restarted without its data. The new history begins at revision 1, under the same
+        cluster id, which etcd makes from names and addresses.
         """
-        assert not self.running
+        self.kill()
         shutil.rmtree(self._data)
+        self.start()
 
     def __enter__(self) -> EtcdProcess:
         try:

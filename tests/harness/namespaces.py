@@ -10,17 +10,37 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import re
 import socket
 import subprocess
 from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
 
 import pytest
-
-from harness.cluster_network import why_no_networks
 
 CLONE_NEWNET = 0x40000000
 _NUMBERS = itertools.count()
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+@cache
+def why_no_networks() -> str:
+    """Why network namespaces cannot be created here; empty if they can."""
+    name = f"peerd-{os.getpid()}-probe"
+    try:
+        ip(f"netns add {name}")
+    except OSError:
+        return "network namespaces need the program ip: apt-get install iproute2"
+    except subprocess.CalledProcessError as error:
+        return f"network namespaces need root and CAP_SYS_ADMIN: {error.stderr.strip()}"
+    try:
+        ip(f"-n {name} link add probe type bridge")
+    except subprocess.CalledProcessError as error:
+        return f"no bridge can be made: {error.stderr.strip()}"
+    finally:
+        ip(f"netns del {name}")
+    return ""
 
 
 class Host:
@@ -29,12 +49,10 @@ class Host:
 
     def run(self, command: str) -> None:
         """A command within the host, such as ``tc qdisc add ...``."""
-        subprocess.run(
-            ["ip", "netns", "exec", self.name, *command.split()], check=True, capture_output=True
-        )
+        ip(f"netns exec {self.name} {command}")
 
     def ip(self, command: str) -> None:
-        subprocess.run(["ip", "-n", self.name, *command.split()], check=True, capture_output=True)
+        ip(f"-n {self.name} {command}")
 
     def socket(
         self, address: str = "", port: int = 0, family: socket.AddressFamily = socket.AF_INET
@@ -70,9 +88,9 @@ class Hosts:
         if reason := why_no_networks():
             pytest.skip(reason)
         with self._made as undo:
-            self.server = self._host()
+            self.server = new_host(undo)
             for number, link in enumerate(self._links, 77):
-                other = self.behind[link] = self._host()
+                other = self.behind[link] = new_host(undo)
                 self.server.ip(f"link add {link} type veth peer name {link} netns {other.name}")
                 for end, host in enumerate((self.server, other), 1):
                     host.ip(f"addr add 10.{number}.0.{end}/24 dev {link}")
@@ -84,15 +102,28 @@ class Hosts:
     def __exit__(self, *_: object) -> None:
         self._made.close()
 
-    def _host(self) -> Host:
-        # ClusterNetwork removes namespaces of this form that a killed run has left.
-        host = Host(f"peerd-{os.getpid()}-host{next(_NUMBERS)}")
-        subprocess.run(["ip", "netns", "add", host.name], check=True, capture_output=True)
-        self._made.callback(
-            subprocess.run, ["ip", "netns", "del", host.name], check=True, capture_output=True
-        )
-        host.ip("link set lo up")
-        return host
+
+def new_host(made: ExitStack) -> Host:
+    """A namespace with nothing but loopback, which ``made`` removes."""
+    _remove_abandoned_namespaces()
+    host = Host(f"peerd-{os.getpid()}-{next(_NUMBERS)}")
+    ip(f"netns add {host.name}")
+    made.callback(ip, f"netns del {host.name}")
+    host.ip("link set lo up")
+    return host
+
+
+def ip(command: str) -> None:
+    subprocess.run(["ip", *command.split()], check=True, capture_output=True, text=True)
+
+
+@cache
+def _remove_abandoned_namespaces() -> None:
+    """Namespaces outlive the process that created them; their names contain its pid."""
+    for path in Path("/run/netns").glob("peerd-*"):
+        match = re.match(r"peerd-(\d+)-", path.name)
+        if match and not Path("/proc", match[1]).exists():
+            subprocess.run(["ip", "netns", "del", path.name], capture_output=True, check=False)
 
 
 def _enter(namespace: int) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from harness.cluster_network import ClusterNetwork, why_no_networks
+from harness.cluster_network import ClusterNetwork
 from harness.etcd_cluster import SIZE, EtcdCluster
 from harness.etcd_gateway import Gateway, GatewayError
 from harness.etcd_process import EtcdProcess
 from harness.etcd_versions import ETCD_VERSIONS
 from harness.eventually import eventually
+from harness.namespaces import why_no_networks
 from harness.record_writer import RecordWriter
 from harness.watch_recorder import WatchRecorder, check_revisions, every_event, replayed
 from peerd.registry import PeerRecord, Registry

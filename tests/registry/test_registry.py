@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -545,16 +546,20 @@ def test_endpoints() -> None:
             Address.of_etcd(urls)
 
 
-@pytest.mark.parametrize("prefix", ["", "/", "peerd/", "a\nb", "x" * 256, "\ud800"])
-def test_a_prefix_that_cannot_work(prefix: str) -> None:
-    with pytest.raises(SettingsError, match="prefix"):
-        Registry(prefix=prefix)
-
-
-@pytest.mark.parametrize("ttl_s", [-1, 0, 1, 86401])
-def test_a_ttl_that_cannot_work(ttl_s: int) -> None:
-    with pytest.raises(SettingsError, match="etcd grants 2 for 1"):
-        Registry(lease_ttl_s=ttl_s)
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        *[
+            ({"prefix": prefix}, "prefix")
+            for prefix in ("", "/", "peerd/", "a\nb", "x" * 256, "\ud800")
+        ],
+        *[({"lease_ttl_s": ttl_s}, "etcd grants 2 for 1") for ttl_s in (-1, 0, 1, 86401)],
+    ],
+    ids=repr,
+)
+def test_a_prefix_or_ttl_that_cannot_work(settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(SettingsError, match=why):
+        Registry(**settings)
 
 
 def test_the_errors_are_values_too() -> None:
@@ -579,11 +584,9 @@ def run_python(
     return done
 
 
-@pytest.mark.parametrize(
-    "module", ["peerd.registry", "peerd.registry.records", "peerd.registry.embedded_etcd"]
-)
-def test_modules_that_need_no_etcd_import_no_grpc(module: str) -> None:
-    code = f"import sys, {module}; print([m for m in ('grpc', 'etcd3') if m in sys.modules])"
+def test_modules_that_need_no_etcd_import_no_grpc() -> None:
+    modules = "sys, peerd.registry, peerd.registry.records, peerd.registry.embedded_etcd"
+    code = f"import {modules}; print([m for m in ('grpc', 'etcd3') if m in sys.modules])"
     assert run_python(code).stdout == "[]\n"
 
 
@@ -593,11 +596,20 @@ def test_every_public_name_exists() -> None:
     assert run_python(code).stdout == "True False\n"
 
 
-def test_etcd3_imports_without_a_warning(tmp_path: Path) -> None:
+def test_etcd3_imports_without_a_warning_and_leaves_protobufs_own_pool_alone(
+    tmp_path: Path,
+) -> None:
     """Compiled again, so that the compiler's warnings count as well."""
-    code = "from peerd.registry.etcd3_import import import_etcd3 as i; print(i().__version__)"
+    code = (
+        "from peerd.registry.etcd3_import import import_etcd3 as i; v = i().__version__\n"
+        "import google.protobuf\n"
+        "from google.protobuf.descriptor_pool import Default\n"
+        "try: Default().FindFileByName('rpc.proto'); found = True\n"
+        "except KeyError: found = False\n"
+        "print(v, found is (google.protobuf.__version__ < '4'))"
+    )
     options = ("-W", "error", "-X", f"pycache_prefix={tmp_path}")
-    assert run_python(code, options=options).stdout == "0.12.0\n"
+    assert run_python(code, options=options).stdout == "0.12.0 True\n"
 
 
 def test_etcd3_has_every_message_that_it_uses() -> None:
@@ -624,17 +636,6 @@ def test_etcd3_has_every_message_that_it_uses() -> None:
     assert rpc.WatchResponse(events=[event]).events[0].type == 1
     assert rpc.DESCRIPTOR.name == "rpc.proto"
     assert rpc.DESCRIPTOR.services_by_name["KV"].methods_by_name["Range"]
-
-
-def test_protobufs_own_pool_is_left_alone() -> None:
-    code = (
-        "from peerd.registry.etcd3_import import import_etcd3 as i; i(); import google.protobuf\n"
-        "from google.protobuf.descriptor_pool import Default\n"
-        "try: Default().FindFileByName('rpc.proto'); found = True\n"
-        "except KeyError: found = False\n"
-        "print(found is (google.protobuf.__version__ < '4'))"
-    )
-    assert run_python(code).stdout == "True\n"
 
 
 def test_an_etcd3_that_imports_by_itself_is_not_touched() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,15 +149,9 @@ def test_compaction_past_the_watched_revision(
     writer.put("afterwards")
     recorder.wait_for(writer.records())
     difference = recorder.events[reported:-1]
-    assert {(type(event), event.record.peer_id) for event in difference} == {
-        (Updated, "changes"),
-        (Left, "leaves"),
-        (Updated, "comes back"),
-        (Joined, "joins"),
-    }
-    assert len(difference) == 4
-    records = [event.record for event in difference]
-    assert all(record in records for record in (changed, before["leaves"], back, joined))
+    assert Counter((type(event), event.record) for event in difference) == Counter(
+        [(Updated, changed), (Left, before["leaves"]), (Updated, back), (Joined, joined)]
+    )
     check_revisions(recorder.events)
 
 
@@ -177,9 +172,7 @@ def test_the_data_are_wiped(
     reported = len(recorder.events)
 
     proxy.begin(Fault.CUT)
-    etcd.kill()
     etcd.wipe()
-    etcd.start()
     etcd.gateway.put(FOLDER + b"stays", before["stays"].to_json())
     changed = writer.put("changes")
     joined = writer.put("joins")
@@ -189,14 +182,10 @@ def test_the_data_are_wiped(
 
     recorder.wait_for(writer.records())
     difference = recorder.events[reported:]
-    assert {(type(event), event.record.peer_id) for event in difference} == {
-        (Left, "first"),
-        (Left, "leaves"),
-        (Updated, "changes"),
-        (Joined, "joins"),
-    }
-    assert len(difference) == 4
-    assert [e.record for e in difference if not isinstance(e, Left)] == [changed, joined]
+    lost = [(Left, before["first"]), (Left, before["leaves"])]
+    assert Counter((type(event), event.record) for event in difference) == Counter(
+        [*lost, (Updated, changed), (Joined, joined)]
+    )
 
     writer.write(20)
     recorder.wait_for(writer.records())
@@ -208,9 +197,7 @@ def test_the_data_are_wiped_under_a_connected_watch(
 ) -> None:
     for _ in range(3):
         writer.write(20)
-        etcd.kill()
         etcd.wipe()
-        etcd.start()
         assert writer.records() == {}
         writer.put("second")
         writer.write(5)
@@ -230,9 +217,7 @@ def test_a_slow_reader(etcd: EtcdProcess, writer: RecordWriter, meanwhile: str) 
             writer.write(30)
             etcd.gateway.compact(writer.revision)
         else:
-            etcd.kill()
             etcd.wipe()
-            etcd.start()
             writer.put("another")
         if meanwhile == "wiped and older":
             writer.write(30)
