@@ -50,6 +50,8 @@ UNRESPONSIVE_S = 5.0
 
 While the others elect a leader, they refuse immediately; every client would return to the dead member."""
 
+_CLOSE_TIMEOUT_S = 1.0
+
 ROUND_PAUSE_S = 0.1
 """Between two rounds of all members."""
 
@@ -116,7 +118,10 @@ class Members:
             connection, self._connection = self._connection, None
             self._no_streams.set()
         if connection is not None:
-            connection.close()
+            # gRPC waits for its locks for ever, and a KeyboardInterrupt within a call may leave one held.
+            closer = threading.Thread(target=connection.close, daemon=True)
+            closer.start()
+            closer.join(_CLOSE_TIMEOUT_S)
 
     def call(
         self, method: Callable[[Connection], Any], request: Any, deadline_s: float | None = None

@@ -16,6 +16,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any
 
+import grpc
+
 from peerd.errors import RegistryError, RegistryUnavailableError
 from peerd.registry.connection import Members, etcd3, rpc
 from peerd.registry.etcd_errors import CompactedError, LeaseNotFoundError, TooLargeError
@@ -33,6 +35,9 @@ _PAGE_BYTES = 8 * 1024 * 1024
 
 _MAX_COMPARED_KEYS = 100
 """Per transaction; etcd's own limit is 128 by default (``--max-txn-ops``)."""
+
+_GRPC_GRACE_S = 0.5
+"""How much longer than its deadline a call is waited for."""
 
 _KEY, _VALUE = attrgetter("key"), attrgetter("value")
 _RANGE, _PUT, _TXN = attrgetter("kv.Range"), attrgetter("kv.Put"), attrgetter("kv.Txn")
@@ -243,9 +248,12 @@ class Etcd:
         for answer in answers:
             try:
                 with members.translating_errors(connection, timeout_s):
-                    answer.result()
+                    # gRPC's own deadline ends the wait, unless a KeyboardInterrupt has left its locks held.
+                    answer.result(max(deadline_s - time.monotonic(), 0.0) + _GRPC_GRACE_S)
             except LeaseNotFoundError:
                 pass
+            except grpc.FutureTimeoutError:
+                failure = RegistryUnavailableError(f"no answer within {timeout_s:g} s")
             except RegistryError as error:
                 failure = error
         if failure is not None:

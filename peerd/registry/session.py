@@ -209,7 +209,8 @@ class Session:
             self._closing = True
         self._wake.set()
         thread = self._thread
-        if thread is threading.current_thread():  # a listener closes: the thread ends after it
+        # A listener closes, and the thread ends after it; or an interrupt came before the thread's start.
+        if thread is threading.current_thread() or (thread is not None and not thread.is_alive()):
             thread = None
         if thread is not None:
             thread.join(self._etcd.members.timeout_s / 4)  # returns immediately unless etcd hangs

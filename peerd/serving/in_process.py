@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Self
 
 from peerd._loop import DatagramLoop
@@ -100,7 +102,8 @@ class Peer:
         """Bind, register, and serve in this thread. Raises as :meth:`start` does."""
         try:
             loop = self._bind()
-            self._register()
+            with _deferred_interrupt():
+                self._register()
             loop.run()
         finally:
             self.close()
@@ -169,3 +172,20 @@ class Peer:
             metadata=self._metadata,
         )
         registry.register(record)
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[None]:
+    """Delay Ctrl-C to the end: a KeyboardInterrupt within gRPC can leave its locks held."""
+    received: list[tuple[int, FrameType | None]] = []
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if received:
+        handler(*received[0])
