@@ -17,7 +17,15 @@ ROOT = Path(__file__).parents[2]
 def test_ctrl_c_ends_make_run_without_an_error(tmp_path: Path) -> None:
     venv = Path(sys.prefix)
     args = f"--peers 1 --base-port {free_ports()} --etcd http://127.0.0.1:9"
-    command = ["make", "-o", f"{venv}/.run", "run", f"VENV={venv}", f"ARGS={args}"]
+    command = [
+        "make",
+        "--no-print-directory",
+        "-o",
+        f"{venv}/.run",
+        "run",
+        f"VENV={venv}",
+        f"ARGS={args}",
+    ]
     with (
         (tmp_path / "err").open("w") as err,
         started(

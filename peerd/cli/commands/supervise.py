@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import signal
 import socket
 import sys
 import time
@@ -60,12 +61,15 @@ def supervise(ctx: click.Context, settings: SupervisorSettings, launch: LaunchOp
       78   bad file, or the app cannot be loaded
       130  Ctrl-C
     """
-    # Imported here so that --help stays quick.
+    # Imported here so that --help stays quick. Ctrl-C has its default effect meanwhile: a KeyboardInterrupt
+    # while orjson is imported crashes the process.
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     from peerd.supervisor.sockets import listen
     from peerd.supervisor.supervisor import Supervisor
 
     if settings.app is not None:
         import orjson  # noqa: F401 - Message.json() needs it, and forked workers share its memory
+    signal.signal(signal.SIGINT, on_interrupt)
     log_dropped = logging_setup.configure(launch.log_level, launch.log_format)
     assert isinstance(ctx.command, SupervisorCommand)
     for line in ctx.command.misspelt_variables():
