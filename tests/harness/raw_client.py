@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def pack(magic: bytes, version: bytes, body: bytes) -> bytes:
@@ -17,17 +19,24 @@ def unpack(datagram: bytes) -> tuple[bytes, bytes, bytes]:
     return magic, rest[4 : 4 + size], rest[4 + size :]
 
 
-def request(
-    port: int, magic: bytes, body: bytes, timeout_s: float = 10.0
-) -> tuple[bytes, bytes, bytes]:
+@contextmanager
+def connected(port: int, timeout_s: float = 30.0) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.settimeout(timeout_s)
         client.connect(("127.0.0.1", port))
+        yield client
+
+
+def request(
+    port: int, magic: bytes, body: bytes, timeout_s: float = 10.0
+) -> tuple[bytes, bytes, bytes]:
+    with connected(port, timeout_s) as client:
         client.send(pack(magic, b"1.0", body))
         return unpack(client.recv(1 << 16))
 
 
-def send(port: int, magic: bytes, body: bytes = b"") -> None:
+def send(port: int, magic: bytes, body: bytes = b"", count: int = 1) -> None:
     """Without waiting for an answer."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.sendto(pack(magic, b"1.0", body), ("127.0.0.1", port))
+        for _ in range(count):
+            client.sendto(pack(magic, b"1.0", body), ("127.0.0.1", port))

@@ -6,16 +6,20 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from harness.command import command
 from harness.eventually import eventually
 from harness.ports import free_ports
+from harness.terminal import Terminal
 from peerd import control
+
+NO_ETCD = "http://127.0.0.1:1"
+"""No etcd listens there."""
 
 
 class Supervised:
@@ -24,6 +28,10 @@ class Supervised:
         self.etcd = etcd
         self._running: list[Running] = []
 
+    def write_app(self, source: str) -> None:
+        """Replace the app of ``start(app=...)``; a worker loads it when it starts."""
+        (self.folder / "supervised_app.py").write_text(source)
+
     def start(
         self,
         *args: str,
@@ -31,24 +39,29 @@ class Supervised:
         base_port: int | None = None,
         prefix: str | None = None,
         etcd: str | None = None,
-        cwd: Path | None = None,
+        app: str | None = None,
         through: Sequence[str] = (),
+        on_terminal: bool = False,
+        **options: Any,
     ) -> Running:
         """Start it and return at once; ``Running.wait_ready()`` and the like wait for facts.
 
-        ``through``: a command that runs the rest of its line in its place.
+        ``app`` is the source of its app. ``through``: a command that runs the rest of its line in its
+        place. ``options`` are those of Popen.
         """
-        number = len(self._running)
+        if app is not None:
+            self.write_app(app)
+            args = ("--app=supervised_app:app", *args)
         running = Running(
-            self.folder / f"supervisor-{number}",
-            base_port or free_ports(peers),
-            peers,
+            self.folder / f"supervisor-{len(self._running)}",
+            range(base_port := base_port or free_ports(peers), base_port + peers),
             prefix or f"test-{random.randrange(10**9)}",
             etcd or self.etcd,
-            args,
-            cwd or self.folder,
-            through,
         )
+        line = [*through, *command("supervise", f"--peers={peers}", f"--base-port={base_port}")]
+        line += [f"--prefix={running.prefix}", f"--etcd={running.etcd}"]
+        line += [f"--control={running.control}", "--log-format=text", *args]
+        running.begin(line, on_terminal, {"cwd": self.folder, **options})
         self._running.append(running)
         return running
 
@@ -58,32 +71,27 @@ class Supervised:
 
 
 class Running:
-    def __init__(
-        self,
-        folder: Path,
-        base_port: int,
-        peers: int,
-        prefix: str,
-        etcd: str,
-        args: tuple[str, ...],
-        cwd: Path,
-        through: Sequence[str],
-    ) -> None:
+    process: subprocess.Popen[bytes]
+    terminal: Terminal | None = None
+
+    def __init__(self, folder: Path, ports: range, prefix: str, etcd: str) -> None:
         folder.mkdir()
-        self.base_port = base_port
-        self.ports = range(base_port, base_port + peers)
+        self.base_port = ports[0]
+        self.ports = ports
         self.prefix = prefix
         self.etcd = etcd
         self.control = folder / "control.sock"
         self._out = folder / "out"
         self._err = folder / "err"
-        command = [*through, sys.executable, "-m", "peerd", "supervise", f"--peers={peers}"]
-        command += [f"--base-port={base_port}", f"--prefix={prefix}", f"--etcd={etcd}"]
-        command += [f"--control={self.control}", "--log-format=text", *args]
-        with self._out.open("wb") as out, self._err.open("wb") as err:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd
-            )
+
+    def begin(self, line: list[str], on_terminal: bool, options: dict[str, Any]) -> None:
+        if on_terminal:
+            self.terminal = Terminal(line, **options)
+            self.process = self.terminal.process
+        else:
+            with self._out.open("wb") as out, self._err.open("wb") as err:
+                streams: dict[str, Any] = {"stdout": out, "stderr": err}
+                self.process = subprocess.Popen(line, stdin=subprocess.DEVNULL, **streams | options)
         self.pid = self.process.pid
 
     @property
@@ -92,7 +100,8 @@ class Running:
 
     @property
     def err(self) -> str:
-        return self._err.read_text()
+        """Its standard error so far, or everything that its terminal shows."""
+        return self.terminal.text if self.terminal else self._err.read_text()
 
     def status(self) -> dict[str, Any]:
         report = control.request(self.control, "status")
@@ -104,16 +113,21 @@ class Running:
         assert isinstance(peer, dict)
         return peer
 
-    def wait_ready(self, within_s: float = 60) -> None:
+    def wait_ready(self, within_s: float = 60) -> Running:
         eventually(lambda: all(p["state"] == "ready" for p in self.status()["peers"]), within_s)
+        return self
 
-    def wait_registered(self, within_s: float = 60) -> None:
+    def wait_registered(self, within_s: float = 60) -> Running:
         eventually(lambda: all(p["registered"] for p in self.status()["peers"]), within_s)
+        return self
 
     def tree(self) -> list[psutil.Process]:
         """The supervisor and everything below it."""
         supervisor = psutil.Process(self.pid)
         return [supervisor, *supervisor.children(recursive=True)]
+
+    def tree_pids(self) -> list[int]:
+        return [process.pid for process in self.tree()]
 
     def registrar(self) -> psutil.Process:
         workers = {peer["pid"] for peer in self.status()["peers"]}
@@ -128,10 +142,15 @@ class Running:
     def wait(self, timeout_s: float = 60) -> int:
         return self.process.wait(timeout_s)
 
+    def stop(self) -> int:
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
     def kill(self) -> None:
-        if self.process.poll() is None:
+        with self.process:  # closes its pipes
             self.process.kill()
-            self.process.wait()
+        if self.terminal:
+            self.terminal.close()
 
 
 def is_gone(pid: int) -> bool:
@@ -146,5 +165,18 @@ def alive(pids: list[int]) -> list[int]:
     return [pid for pid in pids if not is_gone(pid)]
 
 
-def send_signal(pid: int, number: signal.Signals) -> None:
+def all_gone(pids: list[int]) -> bool:
+    return not alive(pids)
+
+
+def send_signal(pid: int, number: int) -> None:
     os.kill(pid, number)
+
+
+def udp_socket(port: int) -> str:
+    """The socket bound to a loopback port, as /proc/PID/fd shows it."""
+    for line in Path("/proc/net/udp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if int(fields[1].partition(":")[2], 16) == port:
+            return f"socket:[{fields[9]}]"
+    raise AssertionError(f"no socket is bound to UDP port {port}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import threading
+import http.client
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 from harness.eventually import eventually
 from harness.supervised import Running
 from peerd import control
+from peerd_chaos.accounts import LoadReport
 from peerd.errors import ControlError
 
 
@@ -36,6 +39,10 @@ def logged(running: Running, slot: int) -> list[str]:
 
 def pids(running: Running) -> list[int]:
     return [peer["pid"] for peer in running.status()["peers"]]
+
+
+def is_replaced(running: Running, slot: int, pid: int) -> bool:
+    return running.peer(slot)["pid"] not in (pid, None)
 
 
 def serving(running: Running, slot: int, but_not: Collection[int] = ()) -> int:
@@ -66,30 +73,39 @@ def death_of(running: Running, pid: int) -> dict[str, Any]:
     return found
 
 
+def assert_nothing_is_lost(
+    report: LoadReport, running: Running, *, but_not: Collection[int] = (), in_order: bool = True
+) -> None:
+    """Neither on the way to the client nor by a peer. ``but_not``: slots outside the load."""
+    assert report.finished
+    assert (report.dropped, report.foreign) == (0, 0)
+    assert (report.missing, report.doubled) == (0, 0)
+    assert not in_order or report.out_of_order == 0
+    for peer in running.status()["peers"]:
+        if peer["slot"] not in but_not:
+            assert (peer["restarts"], peer["lost_in_flight"], peer["rx_dropped"]) == (0, 0, 0)
+
+
+def http_get(port: int, path: str, method: str = "GET") -> tuple[int, str]:
+    """Status and text from the port of ``--metrics``."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
 class Asked:
     """A command that runs while the test continues."""
 
-    def __init__(self, running: Running, command: str, **arguments: object) -> None:
-        self._answer: Any = None
-        self._error: ControlError | None = None
-
-        def request() -> None:
-            try:
-                self._answer = ask(running, command, timeout_s=60, **arguments)
-            except ControlError as error:
-                self._error = error
-
-        self._thread = threading.Thread(target=request)
-        self._thread.start()
+    def __init__(self, running: Running, command: str, **arguments: Any) -> None:
+        self._executor = ThreadPoolExecutor()
+        self._answer = self._executor.submit(ask, running, command, **arguments)
 
     @property
     def is_under_way(self) -> bool:
-        return self._thread.is_alive()
+        return not self._answer.done()
 
-    def answer(self, timeout_s: float = 60) -> Any:
+    def answer(self) -> Any:
         """The result. Raises the supervisor's ControlError."""
-        self._thread.join(timeout_s)
-        assert not self._thread.is_alive(), f"no answer within {timeout_s:g} s"
-        if self._error is not None:
-            raise self._error
-        return self._answer
+        with self._executor:
+            return self._answer.result(60)

@@ -12,7 +12,7 @@ import subprocess
 import termios
 import time
 from collections.abc import Sequence
-from types import TracebackType
+from pathlib import Path
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]")
 
@@ -20,7 +20,9 @@ ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]")
 class Terminal:
     """The command and its output so far, for a ``with`` block."""
 
-    def __init__(self, command: Sequence[str], columns: int = 80, rows: int = 24) -> None:
+    def __init__(
+        self, command: Sequence[str], columns: int = 80, rows: int = 24, cwd: Path | None = None
+    ) -> None:
         self._fd, inner = pty.openpty()
         fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
         environment = {**os.environ, "TERM": "xterm-256color"}
@@ -31,6 +33,7 @@ class Terminal:
             stdin=inner,
             stdout=inner,
             stderr=inner,
+            cwd=cwd,
             env=environment,
             # Makes this the controlling terminal, so that Ctrl-C is a SIGINT.
             preexec_fn=_take_terminal,
@@ -41,14 +44,11 @@ class Terminal:
     def __enter__(self) -> Terminal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.process.kill()
         self.process.wait()
         os.close(self._fd)
 

@@ -11,14 +11,12 @@ import pytest
 
 from harness import raw_client
 from harness.eventually import eventually
-from harness.supervised import Running, Supervised
-from harness.supervisor_requests import events
-from peerd import control
+from harness.supervised import NO_ETCD, Running, Supervised
+from harness.supervisor_requests import ask, assert_nothing_is_lost, death_of, events, pids
 from peerd_chaos.load import Load
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 POISONED_S = 120.0 if LONG else 20.0
-NO_ETCD = "http://127.0.0.1:1"
 PEERS = 8
 POISONED = 3
 
@@ -75,16 +73,13 @@ def test_a_worker_that_always_dies_is_started_at_most_ten_times_in_30_s(
             assert peer["state"] == "crashloop"
             assert counts == {"app": 6, "scoreboard": 6, "log": 6}
             assert 0 < peer["next_start_in_s"] <= 60
-    for each in running.values():
-        each.process.terminate()
-    assert [each.wait() for each in running.values()] == [0, 0, 0]
+    assert [each.stop() for each in running.values()] == [0, 0, 0]
 
 
 def test_one_poisoned_peer_of_eight_does_not_affect_the_others(supervised: Supervised) -> None:
     """Once parked, it is started by hand and dies again."""
-    running = supervised.start("--app=peerd_chaos.chaos_apps:app", peers=PEERS)
-    running.wait_registered()
-    before = [peer["pid"] for peer in running.status()["peers"]]
+    running = supervised.start("--app=peerd_chaos.chaos_apps:app", peers=PEERS).wait_registered()
+    before = pids(running)
     poisoned = running.ports[POISONED]
     well = [port for port in running.ports if port != poisoned]
     parked = 0
@@ -93,31 +88,21 @@ def test_one_poisoned_peer_of_eight_does_not_affect_the_others(supervised: Super
         while time.monotonic() < end_s:
             peer = running.peer(POISONED)
             if peer["state"] == "ready":
-                poison(poisoned)
-                eventually(partial(has_died, running, peer["pid"]))
+                raw_client.send(poisoned, b"DIE")
+                death_of(running, peer["pid"])
             elif peer["state"] == "crashloop":
                 parked += 1
-                control.request(running.control, "restart", {"slot": POISONED}, timeout_s=30)
+                ask(running, "restart", slot=POISONED)
             time.sleep(0.02)
         report = load.finish()
-    assert report.finished
-    assert (report.dropped, report.foreign) == (0, 0)
-    assert (report.missing, report.doubled, report.out_of_order) == (0, 0, 0)
+    assert_nothing_is_lost(report, running, but_not=[POISONED])
     after = running.status()["peers"]
     assert parked > 2
     for slot, peer in enumerate(after):
         if slot != POISONED:
             assert peer["pid"] == before[slot]
-            assert (peer["restarts"], peer["lost_in_flight"], peer["rx_dropped"]) == (0, 0, 0)
             assert (peer["last_exit"], peer["registered"]) == (None, True)
+    assert "exit code 9" in running.err
+    assert "parked" in running.err
     # Each poisonous message was in hand when it killed the worker.
     assert after[POISONED]["lost_in_flight"] == after[POISONED]["restarts"] > 5
-
-
-def has_died(running: Running, pid: int) -> bool:
-    return bool(running.peer(POISONED)["pid"] != pid)
-
-
-def poison(port: int) -> None:
-    with pytest.raises(TimeoutError):
-        raw_client.request(port, b"DIE", b"", timeout_s=0.01)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import signal
-import subprocess
-import sys
+from functools import partial
 from typing import Any
 
 import orjson
 import pytest
 
 from harness import raw_client
+from harness.command import peerd
 from harness.eventually import eventually
-from harness.supervised import Running, Supervised, alive, send_signal
-from harness.supervisor_requests import Asked, death_of, events, logged, pids
+from harness.supervised import Running, Supervised, send_signal
+from harness.supervisor_requests import Asked, ask, death_of, events, is_replaced, logged, pids
 
 APP = r"""
 import ctypes, os, sys, peerd
@@ -52,65 +52,54 @@ def interrupt(message):
 COROUTINES = APP.replace("\ndef ", "\nasync def ")
 
 
-def start(
-    supervised: Supervised, *args: str, peers: int = 2, app: str = APP, ready: bool = True
-) -> Running:
-    (supervised.folder / "mortal.py").write_text(app)
-    running = supervised.start("--app=mortal:app", *args, peers=peers)
-    if ready:
-        running.wait_ready()
-    return running
+def start(supervised: Supervised, *args: str, peers: int = 2, app: str = APP) -> Running:
+    return supervised.start(*args, peers=peers, app=app).wait_ready()
 
 
-def check_certificate(running: Running, pid: int) -> dict[str, Any]:
-    """Log, status and events agree on the death of slot 0's first worker. Returns the event."""
+def check_certificate(running: Running, pid: int, slot: int = 0) -> dict[str, Any]:
+    """Log, status and events agree on the death of a slot's first worker. Returns the event."""
+    peer_id = f"localhost:{running.ports[slot]}"
     died = death_of(running, pid)
-    assert died["peer_id"] == f"localhost:{running.ports[0]}"
+    assert died["peer_id"] == peer_id
     assert died["generation"] == 1
     assert 0 < died["ready_for_s"] < 60
     assert died["oom"] is False
-    last_exit = running.peer(0)["last_exit"]
-    for name in (
-        *("pid", "generation", "how", "cause", "oom", "ready_for_s", "lost_in_flight", "next"),
-        "last_lines",
-    ):
-        assert last_exit[name] == died[name], name
+    last_exit = running.peer(slot)["last_exit"]
     assert 0 <= last_exit["age_s"] < 60
+    shown = ("pid", "generation", "how", "cause", "oom", "ready_for_s", "lost_in_flight")
+    for name in (*shown, "next", "last_lines"):
+        assert last_exit[name] == died[name], name
     sentence = (
         f"worker pid {pid}: {died['how']} after {died['ready_for_s']:.1f} s of service; "
         f"datagrams in hand and lost: {died['lost_in_flight']}; next: {died['next']}"
     )
     (line,) = [line for line in running.err.splitlines() if sentence in line]
-    assert f" ERROR    peer=localhost:{running.ports[0]} " in line
+    assert f" ERROR    peer={peer_id} " in line
     assert f" pid={pid} gen=1: " in line
-    assert sentence in logged(running, 0)
+    assert sentence in logged(running, slot)
     return died
 
 
-@pytest.mark.parametrize(
-    ("magic", "how", "cause", "last"),
-    [
+@pytest.mark.parametrize("app", [APP, COROUTINES], ids=["plain", "coroutine"])
+def test_a_handler_ends_its_worker(supervised: Supervised, app: str) -> None:
+    cases = [
         (b"OS_EXIT", "exit code 3", "exit", "about to go"),
         (b"SEGFAULT", "killed by SIGSEGV", "signal", "Fatal Python error: Segmentation fault"),
         (b"SYS_EXIT", "exit code 5", "exit", "SystemExit: 5"),
         (b"SYS_EXIT_TEXT", "exit code 1", "exit", "SystemExit: enough"),
         (b"INTERRUPT", "exit code 70", "exit", "KeyboardInterrupt"),
-    ],
-)
-@pytest.mark.parametrize("app", [APP, COROUTINES], ids=["plain", "coroutine"])
-def test_a_handler_ends_its_worker(
-    supervised: Supervised, app: str, magic: bytes, how: str, cause: str, last: str
-) -> None:
-    running = start(supervised, app=app)
-    pid, sibling = pids(running)
-    raw_client.send(running.ports[0], magic)
-    died = check_certificate(running, pid)
-    assert (died["how"], died["cause"], died["lost_in_flight"]) == (how, cause, 1)
-    assert last in "\n".join(died["last_lines"])
-    assert died["next"] == "restarted at once"
+    ]
+    running = start(supervised, app=app, peers=len(cases) + 1)
+    before = pids(running)
+    for slot, (magic, how, cause, last) in enumerate(cases):
+        raw_client.send(running.ports[slot], magic)
+        died = check_certificate(running, before[slot], slot)
+        assert (died["how"], died["cause"], died["lost_in_flight"]) == (how, cause, 1)
+        assert last in "\n".join(died["last_lines"])
+        assert died["next"] == "restarted at once"
     running.wait_ready()
-    assert running.peer(0)["lost_in_flight"] == 1
-    assert pids(running)[1] == sibling
+    assert [peer["lost_in_flight"] for peer in running.status()["peers"]] == [1] * len(cases) + [0]
+    assert pids(running)[-1] == before[-1]
 
 
 def test_the_last_lines_are_those_of_the_dead_worker(supervised: Supervised) -> None:
@@ -126,40 +115,29 @@ def test_the_last_lines_are_those_of_the_dead_worker(supervised: Supervised) -> 
     assert death_of(running, second)["last_lines"] == []
 
 
-@pytest.mark.parametrize(
-    ("number", "how", "cause"),
-    [
+def test_another_process_sends_signals(supervised: Supervised) -> None:
+    cases = [
         (signal.SIGKILL, "killed by SIGKILL", "signal"),
         (signal.SIGHUP, "killed by SIGHUP", "signal"),
         (signal.SIGUSR1, "killed by SIGUSR1", "signal"),
         (signal.SIGRTMIN + 5, "killed by signal 39", "signal"),
         (signal.SIGTERM, "exit code 0", "exit"),
         (signal.SIGRTMIN, "exit code 0", "exit"),  # HAND_OVER, without a successor
-    ],
-)
-def test_another_process_kills_a_worker(
-    supervised: Supervised, number: signal.Signals, how: str, cause: str
-) -> None:
-    running = start(supervised)
-    pid = pids(running)[0]
-    send_signal(pid, number)
-    died = check_certificate(running, pid)
-    assert (died["how"], died["cause"], died["lost_in_flight"]) == (how, cause, 0)
-    assert died["next"] == "restarted at once"
-    eventually(lambda: running.peer(0)["pid"] not in (pid, None))
-    running.wait_ready()
-    assert raw_client.request(running.ports[0], b"PING", b"x")[2] == b"x"
-    assert running.peer(0)["restarts"] == 1
-
-
-def test_a_sigint_from_another_process_is_ignored(supervised: Supervised) -> None:
-    running = start(supervised)
+    ]
+    running = start(supervised, peers=len(cases) + 1)
     before = pids(running)
-    for pid in before:
-        send_signal(pid, signal.SIGINT)
+    send_signal(before[-1], signal.SIGINT)  # ignored
+    for slot, (number, how, cause) in enumerate(cases):
+        send_signal(before[slot], number)
+        died = check_certificate(running, before[slot], slot)
+        assert (died["how"], died["cause"], died["lost_in_flight"]) == (how, cause, 0)
+        assert died["next"] == "restarted at once"
+        eventually(partial(is_replaced, running, slot, before[slot]))
+    running.wait_ready()
     for port in running.ports:
         assert raw_client.request(port, b"PING", b"x")[2] == b"x"
-    assert pids(running) == before
+    assert [peer["restarts"] for peer in running.status()["peers"]] == [1] * len(cases) + [0]
+    assert pids(running)[-1] == before[-1]
 
 
 def test_the_next_step_in_a_certificate_is_what_happens(supervised: Supervised) -> None:
@@ -203,7 +181,7 @@ def test_a_successor_that_was_starting_takes_over_from_a_dead_worker(
 ) -> None:
     running = start(supervised, peers=1)
     pid = pids(running)[0]
-    (supervised.folder / "mortal.py").write_text(f"import time\ntime.sleep(1)\n{APP}")
+    supervised.write_app(f"import time\ntime.sleep(1)\n{APP}")
     restart = Asked(running, "restart", slot=0)
     eventually(lambda: len(running.tree()) == 4)
     send_signal(pid, signal.SIGKILL)
@@ -211,6 +189,8 @@ def test_a_successor_that_was_starting_takes_over_from_a_dead_worker(
     assert died["next"] == "its successor, which was starting, takes over"
     (replaced,) = restart.answer()["replaced"]
     assert replaced["pid"] == pids(running)[0]
+    assert running.peer(0)["restarts"] == 1
+    assert raw_client.request(running.ports[0], b"PING", b"x")[2] == b"x"
 
 
 def test_a_death_during_a_stop(supervised: Supervised) -> None:
@@ -227,22 +207,17 @@ def test_a_death_during_a_stop(supervised: Supervised) -> None:
 
 def test_a_worker_that_was_asked_to_end_gets_no_certificate(supervised: Supervised) -> None:
     running = start(supervised)
-    Asked(running, "reload").answer()
+    ask(running, "reload")
     assert events(running, "died") == []
     assert running.peer(0)["last_exit"] is None
-    running.signal(signal.SIGTERM)
-    assert running.wait() == 0
+    assert running.stop() == 0
     assert "ERROR" not in running.err
     assert "lost" not in running.err
 
 
 def test_a_worker_that_dies_while_it_starts(supervised: Supervised) -> None:
-    running = start(
-        supervised,
-        peers=1,
-        app="import os\nprint('so far so good', flush=True)\nos._exit(9)\n",
-        ready=False,
-    )
+    app = "import os\nprint('so far so good', flush=True)\nos._exit(9)\n"
+    running = supervised.start(peers=1, app=app)
     (died, *_) = eventually(lambda: events(running, "died"))
     assert (died["how"], died["cause"]) == ("exit code 9", "exit")
     assert "ready_for_s" not in died
@@ -251,38 +226,25 @@ def test_a_worker_that_dies_while_it_starts(supervised: Supervised) -> None:
     assert running.peer(0)["last_exit"]["ready_for_s"] is None
 
 
-def test_peerd_events_shows_deaths(supervised: Supervised) -> None:
+def test_peerd_events_shows_replacements_and_deaths(supervised: Supervised) -> None:
     running = start(supervised)
-    pid = pids(running)[0]
+    pid, replaced = pids(running)
+    ask(running, "restart", slot=1)
     raw_client.send(running.ports[0], b"OS_EXIT")
     death_of(running, pid)
-    command = [sys.executable, "-m", "peerd", "events", f"--control={running.control}"]
-    lines = subprocess.check_output([*command, "--json"]).splitlines()
-    (died,) = [each for each in map(orjson.loads, lines) if each["event"] == "died"]
+    shown = peerd("events", "--json", f"--control={running.control}")
+    found = [orjson.loads(line) for line in shown.stdout.splitlines()]
+    assert [event["number"] for event in found] == list(range(1, len(found) + 1))
+    (event,) = [event for event in found if event["event"] == "replaced"]
+    assert (event["old_pid"], event["pid"]) == (replaced, pids(running)[1])
+    (died,) = [event for event in found if event["event"] == "died"]
     assert died["pid"] == pid
     assert (died["how"], died["cause"], died["oom"]) == ("exit code 3", "exit", False)
     assert (died["lost_in_flight"], died["next"]) == (1, "restarted at once")
     assert died["last_lines"] == ["about to go"]
-    (line,) = [
-        line for line in subprocess.check_output(command, text=True).splitlines() if "died" in line
-    ]
-    assert f"pid={pid}" in line
-    assert "how='exit code 3'" in line
+    assert died["ready_for_s"] > 0
+    text = peerd("events", f"--control={running.control}").stdout
+    (line,) = [line for line in text.splitlines() if "died" in line]
+    peer_id = f"localhost:{running.ports[0]}"
+    assert f"died          {peer_id}  pid={pid}  generation=1  how='exit code 3'" in line
     assert "next='restarted at once'" in line
-
-
-@pytest.mark.parametrize("how", ["dies", "cannot start"])
-def test_a_crash_loop_ends_the_supervisor_if_configured(supervised: Supervised, how: str) -> None:
-    running = start(supervised, "--on-crashloop=exit")
-    tree = [process.pid for process in running.tree()]
-    source = "import os\nos._exit(3)\n" if how == "dies" else "raise ValueError('broken')\n"
-    (supervised.folder / "mortal.py").write_text(source)
-    send_signal(pids(running)[0], signal.SIGKILL)
-    assert running.wait(60) == 70
-    assert f"peer localhost:{running.ports[0]} is in a crash loop: stopping" in running.err
-    parked, stops = (
-        "times within 60 s; the supervisor stops (--on-crashloop)",
-        "crash loop: stopping",
-    )
-    assert running.err.index(parked) < running.err.index(stops)  # the certificate comes first
-    assert not alive(tree)

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import signal
 import socket
 import subprocess
 from pathlib import Path
 
-from harness import raw_client
+import pytest
+
 from harness.command import command, peerd
-from harness.eventually import eventually
 from harness.ports import free_ports
-from harness.supervised import Supervised
+from harness.supervised import Supervised, alive, send_signal
+from peerd.registry import Registry
 
 
-def test_0_done(supervised: Supervised) -> None:
-    running = supervised.start(peers=1)
-    running.wait_ready()
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 128 + 2)])
+def test_0_done_and_128_and_the_number_of_a_signal(
+    supervised: Supervised, number: signal.Signals, code: int
+) -> None:
+    running = supervised.start().wait_registered()
     assert peerd("status", f"--control={running.control}").returncode == 0
-    running.signal(signal.SIGTERM)
-    assert running.wait() == 0
+    tree = running.tree_pids()
+    running.signal(number)
+    assert running.wait() == code
+    assert not alive(tree)
+    with Registry(running.etcd, running.prefix) as registry:
+        assert registry.nodes() == []
+    assert not running.control.exists()
+    assert "Traceback" not in running.err
 
 
 def test_1_failed() -> None:
@@ -45,30 +54,30 @@ def test_69_registry_needed_but_unreachable() -> None:
     assert peerd("nodes", "--etcd=http://127.0.0.1:9").returncode == 69
 
 
-def test_70_crash_loop(supervised: Supervised, tmp_path: Path) -> None:
-    (tmp_path / "dies.py").write_text(
-        "import os, peerd\napp = peerd.App()\n@app.handler('DIE')\ndef die(message):\n    os._exit(3)\n"
+@pytest.mark.parametrize("how", ["dies", "cannot start"])
+def test_70_crash_loop(supervised: Supervised, how: str) -> None:
+    app = "import peerd\napp = peerd.App()\n"
+    running = supervised.start("--on-crashloop=exit", peers=2, app=app).wait_ready()
+    tree = running.tree_pids()
+    supervised.write_app(
+        "import os\nos._exit(3)\n" if how == "dies" else "raise ValueError('broken')\n"
     )
-    running = supervised.start("--app=dies:app", "--on-crashloop=exit", peers=2)
-    running.wait_ready()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.connect(("127.0.0.1", running.ports[0]))
-
-        def killed_again() -> bool:
-            with contextlib.suppress(ConnectionRefusedError):  # it has closed its sockets
-                client.send(raw_client.pack(b"DIE", b"1", b""))
-            return running.process.poll() is not None
-
-        eventually(killed_again)
+    send_signal(running.peer(0)["pid"], signal.SIGKILL)
     assert running.wait() == 70
-    assert "exit code 3" in running.err
+    assert ("exit code 3" if how == "dies" else "ValueError: broken") in running.err
+    stops = f"peer localhost:{running.ports[0]} is in a crash loop: stopping"
+    parked = "times within 60 s; the supervisor stops (--on-crashloop)"
+    assert running.err.index(parked) < running.err.index(stops)  # the certificate comes first
+    assert not alive(tree)
 
 
 def test_73_cannot_bind(supervised: Supervised) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
         holder.bind(("127.0.0.1", 0))
         port = holder.getsockname()[1]
-        assert supervised.start(peers=1, base_port=port).wait() == 73
+        running = supervised.start(peers=1, base_port=port)
+        assert running.wait() == 73
+        assert f"UDP port {port} is in use, held by pid {os.getpid()}" in running.err
         done = peerd("check", f"--base-port={port}", f"--etcd={supervised.etcd}")
         assert done.returncode == 73
 
@@ -78,17 +87,13 @@ def test_78_bad_configuration_or_app(supervised: Supervised, tmp_path: Path) -> 
     config.write_text("peer = 8\n")
     (tmp_path / "broken.py").write_text("1 / 0\n")
     assert supervised.start(f"--config={config}", peers=1).wait() == 78
-    assert supervised.start("--app=broken:app", peers=1).wait() == 78
+    running = supervised.start("--app=broken:app", peers=1)
+    assert running.wait() == 78
+    assert running.err.count("Traceback") == 1
+    assert "broken.py" in running.err
     port = f"--base-port={free_ports()}"
     assert peerd("check", f"--config={config}").returncode == 78
     assert peerd("check", "--app=broken:app", port, cwd=tmp_path).returncode == 78
-
-
-def test_128_and_the_number_of_a_signal(supervised: Supervised) -> None:
-    running = supervised.start(peers=1)
-    running.wait_ready()
-    running.signal(signal.SIGINT)
-    assert running.wait() == 128 + signal.SIGINT
 
 
 def test_128_and_the_number_of_a_signal_that_cannot_be_caught() -> None:

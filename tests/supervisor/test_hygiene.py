@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +23,23 @@ import psutil
 import pytest
 
 from harness import raw_client
+from harness.command import command, started
 from harness.eventually import eventually
 from harness.ports import free_ports
-from harness.supervised import Running, Supervised, send_signal
-from harness.supervisor_requests import Asked, ask, events, pids
-from peerd import control
+from harness.supervised import Running, Supervised, send_signal, udp_socket
+from harness.supervisor_requests import (
+    Asked,
+    ask,
+    assert_nothing_is_lost,
+    events,
+    is_replaced,
+    pids,
+)
+from peerd_chaos.load import Load
 from peerd.errors import ControlError
+from peerd.supervisor.control_server import MAX_REQUEST_BYTES
 
+RATE = 1000.0
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 
 pytestmark = pytest.mark.timeout(3600 if LONG else 300)
@@ -51,10 +61,7 @@ def grow(message):
 
 
 def start(supervised: Supervised, *args: str, peers: int = 2) -> Running:
-    (supervised.folder / "numbers.py").write_text(NUMBERS)
-    running = supervised.start("--app=numbers:app", *args, peers=peers)
-    running.wait_registered()
-    return running
+    return supervised.start(*args, peers=peers, app=NUMBERS).wait_registered()
 
 
 def descriptors(pid: int) -> dict[int, str]:
@@ -78,20 +85,14 @@ def settled(running: Running) -> dict[int, str]:
     return found
 
 
-def udp_inode(port: int) -> str:
-    for line in Path("/proc/net/udp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if int(fields[1].partition(":")[2], 16) == port:
-            return f"socket:[{fields[9]}]"
-    raise AssertionError(f"no socket is bound to UDP port {port}")
-
-
-def test_a_worker_holds_its_own_resources_only(supervised: Supervised) -> None:
-    running = start(supervised, f"--metrics=127.0.0.1:{free_ports()}", peers=3)
+def test_a_process_holds_its_own_resources_only(supervised: Supervised) -> None:
+    metrics = free_ports()
+    running = start(supervised, f"--metrics=127.0.0.1:{metrics}", peers=3)
     ask(running, "restart", slot=1)
     old = pids(running)[2]
-    send_signal(old, signal.SIGKILL)
-    eventually(lambda: running.peer(2)["pid"] not in (old, None))
+    with socket.create_connection(("127.0.0.1", metrics)):
+        send_signal(old, signal.SIGKILL)  # a worker is forked while the connection is open
+        eventually(partial(is_replaced, running, 2, old))
     running.wait_ready()
     outputs = set()
     for port, pid in zip(running.ports, pids(running), strict=True):
@@ -102,20 +103,18 @@ def test_a_worker_holds_its_own_resources_only(supervised: Supervised) -> None:
         assert held.pop(2) == output
         outputs.add(output)
         others = sorted(held.values())
-        assert others.pop() == udp_inode(port)
+        assert others.pop() == udp_socket(port)
         first, second = others  # both ends of the pipe that wakes its loop
         assert first == second
         assert first.startswith("pipe:")
         assert first != output
     assert len(outputs) == 3
-
-
-def test_the_registrar_holds_no_peers_socket(supervised: Supervised) -> None:
-    running = start(supervised, peers=3)
-    held = set(descriptors(running.registrar().pid).values())
-    assert not held & {udp_inode(port) for port in running.ports}
+    registrar = running.registrar()
+    kept = set(descriptors(registrar.pid).values())
+    assert not kept & {udp_socket(port) for port in running.ports}
     workers = {link for pid in pids(running) for link in descriptors(pid).values()}
-    assert {link for link in held & workers if not link.startswith("/dev/null")} == set()
+    assert {link for link in kept & workers if not link.startswith("/dev/null")} == set()
+    assert metrics not in {found.laddr.port for found in registrar.net_connections() if found.laddr}
 
 
 def test_descriptors_and_processes_do_not_accumulate(supervised: Supervised) -> None:
@@ -134,7 +133,9 @@ def test_descriptors_and_processes_do_not_accumulate(supervised: Supervised) -> 
             old = pids(running)
             for pid in old:
                 send_signal(pid, signal.SIGKILL)
-            eventually(partial(are_all_new, running, old))
+            for slot, pid in enumerate(old):
+                eventually(partial(is_replaced, running, slot, pid))
+            running.wait_ready()
     assert sum(peer["restarts"] for peer in running.status()["peers"]) >= 12
     eventually(lambda: kinds(descriptors(running.pid)) == before)
     children = supervisor.children(recursive=True)
@@ -145,11 +146,6 @@ def test_descriptors_and_processes_do_not_accumulate(supervised: Supervised) -> 
 
 def kinds(held: dict[int, str]) -> list[str]:
     return sorted(link.partition(":[")[0] for link in held.values())
-
-
-def are_all_new(running: Running, old: list[int]) -> bool:
-    peers = running.status()["peers"]
-    return all(peer["state"] == "ready" and peer["pid"] not in old for peer in peers)
 
 
 def limit_to(running: Running, unused: int) -> None:
@@ -196,147 +192,76 @@ def test_without_descriptors_a_worker_is_started_later(supervised: Supervised) -
 def test_without_descriptors_for_clients_it_does_not_spin(supervised: Supervised) -> None:
     running = start(supervised)
     limit_to(running, 0)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.connect(str(running.control))
-        client.sendall(b'{"v": 1, "command": "status"}\n')
+    with connection(running) as client:
+        client.sendall(STATUS)
         begun_s, begun_cpu_s = time.monotonic(), cpu_s(running.pid)
         while time.monotonic() < begun_s + 1.5:
             assert raw_client.request(running.ports[0], b"SEQ", b"x")[2] == b"x"
             time.sleep(0.05)
         assert cpu_s(running.pid) - begun_cpu_s < 0.5
         raise_limit(running.pid, resource.RLIMIT_NOFILE)
-        client.settimeout(30)
         assert client.recv(1 << 16).startswith(b'{"v":1,"ok":true')
-
-
-@pytest.fixture
-def everybodys_folder() -> Iterator[Path]:
-    """A directory that other users can enter, unlike tmp_path."""
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="peerd-test-") as name:
-        Path(name).chmod(0o777)
-        yield Path(name)
 
 
 UNPRIVILEGED_UID = 65534
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="runs a supervisor as another user: needs root")
-def test_without_processes_a_worker_is_started_later(everybodys_folder: Path, etcd: str) -> None:
+def test_without_processes_a_worker_is_started_later(etcd: str) -> None:
     """RLIMIT_NPROC does not apply to root, so another user runs it."""
-    folder = everybodys_folder
-    as_other_user = [
-        "setpriv",
-        f"--reuid={UNPRIVILEGED_UID}",
-        f"--regid={UNPRIVILEGED_UID}",
-        "--clear-groups",
-    ]
-    seen = subprocess.run(
-        [*as_other_user, sys.executable, "-c", "import peerd.cli"], cwd=folder, capture_output=True
-    )
-    if seen.returncode:
-        pytest.skip(f"user {UNPRIVILEGED_UID} cannot read this tree")
-    base_port, path = free_ports(2), folder / "control"
-    command = [*as_other_user, sys.executable, "-m", "peerd", "supervise", "--peers=2"]
-    command += [f"--base-port={base_port}", f"--etcd={etcd}", "--prefix=unprivileged"]
-    command += [f"--control={path}", "--log-format=text"]
-    with (
-        (folder / "err").open("wb") as err,
-        subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=err, stderr=err, cwd=folder
-        ) as process,
-    ):
+    user = ["setpriv", f"--reuid={UNPRIVILEGED_UID}", f"--regid={UNPRIVILEGED_UID}"]
+    user += ["--clear-groups"]
+    # Other users can enter it, unlike tmp_path.
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="peerd-test-") as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        imports = [*user, sys.executable, "-c", "import peerd.cli"]
+        if subprocess.run(imports, cwd=folder, capture_output=True).returncode:
+            pytest.skip(f"user {UNPRIVILEGED_UID} cannot read this tree")
+        path = folder / "control"
+        running = Supervised(folder, etcd).start(f"--control={path}", peers=2, through=user)
+        running.control = path
         try:
-
-            def peers() -> list[dict[str, object]]:
-                found = control.request(path, "status")["peers"]
-                assert isinstance(found, list)
-                return found
-
-            eventually(lambda: all(peer["registered"] for peer in peers()))
-            first, second = (peer["pid"] for peer in peers())
-            assert isinstance(first, int)
+            running.wait_registered()
+            first, second = pids(running)
             # Under that user, because root may lack CAP_SYS_RESOURCE in a container.
-            limit = [*as_other_user, "prlimit", f"--pid={process.pid}"]
+            limit = [*user, "prlimit", f"--pid={running.pid}"]
             _, hard = resource.getrlimit(resource.RLIMIT_NPROC)  # inherited
             subprocess.run([*limit, "--nproc=1:"], check=True)
             send_signal(first, signal.SIGKILL)
             eventually(
                 lambda: [
                     each
-                    for each in control.request(path, "events")
-                    if each["event"] == "cannot fork"
-                    and "Resource temporarily unavailable" in each["why"]
+                    for each in events(running, "cannot fork")
+                    if "Resource temporarily unavailable" in each["why"]
                 ][1:]
             )
-            assert raw_client.request(base_port + 1, b"PING", b"x")[2] == b"x"
+            assert raw_client.request(running.ports[1], b"PING", b"x")[2] == b"x"
             most = "unlimited" if hard == resource.RLIM_INFINITY else hard
             subprocess.run([*limit, f"--nproc={most}:"], check=True)
-            eventually(lambda: all(peer["state"] == "ready" for peer in peers()))
-            assert peers()[1]["pid"] == second
-            assert raw_client.request(base_port, b"PING", b"x")[2] == b"x"
+            running.wait_ready()
+            assert pids(running)[1] == second
+            assert raw_client.request(running.ports[0], b"PING", b"x")[2] == b"x"
         finally:
-            process.terminate()
-            assert process.wait(60) == 0
-
-
-class Sequence:
-    """Sends consecutive numbers to a port, and records which come back."""
-
-    def __init__(self, port: int) -> None:
-        self.sent = 0
-        self.received: list[int] = []
-        self._port = port
-
-    @contextmanager
-    def going(self) -> Iterator[None]:
-        ended = threading.Event()
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.connect(("127.0.0.1", self._port))
-
-            def send() -> None:
-                while not ended.is_set():
-                    body = struct.pack(">Q", self.sent)
-                    sock.send(raw_client.pack(b"SEQ", b"1", body))
-                    self.sent += 1
-                    time.sleep(0.001)
-
-            def receive() -> None:
-                while data := sock.recv(2048):
-                    self.received.append(struct.unpack(">Q", raw_client.unpack(data)[2])[0])
-
-            threads = [threading.Thread(target=send), threading.Thread(target=receive)]
-            for thread in threads:
-                thread.start()
-            try:
-                yield
-            finally:
-                ended.set()
-                threads[0].join()
-                with contextlib.suppress(AssertionError):
-                    eventually(lambda: len(self.received) >= self.sent)
-                sock.shutdown(socket.SHUT_RDWR)
-                threads[1].join()
+            assert running.stop() == 0
 
 
 def test_old_workers_are_replaced_and_nothing_is_lost(supervised: Supervised) -> None:
     running = start(supervised, "--max-age=1.5")
     before = pids(running)
-    numbers = Sequence(running.ports[0])
-    with numbers.going():
+    with Load(running.ports, rate=RATE) as load:
         eventually(lambda: len(events(running, "replaced")) >= 4)
         eventually(lambda: not set(pids(running)) & set(before))
-    assert numbers.received == list(range(numbers.sent))
+        report = load.finish()
+    assert_nothing_is_lost(report, running)
     assert events(running, "died") == []
-    assert "having been ready for 2 s (--max-age)" in running.err or (
-        "having been ready for 3 s (--max-age)" in running.err
-    )
-    assert [peer["restarts"] for peer in running.status()["peers"]] == [0, 0]
+    assert re.search(r"having been ready for [23] s \(--max-age\)", running.err)
 
 
 def test_recycling_pauses_when_the_app_is_broken(supervised: Supervised) -> None:
     running = start(supervised, "--max-age=1")
     before = pids(running)
-    (supervised.folder / "numbers.py").write_text("raise ValueError('broken today')\n")
+    supervised.write_app("raise ValueError('broken today')\n")
     eventually(lambda: "not replaced, and tried again in 60 s" in running.err)
     assert "ValueError: broken today" in running.err
     assert pids(running) == before
@@ -347,90 +272,94 @@ def test_recycling_pauses_when_the_app_is_broken(supervised: Supervised) -> None
 def test_large_workers_are_replaced_and_nothing_is_lost(supervised: Supervised) -> None:
     running = start(supervised, "--max-rss=100000000")
     before = pids(running)
-    numbers = Sequence(running.ports[0])
-    with numbers.going():
+    with Load(running.ports, rate=RATE) as load:
         for _ in range(10):
             raw_client.request(running.ports[0], b"GROW", b"")
-        eventually(lambda: running.peer(0)["pid"] not in (before[0], None))
+        eventually(partial(is_replaced, running, 0, before[0]))
+        report = load.finish()
     running.wait_ready()
-    assert numbers.received == list(range(numbers.sent))
+    assert_nothing_is_lost(report, running)
     assert pids(running)[1] == before[1], "it is not large"
     assert "bytes of memory (--max-rss)" in running.err
     assert running.peer(0)["rss_bytes"] < 100_000_000
     assert events(running, "died") == []
 
 
-def test_a_gigabyte_request_is_refused(supervised: Supervised) -> None:
+def test_hostile_clients_cost_little_and_harm_nothing(supervised: Supervised) -> None:
+    """A gigabyte in one request; answers that are not read; idle connections; garbage."""
     running = start(supervised)
-    supervisor = psutil.Process(running.pid)
-    before = supervisor.memory_info().rss
+    before, supervisor = pids(running), psutil.Process(running.pid)
+    rss = supervisor.memory_info().rss
     sent = 0
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.connect(str(running.control))
-        client.settimeout(30)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            while sent < 1 << 30:
-                sent += client.send(bytes(1 << 20))
+    with connection(running) as client, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        while sent < 1 << 30:
+            sent += client.send(bytes(1 << 20))
     assert sent < 1 << 22
-    assert supervisor.memory_info().rss - before < 1 << 22
+    assert supervisor.memory_info().rss - rss < 1 << 22
     assert running.status()["supervisor"]["state"] == "ready"
-
-
-def test_a_client_that_reads_nothing_costs_one_answer(supervised: Supervised) -> None:
-    running = start(supervised)
-    supervisor = psutil.Process(running.pid)
-    before = supervisor.memory_info().rss
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.connect(str(running.control))
+    with connection(running) as client:
         client.setblocking(False)
         with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
             while True:
-                client.send(b'{"v": 1, "command": "status"}\n' * 100)
+                client.send(STATUS * 100)
         assert running.status()["supervisor"]["state"] == "ready"
-        assert supervisor.memory_info().rss - before < 1 << 22
+        assert supervisor.memory_info().rss - rss < 1 << 22
+    with contextlib.ExitStack() as idle:
+        for _ in range(200):
+            idle.enter_context(connection(running))
+        assert running.status()["supervisor"]["state"] == "ready"
+    for garbage in GARBAGE:
+        answer = b""
+        refusals = contextlib.suppress(BrokenPipeError, ConnectionResetError)
+        with connection(running) as client, refusals:
+            client.sendall(garbage)
+            client.shutdown(socket.SHUT_WR)
+            while chunk := client.recv(1 << 16):
+                answer += chunk
+        assert answer or not garbage.endswith(b"\n")
+        for line in answer.splitlines():
+            assert orjson.loads(line)["ok"] is (b'"events"' in garbage)
+    assert pids(running) == before
+    assert "Traceback" not in running.err
 
 
-def test_commands_outlive_their_clients(supervised: Supervised) -> None:
+def test_a_greedy_client_does_not_delay_another(supervised: Supervised) -> None:
     running = start(supervised)
-    before = pids(running)
-    (supervised.folder / "numbers.py").write_text(f"import time\ntime.sleep(0.5)\n{NUMBERS}")
-    with subprocess.Popen(
-        [sys.executable, "-m", "peerd", "reload", f"--control={running.control}"]
-    ) as client:
-        eventually(lambda: len(running.tree()) == 5)
-        client.kill()
-    eventually(lambda: not set(pids(running)) & set(before))
-    running.wait_ready()
-    assert len(events(running, "replaced")) == 2
-    assert len(ask(running, "reload")["replaced"]) == 2
+    asked, answered = MAX_REQUEST_BYTES // len(STATUS), 0
+    with connection(running) as greedy, connection(running) as modest:
+
+        def read_all() -> None:
+            nonlocal answered
+            while answered < asked:
+                answered += greedy.recv(1 << 20).count(b"\n")
+
+        reader = threading.Thread(target=read_all)
+        reader.start()
+        greedy.sendall(STATUS * asked)
+        modest.sendall(STATUS)
+        assert modest.recv(1 << 16).endswith(b"}\n")
+        in_between = answered
+        reader.join(60)
+    assert in_between < asked / 2
+    assert answered == asked
 
 
-def test_fifty_clients_at_the_same_time(supervised: Supervised) -> None:
-    running = start(supervised)
-    failures: list[Exception] = []
-
-    def ask_often(number: int) -> None:
-        try:
-            for _ in range(10):
-                if number % 10 == 0:
-                    ask(running, "restart", slot=0)
-                    return
-                assert len(ask(running, "status")["peers"]) == 2
-        except Exception as error:
-            failures.append(error)
-
-    clients = [threading.Thread(target=ask_often, args=(number,)) for number in range(50)]
-    for client in clients:
-        client.start()
-    for client in clients:
-        client.join()
-    assert failures == []
-    # Requests for the same that wait are answered by one reload.
-    assert 1 <= len(events(running, "replaced")) <= 5
-    assert events(running, "died") == []
+@contextlib.contextmanager
+def connection(running: Running) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.connect(str(running.control))
+        client.settimeout(30)
+        yield client
 
 
+STATUS = b'{"v": 1, "command": "status"}\n'
 GARBAGE = [
+    b"",
+    b"\n",
+    b"garbage\n",
+    b"[]\n",
+    b'{"v": 2, "command": "status"}\n',
+    b"x" * 10**6,
     b"\x00" * 1000,
     b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b'{"v": 1}\n',
@@ -452,53 +381,51 @@ GARBAGE = [
 ]
 
 
-def test_garbage_gets_an_error_or_nothing(supervised: Supervised) -> None:
+def test_commands_outlive_their_clients(supervised: Supervised) -> None:
     running = start(supervised)
     before = pids(running)
-    for garbage in GARBAGE:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-            client.connect(str(running.control))
-            client.settimeout(30)
-            client.sendall(garbage)
-            client.shutdown(socket.SHUT_WR)
-            answer = b""
-            with contextlib.suppress(ConnectionResetError):
-                while chunk := client.recv(1 << 16):
-                    answer += chunk
-            assert answer or not garbage.endswith(b"\n")
-            for line in answer.splitlines():
-                assert orjson.loads(line)["ok"] is (b'"events"' in garbage)
-    assert pids(running) == before
-    assert running.process.poll() is None
-    assert "Traceback" not in running.err
+    supervised.write_app(f"import time\ntime.sleep(0.5)\n{NUMBERS}")
+    with started(command("reload", f"--control={running.control}")):
+        eventually(lambda: len(running.tree()) == 5)
+    eventually(lambda: not set(pids(running)) & set(before))
+    running.wait_ready()
+    assert len(events(running, "replaced")) == 2
+    assert len(ask(running, "reload")["replaced"]) == 2
 
 
-def test_as_pid_1_it_reaps_orphans(supervised: Supervised, tmp_path: Path) -> None:
+def test_fifty_clients_at_the_same_time(supervised: Supervised) -> None:
+    running = start(supervised)
+
+    def ask_often(number: int) -> None:
+        if number % 10 == 0:
+            ask(running, "restart", slot=0)
+            return
+        for _ in range(10):
+            assert len(pids(running)) == 2
+
+    with ThreadPoolExecutor(50) as clients:
+        list(clients.map(ask_often, range(50)))
+    # Requests for the same that wait are answered by one reload.
+    assert 1 <= len(events(running, "replaced")) <= 5
+    assert events(running, "died") == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a PID namespace needs root")
+def test_as_pid_1_it_reaps_orphans(supervised: Supervised) -> None:
     """A process that a handler has detached becomes a child of PID 1 when its parent has ended."""
-    if os.geteuid() != 0:
-        pytest.skip("a PID namespace takes root")
-    (tmp_path / "leaves.py").write_text(LEAVES)
-    control_path = tmp_path / "control.sock"
-    base_port = free_ports()
-    command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-m"]
-    command += ["peerd", "supervise", "--app=leaves:app", f"--base-port={base_port}"]
-    command += [f"--control={control_path}", f"--etcd={supervised.etcd}", "--prefix=pid-1"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as outside:
-        try:
-            eventually(lambda: control.request(control_path, "status")["peers"][0]["pid"])
-            (supervisor,) = eventually(lambda: psutil.Process(outside.pid).children())
-            for _ in range(3):
-                answer = raw_client.request(base_port, b"LEAVE", b"")
-                (_, worker, left) = (int(part) for part in answer[2].split())
-                assert worker == control.request(control_path, "status")["peers"][0]["pid"]
-                assert left != worker
-            control.request(control_path, "restart", {"slot": 0}, timeout_s=30)
-            eventually(lambda: len(supervisor.children()) == 2)
-        finally:
-            outside.send_signal(signal.SIGTERM)
-            for process in psutil.Process(outside.pid).children():
-                process.terminate()
-            outside.wait(60)
+    through = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    running = supervised.start(peers=1, app=LEAVES, through=through)
+    eventually(lambda: pids(running)[0])
+    (supervisor,) = eventually(lambda: psutil.Process(running.pid).children())
+    for _ in range(3):
+        answer = raw_client.request(running.base_port, b"LEAVE", b"")
+        (worker, left) = (int(part) for part in answer[2].split())
+        assert worker == pids(running)[0]
+        assert left != worker
+    ask(running, "restart", slot=0)
+    eventually(lambda: len(supervisor.children()) == 2)
+    supervisor.terminate()
+    running.wait()
 
 
 LEAVES = """
@@ -509,5 +436,5 @@ app = builtin_app()
 @app.handler("LEAVE")
 def leave(message):
     process = subprocess.Popen(["sleep", "0.2"], start_new_session=True)
-    return b"0 %d %d" % (os.getpid(), process.pid)
+    return b"%d %d" % (os.getpid(), process.pid)
 """

@@ -3,6 +3,7 @@ from __future__ import annotations
 import signal
 import socket
 
+from harness import raw_client
 from harness.supervised import Running, Supervised, send_signal
 from harness.supervisor_requests import scale, serving
 from peerd.supervisor.socket_queue import KernelDrops, QueueState
@@ -65,13 +66,10 @@ def test_the_kernels_counter_wraps() -> None:
 def test_status_has_one_count_through_a_stopped_worker_its_death_and_the_close(
     supervised: Supervised,
 ) -> None:
-    running = supervised.start("--recv-buffer=5000", peers=2)
-    running.wait_ready()
+    running = supervised.start("--recv-buffer=5000", peers=2).wait_ready()
     pid = running.peer(1)["pid"]
     send_signal(pid, signal.SIGSTOP)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        for _ in range(1000):
-            client.sendto(bytes(1000), ("127.0.0.1", running.ports[1]))
+    raw_client.send(running.ports[1], b"PING", bytes(1000), 1000)
     dropped = count_of(running)
     assert dropped > 900
     send_signal(pid, signal.SIGKILL)

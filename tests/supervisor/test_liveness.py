@@ -10,12 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from harness.control_groups import control_group
 from harness.eventually import eventually
 from peerd._loop import DatagramLoop
 from peerd._scoreboard import Scoreboard, Slot
@@ -121,48 +122,21 @@ def test_a_worker_that_has_ended_is_not_stuck() -> None:
 def test_a_worker_in_a_frozen_control_group_is_stopped(kind: str) -> None:
     """With version 2 it seems to sleep, with version 1 to wait for a device."""
     liveness = Liveness(TIMEOUT_S)
-    with process(SLEEP) as slot, freezable_group(kind, slot.pid) as freeze:
-        freeze(True)
-        eventually(lambda: is_frozen(slot.pid))
-        assert set(verdicts(slot, 100, liveness)[1:]) == {Health.STOPPED}
-        freeze(False)
+    name, frozen, thawed = FREEZERS[kind]
+    with process(SLEEP) as slot, control_group(kind) as group:
+        (group.directory / "cgroup.procs").write_text(str(slot.pid))
+        (group.directory / name).write_text(frozen)
+        try:
+            eventually(lambda: is_frozen(slot.pid))
+            assert set(verdicts(slot, 100, liveness)[1:]) == {Health.STOPPED}
+        finally:
+            (group.directory / name).write_text(thawed)
         eventually(lambda: not is_frozen(slot.pid))
         assert liveness.judge(slot, 50.0) is None
 
 
-GROUPS = {"cgroup2": ("cgroup.freeze", "1", "0"), "freezer": ("freezer.state", "FROZEN", "THAWED")}
+FREEZERS = {
+    "cgroup2": ("cgroup.freeze", "1", "0"),
+    "freezer": ("freezer.state", "FROZEN", "THAWED"),
+}
 """The file, what freezes, and what thaws."""
-
-
-@contextmanager
-def freezable_group(kind: str, pid: int) -> Iterator[Callable[[bool], int]]:
-    name, frozen, thawed = GROUPS[kind]
-    mount_point = mount_point_of(kind)
-    if mount_point is None:
-        pytest.skip(f"no {kind} is mounted here")
-    directory = mount_point / f"peerd-test-{os.getpid()}"
-    try:
-        directory.mkdir()
-    except OSError as error:
-        pytest.skip(f"no control group can be made here: {error}")
-    try:
-        (directory / "cgroup.procs").write_text(str(pid))
-        yield lambda yes: (directory / name).write_text(frozen if yes else thawed)
-    finally:
-        (directory / name).write_text(thawed)
-        os.kill(pid, signal.SIGKILL)
-        eventually(lambda: is_removed(directory))
-
-
-def mount_point_of(kind: str) -> Path | None:
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        where, _, what = line.partition(" - ")
-        found, _, options = what.split(" ", 2)
-        if kind in (found, *(options.split(",") if found == "cgroup" else ())):
-            return Path(where.split(" ")[4])
-    return None
-
-
-def is_removed(directory: Path) -> bool:
-    directory.rmdir()
-    return True

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import pytest
 
 from harness import raw_client
+from harness.command import started
 from harness.eventually import eventually
-from harness.supervised import Running, Supervised, send_signal
-from harness.supervisor_requests import events, pids
+from harness.supervised import NO_ETCD, Running, Supervised, send_signal
+from harness.supervisor_requests import assert_nothing_is_lost, events, is_replaced, pids
 from peerd_chaos.load import Load
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 BURN_S = 600.0 if LONG else 10.0
 BURNERS = max(32, 16 * (os.cpu_count() or 1))
 STUCK_S = 1.5
-NO_ETCD = "http://127.0.0.1:1"
 
 APP = """
 import time, peerd
@@ -43,13 +43,10 @@ def answer(message):
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(3600 if LONG else 300)]
 
 
-def start(supervised: Supervised, *args: str, peers: int) -> Running:
-    (supervised.folder / "mixed.py").write_text(APP)
-    running = supervised.start(
-        "--app=mixed:app", f"--stuck-timeout={STUCK_S}", *args, peers=peers, etcd=NO_ETCD
-    )
-    running.wait_ready()
-    return running
+def start(supervised: Supervised, peers: int) -> Running:
+    return supervised.start(
+        f"--stuck-timeout={STUCK_S}", peers=peers, etcd=NO_ETCD, app=APP
+    ).wait_ready()
 
 
 def health(running: Running) -> list[str | None]:
@@ -57,9 +54,7 @@ def health(running: Running) -> list[str | None]:
 
 
 def line_of(mark: str) -> int:
-    return next(
-        number for number, line in enumerate(APP.splitlines(), 1) if line.endswith(f"# {mark}")
-    )
+    return 1 + APP.partition(f"# {mark}")[0].count("\n")
 
 
 def test_the_verdicts_on_four_workers_side_by_side(supervised: Supervised) -> None:
@@ -79,8 +74,8 @@ def test_the_verdicts_on_four_workers_side_by_side(supervised: Supervised) -> No
         return {"stuck"} <= seen[0] & seen[1] and "stopped" in seen[2]
 
     eventually(all_judged)
-    eventually(lambda: running.status()["peers"][0]["restarts"] == 1)
-    eventually(lambda: running.status()["peers"][1]["restarts"] == 1)
+    for slot in (0, 1):
+        eventually(partial(is_replaced, running, slot, before[slot]))
     running.wait_ready()
     # Longer than the stuck workers were given.
     eventually(lambda: running.peer(2)["heartbeat_age_s"] > 3 * STUCK_S)
@@ -90,11 +85,13 @@ def test_the_verdicts_on_four_workers_side_by_side(supervised: Supervised) -> No
     eventually(lambda: health(running) == ["idle"] * 4)
     assert pids(running)[2:] == before[2:]
     for slot, magic in enumerate(["SPIN", "SLEEP"]):
-        assert f'mixed.py", line {line_of(magic)} in {magic.lower()}' in running.err
+        assert f'supervised_app.py", line {line_of(magic)} in {magic.lower()}' in running.err
         (died,) = [each for each in events(running, "died") if each["pid"] == before[slot]]
         assert (died["cause"], died["lost_in_flight"]) == ("stuck", 1)
         assert any(f"line {line_of(magic)} in" in line for line in died["last_lines"])
     assert {each["pid"] for each in events(running, "stuck")} == set(before[:2])
+    assert "is stuck" in running.err
+    assert [peer["lost_in_flight"] for peer in running.status()["peers"]] == [1, 1, 0, 0]
 
 
 def test_a_worker_without_a_cpu_is_starved(supervised: Supervised) -> None:
@@ -125,23 +122,16 @@ def test_no_worker_is_killed_beside_burners(supervised: Supervised) -> None:
             verdicts |= set(health(running))
             time.sleep(0.2)
         report = load.finish(timeout_s=60)
-    assert report.finished
-    assert report.missing == 0
+    assert_nothing_is_lost(report, running)
     assert verdicts <= {"ok", "idle", "starved"}
     assert pids(running) == before
     assert not events(running, "stuck")
-    assert all(peer["restarts"] == 0 for peer in running.status()["peers"])
 
 
 @contextmanager
 def burners(count: int, cpu: int | None = None) -> Iterator[None]:
-    children = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(count)]
-    try:
-        for child in children:
+    with ExitStack() as stack:
+        for _ in range(count):
+            child = stack.enter_context(started(["sh", "-c", "while :; do :; done"]))
             os.sched_setaffinity(child.pid, os.sched_getaffinity(0) if cpu is None else {cpu})
         yield
-    finally:
-        for child in children:
-            child.kill()
-        for child in children:
-            child.wait()

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import pty
-import select
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -21,10 +14,8 @@ import pytest
 from harness import raw_client
 from harness.command import command, peerd, started
 from harness.eventually import eventually
-from harness.ports import free_ports
 from harness.supervised import Running, Supervised, send_signal
-from harness.supervisor_requests import ask, events, logged, pids
-from peerd import control
+from harness.supervisor_requests import ask, death_of, is_replaced, logged, pids
 
 APP = r"""
 import logging, os, subprocess, sys, peerd
@@ -96,14 +87,11 @@ def abort(message):
 """
 
 
-def start(supervised: Supervised, *args: str, peers: int = 1) -> Running:
-    (supervised.folder / "chatty.py").write_text(APP)
-    running = supervised.start("--app=chatty:app", *args, peers=peers)
-    running.wait_ready()
-    return running
+def start(supervised: Supervised, *args: str, peers: int = 1, **options: Any) -> Running:
+    return supervised.start(*args, peers=peers, app=APP, **options).wait_ready()
 
 
-def tell(port: int, magic: bytes, body: bytes = b"") -> None:
+def say(port: int, magic: bytes, body: bytes = b"") -> None:
     """Returns once the handler has returned."""
     raw_client.request(port, magic, body, timeout_s=5)
 
@@ -132,17 +120,20 @@ def printed(*args: str) -> str:
 def test_a_line_of_text_names_its_worker(supervised: Supervised) -> None:
     running = start(supervised, peers=2)
     port, pid = running.ports[1], pids(running)[1]
-    tell(port, b"PRINT", b"printed")
-    tell(port, b"ERR", b"on stderr")
-    tell(port, b"LOG", b"logged")
-    raw_client.send(port, b"RAISE", b"angry")
-    eventually(lambda: "ValueError: angry" in running.err)
+    say(port, b"PRINT", b"printed")
+    say(port, b"ERR", b"on stderr")
+    say(port, b"LOG", b"logged")
+    raw_client.send(port, b"RAISE", b"angry", 100)
+    eventually(lambda: running.peer(1)["handler_errors"] == 100)
     who = f"peer=localhost:{port} port={port} pid={pid} gen=1"
     for level, text in (("INFO", "printed"), ("INFO", "on stderr"), ("WARNING", "logged")):
         (line,) = [line for line in running.err.splitlines() if line.endswith(f": {text}")]
         assert line.endswith(f" {level:<8} {who}: {text}")
+    assert running.err.count("Traceback") == 1
+    assert f"{who}: from=" in running.err
+    assert "ValueError: angry" in running.err
     ask(running, "restart", slot=1)
-    tell(port, b"PRINT", b"by the next one")
+    say(port, b"PRINT", b"by the next one")
     who = f"peer=localhost:{port} port={port} pid={pids(running)[1]} gen=2"
     eventually(lambda: f"{who}: by the next one" in running.err)
 
@@ -151,12 +142,12 @@ def test_a_line_of_json_names_its_worker(supervised: Supervised) -> None:
     running = start(supervised, "--log-format=json", peers=2)
     port, pid = running.ports[1], pids(running)[1]
     whose = {"peer": f"localhost:{port}", "port": port, "pid": pid, "generation": 1}
-    tell(port, b"PRINT", b'printed, "quoted"\x01')
+    say(port, b"PRINT", b'printed, "quoted"\x01')
     line = one_of(running, 'printed, "quoted"\x01')
     assert line.pop("time").endswith("+00:00")
     message = 'printed, "quoted"\x01'
     assert line == {**whose, "level": "info", "logger": "output", "message": message}
-    tell(port, b"LOG", b"logged\non two lines")
+    say(port, b"LOG", b"logged\non two lines")
     line = one_of(running, "logged\non two lines")
     assert line.items() >= {**whose, "level": "warning", "logger": "chatty"}.items()
     raw_client.send(port, b"RAISE", b"angry")
@@ -171,71 +162,42 @@ def test_a_line_of_json_names_its_worker(supervised: Supervised) -> None:
 
 def test_the_default_is_json_without_a_terminal(supervised: Supervised) -> None:
     running = start(supervised, "--log-format=auto")
-    tell(running.ports[0], b"PRINT", b"hello")
+    say(running.ports[0], b"PRINT", b"hello")
     assert one_of(running, "hello")["pid"] == pids(running)[0]
 
 
-def test_the_default_is_text_on_a_terminal(tmp_path: Path, etcd: str) -> None:
-    (tmp_path / "chatty.py").write_text(APP)
-    port = free_ports()
-    with on_a_terminal(tmp_path, port, etcd) as (process, screen):
-        eventually(lambda: raw_client.request(port, b"PRINT", b"hello", 0.5))
-        eventually(lambda: f" INFO     peer=localhost:{port} port={port} pid=" in screen())
-        eventually(lambda: "gen=1: hello" in screen())
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-        assert '{"' not in screen()
-
-
-@contextmanager
-def on_a_terminal(folder: Path, port: int, etcd: str) -> Iterator[Any]:
-    ours, theirs = pty.openpty()
-    supervise = command("supervise", f"--base-port={port}", "--app=chatty:app", f"--etcd={etcd}")
-    supervise += ["--prefix=terminal", f"--control={folder / 'control'}"]
-    process = subprocess.Popen(
-        supervise, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, start_new_session=True
-    )
-    os.close(theirs)
-    seen = b""
-
-    def screen() -> str:
-        nonlocal seen
-        with contextlib.suppress(OSError):  # EIO: no process has it open any more
-            while select.select([ours], [], [], 0)[0]:
-                seen += os.read(ours, 1 << 16)
-        return seen.decode()
-
-    try:
-        yield process, screen
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
+def test_the_default_is_text_on_a_terminal(supervised: Supervised) -> None:
+    running = start(supervised, "--log-format=auto", on_terminal=True)
+    port = running.ports[0]
+    say(port, b"PRINT", b"hello")
+    eventually(lambda: f" INFO     peer=localhost:{port} port={port} pid=" in running.err)
+    eventually(lambda: "gen=1: hello" in running.err)
+    assert running.stop() == 0
+    assert '{"' not in running.err
 
 
 @pytest.mark.parametrize("how", ["exit", "restart", "stop"])
 def test_a_last_line_without_a_line_break_is_kept(supervised: Supervised, how: str) -> None:
     running = start(supervised, "--log-format=json")
     port, pid = running.ports[0], pids(running)[0]
-    tell(port, b"PART", b"half a li")
-    tell(port, b"PART", b"ne")
+    say(port, b"PART", b"half a li")
+    say(port, b"PART", b"ne")
     assert "half" not in running.err
     if how == "exit":
         raw_client.send(port, b"EXIT")
     elif how == "restart":
         ask(running, "restart", slot=0)
     else:
-        running.signal(signal.SIGTERM)
-        assert running.wait() == 0
+        assert running.stop() == 0
     assert one_of(running, "half a line")["pid"] == pid
 
 
 def test_output_that_bypasses_python_is_logged(supervised: Supervised) -> None:
     running = start(supervised, "--log-format=json")
     port, pid = running.ports[0], pids(running)[0]
-    tell(port, b"RAW", b"first\nsecond\r\n\nlast")
-    tell(port, b"RAW", b" one\n")
-    tell(port, b"CHILD", b"by a child\n")
+    say(port, b"RAW", b"first\nsecond\r\n\nlast")
+    say(port, b"RAW", b" one\n")
+    say(port, b"CHILD", b"by a child\n")
     for message in ("first", "second\r", "last one", "by a child", "and on stderr"):
         assert one_of(running, message)["pid"] == pid
 
@@ -243,14 +205,13 @@ def test_output_that_bypasses_python_is_logged(supervised: Supervised) -> None:
 def test_a_crash_in_c_shows_where_python_was(supervised: Supervised) -> None:
     running = start(supervised)
     raw_client.send(running.ports[0], b"ABORT")
-    eventually(lambda: "died" in [each["event"] for each in events(running)])
-    (died,) = events(running, "died")
+    died = death_of(running, pids(running)[0])
     assert died["how"] == "killed by SIGABRT"
     text = "\n".join(died["last_lines"])
     assert "Fatal Python error: Aborted" in text
     line = 1 + APP.splitlines().index("    os.abort()")
-    assert f'chatty.py", line {line} in abort' in text
-    assert f'chatty.py", line {line} in abort' in running.err
+    for shown in (text, running.err):
+        assert f'supervised_app.py", line {line} in abort' in shown
 
 
 def test_long_lines_of_many_workers_never_mix(supervised: Supervised) -> None:
@@ -281,16 +242,16 @@ def all_said(running: Running, number: int) -> bool:
 def test_a_line_that_is_too_long_is_cut(supervised: Supervised) -> None:
     running = start(supervised, "--log-format=json")
     port = running.ports[0]
-    tell(port, b"MEGABYTE")
+    say(port, b"MEGABYTE")
     # Not "done": the megabyte may have found a full pipe, and the worker did not wait.
     eventually(lambda: "x" * 1000 in running.err)
-    tell(port, b"PRINT", b"and the next")
+    say(port, b"PRINT", b"and the next")
     one_of(running, "and the next")
     (cut,) = [each for each in json_lines(running.err) if "xxxx" in each["message"]]
     assert cut["message"].endswith("x ...")
     assert len(cut["message"]) < 50_000
     # A child process waits for the supervisor to read, so its whole line goes through the pipe.
-    tell(port, b"CHILD", b"z" * 60_000 + b"\nshort\n")
+    say(port, b"CHILD", b"z" * 60_000 + b"\nshort\n")
     one_of(running, "short")
     (cut,) = [each for each in json_lines(running.err) if "zzzz" in each["message"]]
     assert cut["message"].endswith("z ...")
@@ -298,10 +259,10 @@ def test_a_line_that_is_too_long_is_cut(supervised: Supervised) -> None:
 
 def test_bytes_that_are_no_text(supervised: Supervised) -> None:
     running = start(supervised, "--log-format=json")
-    tell(running.ports[0], b"RAW", b"\xff\xfe caf\xe9 \xc3\xa9 \x00\n")
+    say(running.ports[0], b"RAW", b"\xff\xfe caf\xe9 \xc3\xa9 \x00\n")
     one_of(running, "\\xff\\xfe caf\\xe9 é \x00")
     text = start(supervised)
-    tell(text.ports[0], b"RAW", b"\xff caf\xe9\n")
+    say(text.ports[0], b"RAW", b"\xff caf\xe9\n")
     eventually(lambda: r": \xff caf\xe9" in text.err)
 
 
@@ -330,8 +291,8 @@ def test_forged_records_break_nothing(supervised: Supervised, log_format: str) -
     running = start(supervised, f"--log-format={log_format}")
     port, pid = running.ports[0], pids(running)[0]
     for forged in FORGED:
-        tell(port, b"RAW", b"\x1e" + forged + b"\n")
-    tell(port, b"PRINT", b"still well")
+        say(port, b"RAW", b"\x1e" + forged + b"\n")
+    say(port, b"PRINT", b"still well")
     eventually(lambda: "still well" in running.err)
     assert "Logging error" not in running.err
     assert "Traceback (most" not in running.err
@@ -350,11 +311,11 @@ def test_peerd_logs(supervised: Supervised) -> None:
     first, second = pids(running)
     for slot, port in enumerate(running.ports):
         for number in range(5):
-            tell(port, b"PRINT", b"%d says %d" % (slot, number))
+            say(port, b"PRINT", b"%d says %d" % (slot, number))
     raw_client.send(running.ports[0], b"EXIT")
-    eventually(lambda: running.peer(0)["pid"] not in (first, None))
+    eventually(partial(is_replaced, running, 0, first))
     running.wait_ready()
-    tell(running.ports[0], b"PRINT", b"0 is back")
+    say(running.ports[0], b"PRINT", b"0 is back")
     eventually(lambda: "0 is back" in logged(running, 0))
     control_flag = f"--control={running.control}"
 
@@ -373,21 +334,11 @@ def test_peerd_logs(supervised: Supervised) -> None:
     assert [line.rpartition(": ")[2] for line in last.splitlines()] == ["1 says 3", "1 says 4"]
     assert printed("logs", "-n", "0", control_flag) == ""
 
-    as_json = [
-        orjson.loads(line) for line in printed("logs", "1", "--json", control_flag).split("\n")[:-1]
-    ]
-    assert (
-        as_json[-1].items()
-        >= {
-            "slot": 1,
-            "peer_id": f"localhost:{running.ports[1]}",
-            "port": running.ports[1],
-            "pid": second,
-            "generation": 1,
-            "level": "info",
-            "message": "1 says 4",
-        }.items()
-    )
+    as_json = json_lines(printed("logs", "1", "--json", control_flag))
+    port = running.ports[1]
+    whose = {"slot": 1, "peer_id": f"localhost:{port}", "port": port, "pid": second}
+    whose |= {"generation": 1, "level": "info", "message": "1 says 4"}
+    assert as_json[-1].items() >= whose.items()
     refused = peerd("logs", "7", control_flag)
     assert (refused.returncode, "slot 7" in refused.stderr) == (1, True)
 
@@ -395,7 +346,7 @@ def test_peerd_logs(supervised: Supervised) -> None:
 def test_peerd_logs_follows(supervised: Supervised) -> None:
     running = start(supervised)
     port = running.ports[0]
-    tell(port, b"PRINT", b"before")
+    say(port, b"PRINT", b"before")
     eventually(lambda: "before" in logged(running, 0))
     with started(
         command("logs", "-f", "--json", f"--control={running.control}"),
@@ -406,7 +357,7 @@ def test_peerd_logs_follows(supervised: Supervised) -> None:
         assert follower.stderr is not None
         assert orjson.loads(follower.stdout.readline())["message"] == "before"
         for number in range(3):
-            tell(port, b"PRINT", b"line %d" % number)
+            say(port, b"PRINT", b"line %d" % number)
             assert orjson.loads(follower.stdout.readline())["message"] == f"line {number}"
         follower.send_signal(signal.SIGINT)
         assert follower.wait(60) == 130
@@ -416,8 +367,8 @@ def test_peerd_logs_follows(supervised: Supervised) -> None:
 def test_the_last_200_lines_are_kept(supervised: Supervised) -> None:
     running = start(supervised)
     for number in range(6):
-        tell(running.ports[0], b"MANY")
-        tell(running.ports[0], b"PRINT", b"the last %d" % number)
+        say(running.ports[0], b"MANY")
+        say(running.ports[0], b"PRINT", b"the last %d" % number)
         eventually(partial(has_said_last, running, f"the last {number}"))
     assert len(logged(running, 0)) == 200
     assert len(printed("logs", "-n", "500", f"--control={running.control}").splitlines()) == 200
@@ -427,49 +378,36 @@ def has_said_last(running: Running, text: str) -> bool:
     return logged(running, 0)[-1] == text
 
 
-def test_a_supervisors_log_without_a_reader(tmp_path: Path, etcd: str) -> None:
-    (tmp_path / "chatty.py").write_text(APP)
-    port, path = free_ports(), tmp_path / "control"
-    supervise = command("supervise", f"--base-port={port}", "--app=chatty:app", f"--etcd={etcd}")
-    supervise += ["--prefix=unread", f"--control={path}"]
-    with started(
-        supervise, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path
-    ) as process:
-        assert process.stderr is not None
-        # The supervisor's own log is quiet from then on.
-        eventually(lambda: control.request(path, "status")["peers"][0]["registered"])
-        for _ in range(10):  # a pipe holds 64 KiB
-            tell(port, b"MANY")
-        eventually(lambda: dropped(path) > 0)
-        for _ in range(100):
-            assert raw_client.request(port, b"PING", b"x")[2] == b"x"
-        last = eventually(lambda: is_steady(path))
-        lines: list[dict[str, Any]] = []
-        reader = threading.Thread(
-            target=lambda: lines.extend(map(orjson.loads, process.stderr or ()))
-        )
-        reader.start()
-        eventually(lambda: len(lines) > 40)
-        tell(port, b"PRINT", b"now read")
-        eventually(lambda: any(line["message"] == "now read" for line in lines))
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-        reader.join()
-    (told,) = [line for line in lines if "were dropped here" in line["message"]]
-    assert told["message"] == f"{last} log records were dropped here, because the log was not read"
-    assert told["level"] == "warning"
+def test_a_supervisors_log_without_a_reader(supervised: Supervised) -> None:
+    running = start(supervised, "--log-format=json", stderr=subprocess.PIPE)
+    port, stream = running.ports[0], running.process.stderr
+    assert stream is not None
+    for _ in range(10):  # a pipe holds 64 KiB
+        say(port, b"MANY")
+    eventually(lambda: dropped(running) > 0)
+    for _ in range(100):
+        assert raw_client.request(port, b"PING", b"x")[2] == b"x"
+    last = eventually(lambda: is_steady(running))
+    lines: list[dict[str, Any]] = []
+    reader = threading.Thread(target=lambda: lines.extend(map(orjson.loads, stream)))
+    reader.start()
+    eventually(lambda: len(lines) > 40)
+    say(port, b"PRINT", b"now read")
+    eventually(lambda: any(line["message"] == "now read" for line in lines))
+    assert running.stop() == 0
+    reader.join()
+    (line,) = [line for line in lines if "were dropped here" in line["message"]]
+    assert line["message"] == f"{last} log records were dropped here, because the log was not read"
+    assert line["level"] == "warning"
 
 
-def dropped(path: Path) -> int:
-    number = control.request(path, "status")["supervisor"]["log_dropped"]
-    assert isinstance(number, int)
-    return number
+def dropped(running: Running) -> int:
+    return int(running.status()["supervisor"]["log_dropped"])
 
 
-def is_steady(path: Path) -> int:
+def is_steady(running: Running) -> int:
     """The count, once all printed lines have reached the supervisor."""
-    lines = control.request(path, "logs", {"slot": 0})
-    return dropped(path) if lines[-1]["age_s"] > 0.3 else 0
+    return dropped(running) if ask(running, "logs", slot=0)[-1]["age_s"] > 0.3 else 0
 
 
 def test_a_worker_does_not_wait_for_a_supervisor_that_does_not_read(
@@ -480,16 +418,16 @@ def test_a_worker_does_not_wait_for_a_supervisor_that_does_not_read(
     running.signal(signal.SIGSTOP)
     try:
         for _ in range(10):
-            tell(port, b"MANY")
+            say(port, b"MANY")
             assert raw_client.request(port, b"PING", b"x")[2] == b"x"
-        tell(port, b"LOG", b"no room for this")
+        say(port, b"LOG", b"no room for this")
         raw_client.send(port, b"RAISE", b"nor for this")
         assert raw_client.request(port, b"PING", b"x")[2] == b"x"
     finally:
         send_signal(running.pid, signal.SIGCONT)
 
     def has_room_again() -> bool:
-        tell(port, b"PRINT", b"room again")
+        say(port, b"PRINT", b"room again")
         return logged(running, 0)[-1:] == ["room again"]
 
     eventually(has_room_again)

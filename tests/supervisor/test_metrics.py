@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import random
 import signal
@@ -11,9 +10,10 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,18 +22,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from harness import raw_client
 from harness.eventually import eventually
 from harness.ports import free_ports
-from harness.supervised import Running, Supervised, send_signal
-from harness.supervisor_requests import serving
-from peerd import control
+from harness.supervised import NO_ETCD, Running, Supervised, send_signal
+from harness.supervisor_requests import ask, death_of, http_get, serving
 from peerd.address import MAX_PORT
-from peerd.supervisor import metrics, metrics_server
 from peerd_chaos.load import Load
+from peerd.supervisor import metrics, metrics_server
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 """(name, labels) -> value"""
-
-# No etcd listens there; these tests need no records.
-NO_ETCD = "http://127.0.0.1:1"
 
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
@@ -43,27 +39,24 @@ KILLED_PEERS = 8
 pytestmark = pytest.mark.timeout(3600 if LONG else 300)
 
 
-def start(supervised: Supervised, port: int, *args: str, peers: int = 2) -> Running:
-    return supervised.start(f"--metrics=127.0.0.1:{port}", *args, peers=peers, etcd=NO_ETCD)
-
-
-def get(port: int, path: str, method: str = "GET") -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        connection.request(method, path)
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-    finally:
-        connection.close()
+def start(
+    supervised: Supervised, *args: str, peers: int = 2, **options: Any
+) -> tuple[Running, int]:
+    """A supervisor without etcd that is ready, and the port of its metrics."""
+    port = free_ports()
+    options = {"etcd": NO_ETCD, **options}
+    running = supervised.start(f"--metrics=127.0.0.1:{port}", *args, peers=peers, **options)
+    eventually(lambda: is_ready(port))
+    return running, port
 
 
 def is_ready(port: int) -> bool:
-    return get(port, "/healthz/ready") == (200, "ready\n")
+    return http_get(port, "/healthz/ready") == (200, "ready\n")
 
 
 def scrape(port: int) -> tuple[Samples, Samples]:
     """All samples, and of them those that must never decrease."""
-    return parse(get(port, "/metrics"))
+    return parse(http_get(port, "/metrics"))
 
 
 def parse(answer: tuple[int, str]) -> tuple[Samples, Samples]:
@@ -96,8 +89,8 @@ def check_against_status(running: Running, port: int) -> bool:
             return of_peer(samples, name, running, slot, **labels)
 
         counters: dict[str, int] = peer["counters"]
-        for name in metrics.COUNTERS:
-            assert value(metrics.counter_metric(name)) == counters[name], name
+        for name, (metric, _) in metrics.COUNTERS.items():
+            assert value(metric) == counters[name], name
         for name, reason in metrics.RX_DROPPED.items():
             assert value("peerd_rx_dropped_total", reason=reason) == counters[name]
         for name, reason in metrics.TX_DROPPED.items():
@@ -137,38 +130,29 @@ def check_histograms(
 
 
 def test_metrics_agree_with_status(supervised: Supervised) -> None:
-    port = free_ports()
-    running = start(supervised, port)
-    eventually(lambda: is_ready(port))
+    running, port = start(supervised, etcd=supervised.etcd)
+    running.wait_registered()
     for _ in range(5):
         raw_client.request(running.ports[0], b"PING", b"x")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+    with raw_client.connected(running.ports[1]) as client:
         for datagram in (b"", b"abc", raw_client.pack(b"UNKNOWN", b"1.0", b"")):
-            client.sendto(datagram, ("127.0.0.1", running.ports[1]))
+            client.send(datagram)
     eventually(lambda: running.peer(1)["counters"]["rx_datagrams"] == 3)
     eventually(lambda: check_against_status(running, port))
     samples, _ = scrape(port)
     assert of_peer(samples, "peerd_tx_messages_total", running, 0) == 5
     for reason in ("decode_empty", "decode_short", "unknown_magic"):
         assert of_peer(samples, "peerd_rx_dropped_total", running, 1, reason=reason) == 1
-    assert samples["peerd_registry_state", (("state", "suspended"),)] == 1
+    for slot in range(2):
+        assert of_peer(samples, "peerd_registered", running, slot) == 1
+    assert samples["peerd_registry_state", (("state", "connected"),)] == 1
     assert f"http://127.0.0.1:{port}/metrics" in running.out
     assert {name for name, _ in samples if not name.startswith("peerd_")} == set()
 
 
-def test_a_registered_peer_is_shown(supervised: Supervised) -> None:
-    port = free_ports()
-    running = supervised.start(f"--metrics=127.0.0.1:{port}", peers=1)
-    running.wait_registered()
-    samples, _ = scrape(port)
-    assert of_peer(samples, "peerd_registered", running, 0) == 1
-    assert samples["peerd_registry_state", (("state", "connected"),)] == 1
-
-
 def test_no_counter_decreases_over_20_kills(supervised: Supervised) -> None:
-    port, peers, rounds = free_ports(), 5, 4
-    running = start(supervised, port, peers=peers)
-    eventually(lambda: is_ready(port))
+    peers, rounds = 5, 4
+    running, port = start(supervised, peers=peers)
     with pings(running.ports), watched(port) as seen:
         for number in range(rounds):
             for slot in range(peers):
@@ -188,16 +172,14 @@ def test_no_counter_decreases_over_20_kills(supervised: Supervised) -> None:
 @pytest.mark.alone
 def test_scrapes_are_quick_while_workers_are_killed(supervised: Supervised) -> None:
     """200 kills with PEERD_LONG_TESTS=1. A parked peer is started by a command, to be killed again."""
-    port = free_ports()
-    running = start(supervised, port, "--app=peerd_chaos.chaos_apps:app", peers=KILLED_PEERS)
-    eventually(lambda: is_ready(port))
+    running, port = start(supervised, "--app=peerd_chaos.chaos_apps:app", peers=KILLED_PEERS)
     chance = random.Random(10)
     with Load(running.ports, rate=2_000.0), watched(port) as seen:
         for _ in range(KILLS):
             slot = chance.randrange(KILLED_PEERS)
             pid = serving(running, slot)
             send_signal(pid, signal.SIGKILL)
-            eventually(partial(is_replaced, running, slot, pid))
+            death_of(running, pid)
         for slot in range(KILLED_PEERS):
             serving(running, slot)
         scraped = len(seen)
@@ -208,10 +190,6 @@ def test_scrapes_are_quick_while_workers_are_killed(supervised: Supervised) -> N
     # Some ms on a quiet machine. On a busy one, this process and the supervisor wait for a CPU as well.
     assert statistics.median(seen) <= 0.2, sorted(seen)
     assert statistics.quantiles(seen, n=20)[-1] <= 1.0, sorted(seen)
-
-
-def is_replaced(running: Running, slot: int, pid: int) -> bool:
-    return bool(running.peer(slot)["pid"] != pid)
 
 
 def restarted(running: Running, times: int) -> bool:
@@ -225,14 +203,9 @@ def pings(ports: Sequence[int]) -> Iterator[None]:
     stop = threading.Event()
 
     def ping(port: int) -> None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-            client.settimeout(0.05)
-            while not stop.is_set():
-                client.sendto(raw_client.pack(b"PING", b"1.0", b"x"), ("127.0.0.1", port))
-                try:
-                    client.recv(100)
-                except TimeoutError:
-                    continue
+        while not stop.is_set():
+            with suppress(TimeoutError):
+                raw_client.request(port, b"PING", b"x", 0.05)
 
     threads = [threading.Thread(target=ping, args=(port,)) for port in ports]
     for thread in threads:
@@ -255,7 +228,7 @@ def watched(port: int) -> Iterator[list[float]]:
         try:
             while not stop.is_set():
                 asked_s = time.monotonic()
-                answer = get(port, "/metrics")
+                answer = http_get(port, "/metrics")
                 took_s = time.monotonic() - asked_s
                 _, now = parse(answer)
                 assert before.keys() <= now.keys()
@@ -277,12 +250,11 @@ def watched(port: int) -> Iterator[list[float]]:
 
 
 def test_the_gaps_of_a_reload_are_counted(supervised: Supervised) -> None:
-    port = free_ports()
-    running = start(supervised, port)
-    eventually(lambda: is_ready(port))
-    replaced = control.request(running.control, "reload", timeout_s=30)["replaced"]
+    running, port = start(supervised)
+    replaced = ask(running, "reload")["replaced"]
     samples = eventually(partial(scrape_after, port, len(replaced)))
     assert samples is not None
+    assert samples["peerd_registry_state", (("state", "suspended"),)] == 1
     gaps_s = [peer["gap_ms"] / 1e3 for peer in replaced]
     assert samples["peerd_reload_gap_seconds_sum", ()] == pytest.approx(sum(gaps_s))
     for end_s in metrics.RELOAD_GAP_BOUNDS_S:
@@ -296,37 +268,23 @@ def scrape_after(port: int, replaced: int) -> Samples | None:
     return samples if samples["peerd_reload_gap_seconds_count", ()] == replaced else None
 
 
-@pytest.mark.parametrize(
-    ("act", "reason"), [("os._exit(3)", "exit"), ("os.abort()", "signal"), ("sleep()", "stuck")]
-)
-def test_restarts_are_counted_by_reason(
-    supervised: Supervised, tmp_path: Path, act: str, reason: str
-) -> None:
-    (tmp_path / "mortal.py").write_text(
-        "import os, peerd, time\n"
-        "app = peerd.App()\n"
-        "def sleep():\n"
-        "    while True:\n"
-        "        time.sleep(1)\n"
-        "@app.handler('ACT')\n"
-        "def act(message):\n"
-        f"    {act}\n"
-    )
-    port = free_ports()
-    running = start(supervised, port, "--app=mortal:app", "--stuck-timeout=1", peers=1)
-    eventually(lambda: is_ready(port))
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.sendto(raw_client.pack(b"ACT", b"1.0", b""), ("127.0.0.1", running.ports[0]))
+def test_restarts_are_counted_by_reason(supervised: Supervised) -> None:
+    acts = {"exit": "os._exit(3)", "signal": "os.abort()", "stuck": "time.sleep(600)"}
+    app = "import os, peerd, time\napp = peerd.App()\n"
+    for reason, act in acts.items():
+        app += f"@app.handler('{reason}')\ndef act(message): {act}\n"
+    running, port = start(supervised, "--stuck-timeout=1", peers=3, app=app)
+    for slot, reason in enumerate(acts):
+        raw_client.send(running.ports[slot], reason.encode())
     eventually(lambda: restarted(running, 1))
     eventually(lambda: check_against_status(running, port))
     samples, _ = scrape(port)
-    assert of_peer(samples, "peerd_restarts_total", running, 0, reason=reason) == 1
+    for slot, reason in enumerate(acts):
+        assert of_peer(samples, "peerd_restarts_total", running, slot, reason=reason) == 1
 
 
 def test_a_stopped_worker_makes_it_unready(supervised: Supervised) -> None:
-    port = free_ports()
-    running = start(supervised, port)
-    eventually(lambda: is_ready(port))
+    running, port = start(supervised)
     peer = running.peer(1)
     send_signal(peer["pid"], signal.SIGSTOP)
     try:
@@ -335,7 +293,7 @@ def test_a_stopped_worker_makes_it_unready(supervised: Supervised) -> None:
         assert line.startswith(f"not ready: {peer['peer_id']} (process stopped for ")
         assert line.count("\n") == 1
         assert f"localhost:{running.ports[0]}" not in line
-        assert get(port, "/healthz/live") == (200, "live\n")
+        assert http_get(port, "/healthz/live") == (200, "live\n")
         samples, _ = scrape(port)
         assert of_peer(samples, "peerd_heartbeat_age_seconds", running, 1) > 4
     finally:
@@ -344,78 +302,61 @@ def test_a_stopped_worker_makes_it_unready(supervised: Supervised) -> None:
 
 
 def unready(port: int) -> str | None:
-    status, line = get(port, "/healthz/ready")
+    status, line = http_get(port, "/healthz/ready")
     return line if status == 503 else None
 
 
-def test_at_most_eight_unready_peers_are_named(supervised: Supervised, tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(
-        "import os, peerd, time\n"
-        "app = peerd.App()\n"
-        "while not os.path.exists('go'):\n"
-        "    time.sleep(0.01)\n"
-    )
+def test_at_most_eight_unready_peers_are_named(supervised: Supervised) -> None:
+    app = "import os, peerd, time\napp = peerd.App()\nwhile not os.path.exists('go'): time.sleep(0.01)\n"
     port = free_ports()
-    running = start(supervised, port, "--app=slow:app", peers=10)
+    running = supervised.start(f"--metrics=127.0.0.1:{port}", peers=10, etcd=NO_ETCD, app=app)
     line = eventually(partial(all_starting, port))
     named = ", ".join(f"localhost:{number} (starting)" for number in running.ports[:8])
     assert line == f"not ready: {named}, and 2 more\n"
-    (tmp_path / "go").touch()
+    (supervised.folder / "go").touch()
     eventually(lambda: is_ready(port))
 
 
 def all_starting(port: int) -> str | None:
-    status, line = get(port, "/healthz/ready")
+    status, line = http_get(port, "/healthz/ready")
     return line if status == 503 and line.count("(starting)") == 8 else None
 
 
-@pytest.mark.parametrize(
-    ("request_bytes", "status"),
-    [
-        (b"GET / HTTP/1.1\r\n\r\n", 404),
-        (b"GET /metrics/ HTTP/1.1\r\n\r\n", 404),
-        (b"GET /healthz/live?verbose=1 HTTP/1.0\r\n\r\n", 200),
-        (b"GET /healthz/live HTTP/1.1\nHost: x\n\n", 200),
-        (b"HEAD /metrics HTTP/1.1\r\n\r\n", 405),
-        (b"POST /metrics HTTP/1.1\r\nContent-Length: 0\r\n\r\n", 405),
-        (b"GET /metrics HTTP/2\r\n\r\n", 400),
-        (b"GET /metrics\r\n\r\n", 400),
-        (b"\r\n\r\n", 400),
-        (b"\xff\x00 \xfe \x80\r\n\r\n", 400),
-        (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n", None),
-        (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 10_000 + b"\r\n", None),
-        (b"\x16\x03\x01" + b"\xff" * 20_000, None),
-        (b"", None),
-        (b"GET /metrics HTTP/1.1\r\nHost: x", None),
-    ],
-    ids=lambda value: repr(value[:20]) if isinstance(value, bytes) else str(value),
-)
-def test_other_requests_are_refused(
-    supervised: Supervised, request_bytes: bytes, status: int | None
-) -> None:
-    port = free_ports()
-    start(supervised, port, peers=1)
-    eventually(lambda: is_ready(port))
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+REQUESTS = [
+    (b"GET / HTTP/1.1\r\n\r\n", 404),
+    (b"GET /metrics/ HTTP/1.1\r\n\r\n", 404),
+    (b"GET /healthz/live?verbose=1 HTTP/1.0\r\n\r\n", 200),
+    (b"GET /healthz/live HTTP/1.1\nHost: x\n\n", 200),
+    (b"HEAD /metrics HTTP/1.1\r\n\r\n", 405),
+    (b"POST /metrics HTTP/1.1\r\nContent-Length: 0\r\n\r\n", 405),
+    (b"GET /metrics HTTP/2\r\n\r\n", 400),
+    (b"GET /metrics\r\n\r\n", 400),
+    (b"\r\n\r\n", 400),
+    (b"\xff\x00 \xfe \x80\r\n\r\n", 400),
+    (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n", None),
+    (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 10_000 + b"\r\n", None),
+    (b"\x16\x03\x01" + b"\xff" * 20_000, None),
+    (b"", None),
+    (b"GET /metrics HTTP/1.1\r\nHost: x", None),
+]
+"""Requests, and the status of their answers; None if there is none."""
+
+
+def test_other_requests_are_refused_and_slow_clients_dropped(supervised: Supervised) -> None:
+    running, port = start(supervised, peers=1)
+    for request, status in REQUESTS:
         answer = b""
-        try:
-            client.sendall(request_bytes)
+        connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+        # Some are dropped in the middle of what they send.
+        with connection as client, suppress(ConnectionError):
+            client.sendall(request)
             if status is None:
-                client.shutdown(socket.SHUT_WR)
+                with suppress(OSError):
+                    client.shutdown(socket.SHUT_WR)
             while chunk := client.recv(1 << 16):
                 answer += chunk
-        except TimeoutError:
-            raise
-        except OSError:  # dropped in the middle of what it sent
-            pass
-    assert answer == b"" if status is None else answer.startswith(b"HTTP/1.1 %d " % status)
-    assert is_ready(port)
-
-
-def test_a_slow_client_is_dropped(supervised: Supervised) -> None:
-    port = free_ports()
-    running = start(supervised, port, peers=1)
-    eventually(lambda: is_ready(port))
+        assert answer == b"" if status is None else answer.startswith(b"HTTP/1.1 %d " % status)
+        assert is_ready(port)
     with socket.create_connection(("127.0.0.1", port)) as slow:
         slow.sendall(b"GET /metrics HTTP/1.1\r\n")
         slow.setblocking(False)
@@ -434,9 +375,8 @@ def is_dropped(client: socket.socket) -> bool:
 
 
 def test_idle_clients_are_bounded_and_do_no_harm(supervised: Supervised) -> None:
-    port, crowd = free_ports(), 3 * metrics_server.MAX_CLIENTS
-    running = start(supervised, port)
-    eventually(lambda: is_ready(port))
+    crowd = 3 * metrics_server.MAX_CLIENTS
+    running, port = start(supervised)
     before = psutil.Process(running.pid).num_fds()
     with ExitStack() as stack:
         clients = [
@@ -460,52 +400,19 @@ def test_idle_clients_are_bounded_and_do_no_harm(supervised: Supervised) -> None
     eventually(lambda: psutil.Process(running.pid).num_fds() <= before)
 
 
-def test_children_do_not_hold_the_port(supervised: Supervised) -> None:
-    port = free_ports()
-    running = start(supervised, port)
-    eventually(lambda: is_ready(port))
-    with socket.create_connection(("127.0.0.1", port)):
-        send_signal(running.peer(0)["pid"], signal.SIGKILL)  # one that is forked while it is open
-        eventually(lambda: is_ready(port) and running.peer(0)["restarts"] == 1)
-        supervisor, *children = running.tree()
-        assert children
-        for child in children:
-            local = {found.laddr.port for found in child.net_connections("tcp") if found.laddr}
-            assert port not in local
-        assert supervisor.pid == running.pid
-
-
 def test_a_port_in_use_ends_the_start(supervised: Supervised) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
-        holder.bind(("127.0.0.1", 0))
-        holder.listen()
-        port = int(holder.getsockname()[1])
-        running = start(supervised, port)
-        assert running.wait() == 73
-    assert f"TCP port {port} is in use, held by pid {os.getpid()}" in running.err
-    assert "--metrics" in running.err
-    assert len(running.err.strip().splitlines()) == 1
-    assert running.out == ""
-
-
-def test_a_supervisor_that_has_the_port_is_named_and_serves_on(supervised: Supervised) -> None:
-    port = free_ports()
-    first = start(supervised, port)
-    eventually(lambda: is_ready(port))
-    second = start(supervised, port)
+    first, port = start(supervised)
+    second = supervised.start(f"--metrics=127.0.0.1:{port}", peers=2, etcd=NO_ETCD)
     assert second.wait() == 73
     assert f"TCP port {port} is in use, held by pid {first.pid}" in second.err
+    assert "--metrics" in second.err
+    assert len(second.err.strip().splitlines()) == 1
+    assert second.out == ""
     assert is_ready(port)
-
-
-def test_the_next_supervisor_gets_the_port_immediately(supervised: Supervised) -> None:
-    """Though connections of its predecessor are in TIME_WAIT on the server's side."""
-    port = free_ports()
-    for _ in range(2):
-        running = start(supervised, port, peers=1)
-        eventually(lambda: is_ready(port))
-        running.signal(signal.SIGTERM)
-        assert running.wait() == 0
+    assert first.stop() == 0
+    # The next one gets it at once, though connections are in TIME_WAIT on the server's side.
+    supervised.start(f"--metrics=127.0.0.1:{port}", peers=1, etcd=NO_ETCD)
+    eventually(lambda: is_ready(port))
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])

@@ -10,8 +10,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,9 +22,10 @@ import pytest
 from harness import raw_client
 from harness.eventually import eventually
 from harness.ports import free_ports
-from harness.supervised import Supervised, is_gone, send_signal
-from peerd import control
+from harness.supervised import Running, Supervised, alive, all_gone, is_gone, send_signal
+from harness.supervisor_requests import ask
 from peerd.linux import SOL_UDP, UDP_SEGMENT
+from peerd.registry import Registry
 
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"
 ATTEMPTS = 50 if LONG else 20
@@ -69,16 +68,10 @@ STARTED = 5
 class Family:
     """A supervisor and all its descendants."""
 
-    def __init__(self, folder: Path, etcd: str, number: int, base_port: int) -> None:
-        self.ports = range(base_port, base_port + PEERS)
-        self.control = folder / f"control-{number}"
-        command = [sys.executable, "-m", "peerd", "supervise", f"--peers={PEERS}"]
-        command += [f"--base-port={base_port}", "--app=family:app", f"--control={self.control}"]
-        command += [f"--etcd={etcd}", f"--prefix=family-{number}-{os.getpid()}"]
-        with (folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command, cwd=folder, stdout=log, stderr=log, start_new_session=True
-            )
+    def __init__(self, running: Running) -> None:
+        self.running = running
+        self.ports = running.ports
+        self.process = running.process
         self.begun_s = time.monotonic()
 
     def members(self) -> list[int]:
@@ -88,14 +81,10 @@ class Family:
             with suppress(ProcessLookupError):
                 if name.isdigit() and os.getsid(int(name)) == self.process.pid:
                     found.append(int(name))
-        return [pid for pid in found if not is_gone(pid)]
+        return alive(found)
 
     def workers(self) -> list[int]:
         return [pid for pid in self.members() if "peerd: peer" in title(pid)]
-
-    def is_ready(self) -> bool:
-        peers = control.request(self.control, "status")["peers"]
-        return all(peer["state"] == "ready" for peer in peers)
 
     def counts(self, members: int) -> bool:
         return len(self.members()) == members
@@ -112,16 +101,14 @@ class Family:
         return gone_s
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "family.py").write_text(APP)
-    return tmp_path
-
-
 @contextmanager
-def family(folder: Path, etcd: str, number: int, base_port: int) -> Iterator[Family]:
+def family(supervised: Supervised, base_port: int | None = None) -> Iterator[Family]:
     """None of its processes is left at the end, whatever happens."""
-    it = Family(folder, etcd, number, base_port)
+    it = Family(
+        supervised.start(
+            "--ttl=60", peers=PEERS, base_port=base_port, app=APP, start_new_session=True
+        )
+    )
     try:
         yield it
     finally:
@@ -130,7 +117,6 @@ def family(folder: Path, etcd: str, number: int, base_port: int) -> Iterator[Fam
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(POLL_S)
-        it.process.wait()
 
 
 def title(pid: int) -> str:
@@ -168,7 +154,7 @@ def wait_until(moment_s: float) -> None:
 
 
 @pytest.mark.timeout(3600 if LONG else 300)
-def test_no_process_outlives_a_killed_supervisor(folder: Path, etcd: str) -> None:
+def test_no_process_or_record_outlives_a_killed_supervisor(supervised: Supervised) -> None:
     chance = random.Random(5)
     base_port = free_ports(PEERS)
     took_s = []
@@ -178,10 +164,11 @@ def test_no_process_outlives_a_killed_supervisor(folder: Path, etcd: str) -> Non
         # child is there; the rest at work.
         at_work, at_first_child = number % 4 > 1, number % 4 == 1
         after_s = chance.uniform(0, 0.05 if number % 8 == 0 else 0.5)
-        with family(folder, etcd, number, base_port) as it, ExitStack() as stack:
+        with family(supervised, base_port) as it, ExitStack() as stack:
             begun_s = it.begun_s
             if at_work:
-                eventually(it.is_ready)
+                it.running.wait_registered()
+                assert not has_no_records(it.running)
                 expected = len(it.members()) + PEERS * STARTED
                 for port in it.ports:
                     raw_client.send(port, b"START")
@@ -201,40 +188,47 @@ def test_no_process_outlives_a_killed_supervisor(folder: Path, etcd: str) -> Non
                 for pid in it.workers():
                     send_signal(pid, signal.SIGSTOP)
             took_s.append(it.kill())
+            # Sooner than a lease runs out.
+            eventually(partial(has_no_records, it.running), within_s=20)
             for port in it.ports:
                 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
                     sock.bind(("127.0.0.1", port))
     assert max(took_s) <= 10.0, took_s
 
 
+def has_no_records(running: Running) -> bool:
+    with Registry(running.etcd, running.prefix) as registry:
+        return not registry.nodes()
+
+
 @pytest.mark.parametrize("end", ["kill", "exit", "reload"])
 def test_processes_that_a_handler_has_started_end_with_its_worker(
-    folder: Path, etcd: str, end: str
+    supervised: Supervised, end: str
 ) -> None:
-    with family(folder, etcd, 0, free_ports(PEERS)) as it:
-        eventually(it.is_ready)
+    with family(supervised) as it:
+        it.running.wait_ready()
         before = set(it.members())
         raw_client.send(it.ports[0], b"START")
         eventually(lambda: len(set(it.members()) - before) == STARTED)
         started = set(it.members()) - before
-        pid = control.request(it.control, "status")["peers"][0]["pid"]
+        pid = it.running.peer(0)["pid"]
         if end == "kill":
             send_signal(pid, signal.SIGKILL)
         elif end == "exit":
             raw_client.send(it.ports[0], b"EXIT")
         else:
-            control.request(it.control, "restart", {"slot": 0}, timeout_s=20)
+            ask(it.running, "restart", slot=0)
         eventually(lambda: not started & set(it.members()))
-        eventually(it.is_ready)
+        it.running.wait_ready()
         # The other processes are as before: each worker, and the child that it started at its import.
         eventually(lambda: len(it.members()) == len(before))
         assert len(before - set(it.members())) == 2
         it.kill()
 
 
-def test_a_process_in_its_own_session_stays(folder: Path, etcd: str) -> None:
-    with family(folder, etcd, 0, free_ports(PEERS)) as it:
-        eventually(it.is_ready)
+def test_a_process_in_its_own_session_stays(supervised: Supervised) -> None:
+    with family(supervised) as it:
+        it.running.wait_ready()
         daemon = int(raw_client.request(it.ports[0], b"DAEMON", b"")[2])
         try:
             it.kill()
@@ -243,18 +237,12 @@ def test_a_process_in_its_own_session_stays(folder: Path, etcd: str) -> None:
             os.kill(daemon, signal.SIGKILL)
 
 
-def test_an_orderly_stop_ends_all_processes(supervised: Supervised, folder: Path) -> None:
-    running = supervised.start("--app=family:app", peers=2)
-    running.wait_registered()
+def test_an_orderly_stop_ends_all_processes(supervised: Supervised) -> None:
+    running = supervised.start(peers=2, app=APP).wait_registered()
     before = len(running.tree())
     for port in running.ports:
         raw_client.send(port, b"START")
     eventually(lambda: len(running.tree()) == before + 2 * STARTED)
-    pids = [process.pid for process in running.tree()]
-    running.signal(signal.SIGTERM)
-    assert running.wait() == 0
-    eventually(partial(all_are_gone, pids))
-
-
-def all_are_gone(pids: list[int]) -> bool:
-    return all(is_gone(pid) for pid in pids)
+    pids = running.tree_pids()
+    assert running.stop() == 0
+    eventually(lambda: all_gone(pids))

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from harness import raw_client
+from harness.control_groups import ControlGroup, memory_group
 from harness.eventually import eventually
-from harness.memory_group import MemoryGroup, memory_group
-from harness.supervised import Running, Supervised, send_signal
-from harness.supervisor_requests import death_of
-
-NO_ETCD = "http://127.0.0.1:1"
+from harness.supervised import NO_ETCD, Running, Supervised, send_signal
+from harness.supervisor_requests import death_of, serving
 
 LIMIT_BYTES = 256 << 20
 """The supervisor, its registrar and two workers use a third of that."""
@@ -37,29 +34,17 @@ def child(message):
 """
 
 
-def start(supervised: Supervised, group: MemoryGroup) -> Running:
-    (supervised.folder / "hungry.py").write_text(APP)
-    running = supervised.start("--app=hungry:app", peers=2, etcd=NO_ETCD, through=group.enter)
-    running.wait_ready()
-    assert {process.pid for process in running.tree()} == group.pids()
+def start(supervised: Supervised, group: ControlGroup) -> Running:
+    running = supervised.start(peers=2, etcd=NO_ETCD, through=group.enter, app=APP).wait_ready()
+    assert set(running.tree_pids()) == group.pids()
     return running
-
-
-def replaced(running: Running, slot: int, pid: int) -> dict[str, Any]:
-    def successor() -> dict[str, Any] | None:
-        peer = running.peer(slot)
-        return peer if peer["state"] == "ready" and peer["pid"] != pid else None
-
-    peer = eventually(successor)
-    assert peer is not None
-    return peer
 
 
 def kill_as_a_user(running: Running, slot: int) -> dict[str, Any]:
     pid = running.peer(slot)["pid"]
     send_signal(pid, signal.SIGKILL)
-    peer = replaced(running, slot, pid)
-    assert peer["last_exit"]["oom"] is False
+    serving(running, slot, but_not=[pid])
+    assert running.peer(slot)["last_exit"]["oom"] is False
     event = death_of(running, pid)
     assert (event["oom"], event["how"]) == (False, "killed by SIGKILL")
     return event
@@ -73,10 +58,9 @@ def test_out_of_memory_is_distinguished_from_a_kill(supervised: Supervised) -> N
 
         pid, well = (running.peer(slot)["pid"] for slot in (0, 1))
         Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-            client.sendto(raw_client.pack(b"EAT", b"1", b""), ("127.0.0.1", running.ports[0]))
-            peer = replaced(running, 0, pid)
-        last_exit = peer["last_exit"]
+        raw_client.send(running.ports[0], b"EAT")
+        serving(running, 0, but_not=[pid])
+        last_exit = running.peer(0)["last_exit"]
         assert last_exit["oom"] is True
         assert (last_exit["how"], last_exit["lost_in_flight"]) == ("killed by SIGKILL", 1)
         assert last_exit["ready_for_s"] > 0
@@ -91,8 +75,7 @@ def test_out_of_memory_is_distinguished_from_a_kill(supervised: Supervised) -> N
 
         kill_as_a_user(running, 0)  # one kill explains one death only
         assert running.err.count("out of memory") == 1
-        running.signal(signal.SIGTERM)
-        assert running.wait() == 0
+        assert running.stop() == 0
 
 
 def test_an_oom_kill_of_a_handlers_child_explains_no_later_death(
@@ -106,5 +89,4 @@ def test_an_oom_kill_of_a_handlers_child_explains_no_later_death(
         answered_s = running.status()["supervisor"]["uptime_s"]
         eventually(lambda: running.status()["supervisor"]["uptime_s"] > answered_s + 6)
         kill_as_a_user(running, 0)
-        running.signal(signal.SIGTERM)
-        assert running.wait() == 0
+        assert running.stop() == 0

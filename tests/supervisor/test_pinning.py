@@ -8,8 +8,7 @@ from harness.supervised import Supervised
 
 
 def test_workers_get_cpus_round_robin(supervised: Supervised) -> None:
-    running = supervised.start("--pin=auto", peers=3)
-    running.wait_ready()
+    running = supervised.start("--pin=auto", peers=3).wait_ready()
     cpus = sorted(os.sched_getaffinity(0))
     pinned = [os.sched_getaffinity(peer["pid"]) for peer in running.status()["peers"]]
     assert pinned == [{cpus[slot % len(cpus)]} for slot in range(3)]

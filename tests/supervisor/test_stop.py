@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pty
 import random
 import re
-import select
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +16,7 @@ import psutil
 import pytest
 
 from harness import raw_client
+from harness.command import peerd
 from harness.eventually import eventually
 from harness.ports import free_ports
 from harness.supervised import Running, Supervised, alive, send_signal
@@ -44,28 +40,7 @@ def hang(message):
     while True: pass
 """
 
-TTL_S = 10
-"""The default."""
-
 NEVER_LOADED = f"import time\ntime.sleep(60)\n{HANGS}"
-
-
-def start(supervised: Supervised, *args: str, peers: int = 2, etcd: str | None = None) -> Running:
-    write_app(supervised, HANGS)
-    running = supervised.start("--app=stopped:app", LATE, *args, peers=peers, etcd=etcd)
-    running.wait_registered()
-    return running
-
-
-def write_app(supervised: Supervised, source: str) -> None:
-    (supervised.folder / "stopped.py").write_text(source)
-
-
-def hang(running: Running, slot: int) -> None:
-    raw_client.send(running.ports[slot], b"HANG")
-    eventually(lambda: running.peer(slot)["rx_messages"] == 1)
-
-
 PACKAGE = str(Path(__file__).parents[2] / "peerd")
 QUICK_S = 15.0
 """On any machine sooner than the kill of workers at the end of a stop with LATE."""
@@ -73,8 +48,13 @@ QUICK_S = 15.0
 LATE = "--stop-timeout=20"
 
 
-def tree_of(running: Running) -> list[int]:
-    return [process.pid for process in running.tree()]
+def start(supervised: Supervised, *args: str, peers: int = 2, etcd: str | None = None) -> Running:
+    return supervised.start(LATE, *args, peers=peers, etcd=etcd, app=HANGS).wait_registered()
+
+
+def hang(running: Running, slot: int) -> None:
+    raw_client.send(running.ports[slot], b"HANG")
+    eventually(lambda: running.peer(slot)["rx_messages"] == 1)
 
 
 def assert_records_go(running: Running) -> None:
@@ -88,6 +68,18 @@ def has_records(running: Running) -> bool:
 
 
 @contextmanager
+def ending(running: Running, code: int = 0) -> Iterator[None]:
+    """The block has the supervisor stop; soon afterwards, no process is left."""
+    tree, begun_s = running.tree_pids(), time.monotonic()
+    yield
+    assert running.wait() == code
+    assert time.monotonic() - begun_s < QUICK_S
+    assert not alive(tree)
+    assert not running.control.exists()
+    assert "Traceback" not in running.err
+
+
+@contextmanager
 def stopped(pid: int) -> Iterator[None]:
     send_signal(pid, signal.SIGSTOP)
     try:
@@ -97,58 +89,39 @@ def stopped(pid: int) -> Iterator[None]:
             send_signal(pid, signal.SIGCONT)
 
 
-def test_a_third_signal_kills_all_processes_that_are_left(supervised: Supervised) -> None:
+@pytest.mark.parametrize("signals", [2, 3])
+def test_repeated_signals_end_it_without_etcd(supervised: Supervised, signals: int) -> None:
+    """The second stops without serving the queues, the third kills all processes that are left."""
     with EmbeddedEtcd() as etcd:
         running = start(supervised, "--ttl=2", etcd=etcd.endpoint)
-        tree = tree_of(running)
         hang(running, 0)
-        with stopped(etcd.pid):
+        with stopped(etcd.pid), ending(running):
             running.signal(signal.SIGTERM)
             eventually(lambda: "SIGTERM: stopping" in running.err)
             running.signal(signal.SIGINT)
-            eventually(lambda: "second signal: stopping at once" in running.err)
-            begun_s = time.monotonic()
-            running.signal(signal.SIGTERM)
-            assert running.wait(60) == 0
-            assert time.monotonic() - begun_s < QUICK_S
-        assert "signal 3: SIGKILL for all that is left" in running.err
-        assert not alive(tree)
-        assert not running.control.exists()
-        assert "Traceback" not in running.err
+            if signals == 3:
+                eventually(lambda: "second signal: stopping at once" in running.err)
+                running.signal(signal.SIGTERM)
+    assert ("signal 3: SIGKILL for all that is left" in running.err) is (signals == 3)
 
 
-def test_a_second_signal_ends_it_without_etcd(supervised: Supervised) -> None:
-    with EmbeddedEtcd() as etcd:
-        running = start(supervised, "--ttl=2", etcd=etcd.endpoint)
-        tree = tree_of(running)
-        hang(running, 0)
-        with stopped(etcd.pid):
-            running.signal(signal.SIGTERM)
-            eventually(lambda: "SIGTERM: stopping" in running.err)
-            begun_s = time.monotonic()
-            running.signal(signal.SIGTERM)
-            assert running.wait(60) == 0
-            assert time.monotonic() - begun_s < QUICK_S
-        assert not alive(tree)
-
-
-def test_two_signals_within_ten_milliseconds(supervised: Supervised) -> None:
-    running = start(supervised)
-    tree = tree_of(running)
+@pytest.mark.parametrize("pause", ["a moment", "until the first is logged"])
+def test_a_second_signal_stops_quickly(supervised: Supervised, pause: str) -> None:
+    running = start(supervised, *([] if pause == "a moment" else ["--ttl=60"]))
     hang(running, 1)
-    begun_s = time.monotonic()
-    running.signal(signal.SIGTERM)
-    time.sleep(0.005)  # two pending signals are merged (signal(7))
-    running.signal(signal.SIGTERM)
-    assert running.wait(60) == 0
-    assert time.monotonic() - begun_s < QUICK_S
-    assert not alive(tree)
+    with ending(running):
+        running.signal(signal.SIGTERM)
+        if pause == "a moment":
+            time.sleep(0.005)  # two pending signals are merged (signal(7))
+        else:
+            eventually(lambda: "SIGTERM" in running.err)
+        running.signal(signal.SIGTERM)
     assert_records_go(running)
 
 
 def test_ten_signals_at_the_same_time(supervised: Supervised) -> None:
     running = start(supervised)
-    tree = tree_of(running)
+    tree = running.tree_pids()
     hang(running, 1)
     begun_s = time.monotonic()
     with contextlib.suppress(ProcessLookupError):
@@ -164,15 +137,12 @@ def test_ten_signals_at_the_same_time(supervised: Supervised) -> None:
 def test_the_log_names_the_workers_that_a_stop_waits_for(supervised: Supervised) -> None:
     running = start(supervised, "--stop-timeout=3.5", peers=3)
     first, second, third = running.ports
-    tree = tree_of(running)
     stopped_pid = pids(running)[1]
     hang(running, 0)
     send_signal(stopped_pid, signal.SIGSTOP)
-    for _ in range(10):
-        raw_client.send(second, b"PING", bytes(1000))
-    running.signal(signal.SIGTERM)
-    assert running.wait() == 0
-    assert not alive(tree)
+    raw_client.send(second, b"PING", bytes(1000), 10)
+    with ending(running):
+        running.signal(signal.SIGTERM)
     # Every second, until the workers are killed after 2.5 s.
     first_notice, last_notice, *_ = (
         line for line in running.err.splitlines() if "waiting for: " in line
@@ -188,49 +158,40 @@ def test_the_log_names_the_workers_that_a_stop_waits_for(supervised: Supervised)
     for port in (first, second):
         assert f"the worker of localhost:{port} has not stopped in time: SIGKILL" in running.err
     assert f"the worker of localhost:{third}" not in running.err
+    assert "registrar has not stopped" not in running.err
     # Unread datagrams are lost, and logged.
     assert "datagrams in the queue when its port was closed: 10" in running.err
-    assert_records_go(running)
+    assert not has_records(running)
 
 
 def test_the_log_names_the_registrar_that_a_stop_waits_for(supervised: Supervised) -> None:
     running = start(supervised, "--stop-timeout=3.5")
-    registrar = running.registrar()
-    tree = tree_of(running)
-    registrar.suspend()
+    running.registrar().suspend()
     begun_s = time.monotonic()
-    running.signal(signal.SIGTERM)
-    assert running.wait() == 0
-    assert 3 < time.monotonic() - begun_s < QUICK_S
-    assert not alive(tree)
+    with ending(running):
+        running.signal(signal.SIGTERM)
+    assert time.monotonic() - begun_s > 3
     assert "the registrar has not stopped in time: SIGKILL" in running.err
     assert "waiting for: registrar" in running.err
 
 
 def test_a_signal_while_workers_load(supervised: Supervised) -> None:
-    write_app(supervised, NEVER_LOADED)
-    running = supervised.start("--app=stopped:app", LATE, peers=3)
+    running = supervised.start(LATE, peers=3, app=NEVER_LOADED)
     eventually(lambda: len(running.tree()) == 5)
     eventually(running.status)
-    tree = tree_of(running)
-    begun_s = time.monotonic()
-    running.signal(signal.SIGTERM)
-    assert running.wait(60) == 0
-    assert time.monotonic() - begun_s < QUICK_S
-    assert not alive(tree)
+    with ending(running):
+        running.signal(signal.SIGTERM)
     assert "ERROR" not in running.err
-    assert "Traceback" not in running.err
 
 
 def test_a_signal_at_any_moment_of_the_start(supervised: Supervised) -> None:
     generator = random.Random(6)
     base_port = free_ports(4)
-    write_app(supervised, HANGS)
     for attempt in range(12):
-        running = supervised.start("--app=stopped:app", peers=4, base_port=base_port)
+        running = supervised.start(peers=4, base_port=base_port, app=HANGS)
         # This does not wait for a fact on purpose: the signal comes at any moment.
         time.sleep(0.5 * generator.random())
-        tree = tree_of(running)
+        tree = running.tree_pids()
         running.signal(signal.SIGINT if attempt % 2 else signal.SIGTERM)
         # Before the supervisor has set its handlers, a signal has its default effect. Python itself exits
         # with 1 if it receives a SIGINT while it starts.
@@ -244,36 +205,30 @@ def test_a_signal_at_any_moment_of_the_start(supervised: Supervised) -> None:
         assert not has_records(running)
 
 
-def test_a_signal_while_a_successor_loads(supervised: Supervised) -> None:
+def test_a_stop_while_a_successor_loads(supervised: Supervised) -> None:
     running = start(supervised)
-    write_app(supervised, NEVER_LOADED)
+    supervised.write_app(NEVER_LOADED)
     reload = Asked(running, "reload")
     eventually(lambda: len(running.tree()) == 5)
-    tree = tree_of(running)
-    begun_s = time.monotonic()
-    running.signal(signal.SIGTERM)
-    with pytest.raises(ControlError, match="stopping"):
-        reload.answer()
-    assert running.wait(60) == 0
-    assert time.monotonic() - begun_s < QUICK_S
-    assert not alive(tree)
+    with ending(running):
+        done = peerd("stop", f"--control={running.control}")
+        assert (done.returncode, done.stdout) == (0, f"supervisor pid {running.pid} has stopped\n")
+        with pytest.raises(ControlError, match="stopping"):
+            reload.answer()
 
 
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_signal_while_a_socket_is_handed_over(supervised: Supervised, goes_on: bool) -> None:
     """The successor serves the queue; or the predecessor does not leave the socket, and both are killed."""
     running = start(supervised, "--stop-timeout=3", peers=1)
-    (pid,) = pids(running)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.settimeout(30)
-        client.connect(("127.0.0.1", running.ports[0]))
+    with raw_client.connected(running.ports[0]) as client:
         client.send(raw_client.pack(b"SECOND" if goes_on else b"HANG", b"1.0", b""))
         eventually(lambda: running.peer(0)["rx_messages"] == 1)
         for number in range(20):
             client.send(raw_client.pack(b"PING", b"1.0", b"%d" % number))
-        before = tree_of(running)
+        before = running.tree_pids()
         reload = Asked(running, "reload")
-        (successor,) = eventually(lambda: set(tree_of(running)) - set(before))
+        (successor,) = eventually(lambda: set(running.tree_pids()) - set(before))
         eventually(lambda: waits_for_permission(successor))
         running.signal(signal.SIGTERM)
         if goes_on:
@@ -282,7 +237,7 @@ def test_a_signal_while_a_socket_is_handed_over(supervised: Supervised, goes_on:
         assert running.wait() == 0
     with contextlib.suppress(ControlError):  # the supervisor was stopping already
         reload.answer()
-    assert not alive([pid, successor, *before])
+    assert not alive([successor, *before])
     assert_records_go(running)
 
 
@@ -307,27 +262,13 @@ def test_a_stopped_worker_does_not_block_a_reload(supervised: Supervised) -> Non
     assert ask(running, "reload")["replaced"][0]["old_pid"] == first
 
 
-def test_a_stopped_worker_is_killed_in_the_end(supervised: Supervised) -> None:
-    running = start(supervised, "--stop-timeout=1")
-    tree = tree_of(running)
-    send_signal(pids(running)[1], signal.SIGSTOP)
-    begun_s = time.monotonic()
-    running.signal(signal.SIGTERM)
-    assert running.wait() == 0
-    assert 0.4 < time.monotonic() - begun_s < QUICK_S
-    assert not alive(tree)
-    assert_records_go(running)
-
-
 def test_a_parked_peer_does_not_delay_a_stop(supervised: Supervised) -> None:
     running = start(supervised, peers=2)
-    write_app(supervised, "import os\nos._exit(3)\n")
+    supervised.write_app("import os\nos._exit(3)\n")
     send_signal(pids(running)[0], signal.SIGKILL)
     eventually(lambda: running.peer(0)["state"] == "crashloop")
-    begun_s = time.monotonic()
-    running.signal(signal.SIGTERM)
-    assert running.wait(60) == 0
-    assert time.monotonic() - begun_s < QUICK_S
+    with ending(running):
+        running.signal(signal.SIGTERM)
 
 
 LATE_REPLY = """
@@ -346,97 +287,48 @@ async def late(message: Message) -> bytes:
 
 def test_an_icmp_error_is_no_queue(supervised: Supervised) -> None:
     """The ICMP error about the last reply takes room in the queue, but no worker is started for it."""
-    (supervised.folder / "late.py").write_text(LATE_REPLY)
-    running = supervised.start("--app=late:app", peers=1)
-    running.wait_registered()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.sendto(raw_client.pack(b"LATE", b"1", b""), ("127.0.0.1", running.ports[0]))
+    running = supervised.start(peers=1, app=LATE_REPLY).wait_registered()
+    raw_client.send(running.ports[0], b"LATE")
     eventually(lambda: running.peer(0)["rx_messages"] == 1)
-    running.signal(signal.SIGTERM)
-    assert running.wait() == 0
+    assert running.stop() == 0
     assert running.err.count("loaded") == 1
     assert "when its port was closed" not in running.err
 
 
-class Terminal:
-    """``peerd supervise`` in the foreground of a terminal."""
-
-    def __init__(self, supervised: Supervised) -> None:
-        write_app(supervised, HANGS)
-        self.port = free_ports(2)
-        self.control = supervised.folder / "control"
-        self._ours, theirs = pty.openpty()
-        # setsid makes it the session of the terminal, as a shell does, so ^C becomes a signal.
-        command = ["setsid", "--ctty", sys.executable, "-m", "peerd", "supervise", "--peers=2"]
-        command += [f"--base-port={self.port}", f"--etcd={supervised.etcd}", "--prefix=typed"]
-        command += ["--app=stopped:app", f"--control={self.control}", LATE]
-        self.process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=supervised.folder
-        )
-        os.close(theirs)
-        self._seen = b""
-
-    def type(self, text: str) -> None:
-        os.write(self._ours, text.encode())
-
-    @property
-    def screen(self) -> str:
-        with contextlib.suppress(OSError):  # EIO: no process has it open any more
-            while select.select([self._ours], [], [], 0)[0]:
-                self._seen += os.read(self._ours, 1 << 16)
-        return self._seen.decode()
-
-    def tree(self) -> list[int]:
-        supervisor = psutil.Process(self.process.pid)
-        return [child.pid for child in (supervisor, *supervisor.children(recursive=True))]
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._ours)
-
-
 @pytest.fixture
-def terminal(supervised: Supervised) -> Iterator[Terminal]:
-    terminal = Terminal(supervised)
-    try:
-        eventually(lambda: "all 2 peers are registered" in terminal.screen)
-        yield terminal
-    finally:
-        terminal.close()
+def in_terminal(supervised: Supervised) -> Running:
+    running = supervised.start(LATE, peers=2, app=HANGS, on_terminal=True)
+    eventually(lambda: "all 2 peers are registered" in running.err)
+    assert len(running.tree()) == 4
+    return running
 
 
-def test_ctrl_c_stops_cleanly(terminal: Terminal) -> None:
-    tree = terminal.tree()
-    assert len(tree) == 4
-    terminal.type("\x03")
-    assert terminal.process.wait(60) == 130
-    assert not alive(tree)
-    assert "SIGINT: stopping" in terminal.screen
-    assert "Traceback" not in terminal.screen
-    assert "ERROR" not in terminal.screen
-    assert "KeyboardInterrupt" not in terminal.screen
+def press_ctrl_c(running: Running) -> None:
+    assert running.terminal
+    running.terminal.type(b"\x03")
 
 
-def test_ctrl_c_twice_stops_quickly(terminal: Terminal) -> None:
-    tree = terminal.tree()
-    raw_client.send(terminal.port, b"HANG")
-    with pytest.raises(TimeoutError):
-        raw_client.request(terminal.port, b"PING", b"", 0.2)
-    terminal.type("\x03")
-    eventually(lambda: "SIGINT: stopping" in terminal.screen)
-    begun_s = time.monotonic()
-    terminal.type("\x03")
-    assert terminal.process.wait(60) == 130
-    assert time.monotonic() - begun_s < QUICK_S
-    assert not alive(tree)
-    assert "Traceback" not in terminal.screen
+def test_ctrl_c_stops_cleanly(in_terminal: Running) -> None:
+    with ending(in_terminal, code=130):
+        press_ctrl_c(in_terminal)
+    assert "SIGINT: stopping" in in_terminal.err
+    assert "ERROR" not in in_terminal.err
+    assert "KeyboardInterrupt" not in in_terminal.err
 
 
-def test_a_closed_terminal_is_no_ctrl_c(terminal: Terminal) -> None:
+def test_ctrl_c_twice_stops_quickly(in_terminal: Running) -> None:
+    hang(in_terminal, 0)
+    with ending(in_terminal, code=130):
+        press_ctrl_c(in_terminal)
+        eventually(lambda: "SIGINT: stopping" in in_terminal.err)
+        press_ctrl_c(in_terminal)
+
+
+def test_a_closed_terminal_is_no_ctrl_c(in_terminal: Running) -> None:
     """SIGHUP is a reload; writing to the closed terminal afterwards harms nothing."""
-    before = terminal.tree()
-    os.kill(terminal.process.pid, signal.SIGHUP)
-    eventually(lambda: "has taken over" in terminal.screen)
-    assert terminal.tree()[0] == before[0]
-    assert raw_client.request(terminal.port, b"PING", b"x")[2] == b"x"
+    before = pids(in_terminal)
+    os.kill(in_terminal.pid, signal.SIGHUP)
+    eventually(lambda: "has taken over" in in_terminal.err)
+    eventually(lambda: not set(pids(in_terminal)) & set(before))
+    in_terminal.wait_ready()
+    assert raw_client.request(in_terminal.ports[0], b"PING", b"x")[2] == b"x"

@@ -18,7 +18,7 @@ from harness.eventually import eventually
 from harness.fake_systemd import FakeSystemd
 from harness.ports import free_ports
 from harness.raw_client import request
-from harness.supervised import alive, send_signal
+from harness.supervised import all_gone, send_signal
 from peerd import control
 from peerd_chaos.load import Load
 
@@ -85,10 +85,6 @@ class Service:
 def service(tmp_path: Path, etcd: str) -> Iterator[Service]:
     with FakeSystemd(tmp_path) as systemd:
         yield Service(systemd, etcd)
-
-
-def all_gone(pids: list[int]) -> bool:
-    return not alive(pids)
 
 
 def wait_for_more(load: Load, service: Service, count: int = 500) -> None:

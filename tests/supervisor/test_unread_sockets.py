@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import socket
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from harness import raw_client
 from harness.eventually import eventually
 from harness.ports import free_ports
 from harness.supervised import Running, Supervised
-from harness.supervisor_requests import death_of, events, logged
+from harness.supervisor_requests import death_of, events, http_get, is_replaced, logged
 from peerd._loop import DatagramLoop
 from peerd._scoreboard import PeerState, Scoreboard
 from peerd.health import Health, HealthCheck
@@ -52,38 +52,21 @@ pytestmark = pytest.mark.timeout(240)
 
 def start(supervised: Supervised, *args: str) -> tuple[Running, int]:
     """A supervisor of two peers, and the port of its metrics."""
-    (supervised.folder / "hanging.py").write_text(APP)
     port = free_ports()
-    running = supervised.start("--app=hanging:app", f"--metrics=127.0.0.1:{port}", *args, peers=2)
-    running.wait_ready()
-    running.wait_registered()
-    return running, port
+    flag = f"--metrics=127.0.0.1:{port}"
+    return supervised.start(flag, *args, peers=2, app=APP).wait_registered(), port
 
 
 def fill(running: Running, slot: int) -> None:
     """Send messages whose handlers wait, more than a worker takes."""
-    envelope = raw_client.pack(b"HANG", b"1", b"")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.connect(("127.0.0.1", running.ports[slot]))
 
-        def is_full() -> bool:
-            for _ in range(200):
-                client.send(envelope)
-            peer = running.peer(slot)
-            is_waiting = sum(peer["handlers_waiting"].values()) >= MAX_WAITING
-            return is_waiting and bool(peer["rx_queued_bytes"])
+    def is_full() -> bool:
+        raw_client.send(running.ports[slot], b"HANG", count=200)
+        peer = running.peer(slot)
+        is_waiting = sum(peer["handlers_waiting"].values()) >= MAX_WAITING
+        return is_waiting and bool(peer["rx_queued_bytes"])
 
-        eventually(is_full)
-
-
-def get(port: int, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-    finally:
-        connection.close()
+    eventually(is_full)
 
 
 def is_shown_as(running: Running, health: str) -> bool:
@@ -104,11 +87,11 @@ def test_a_worker_with_too_many_waiting_handlers_is_not_ready_until_it_reads(
     assert peer["summary"].startswith("too many waiting handlers, socket not read for ")
     assert peer["handlers_waiting"] == {"HANG": MAX_WAITING}
     assert running.status()["supervisor"]["state"] == "degraded"
-    status, line = get(port, "/healthz/ready")
+    status, line = http_get(port, "/healthz/ready")
     assert (status, line.count("\n")) == (503, 1)
     assert line.startswith(f"not ready: {peer['peer_id']} (too many waiting handlers")
     assert f"localhost:{running.ports[1]}" not in line
-    _, text = get(port, "/metrics")
+    _, text = http_get(port, "/metrics")
     waiting = f'peerd_handlers_waiting{{peer="{peer["peer_id"]}",magic="HANG"}} {MAX_WAITING}\n'
     assert waiting in text
     assert f'peerd_healthy{{peer="{peer["peer_id"]}"}} 0\n' in text
@@ -119,7 +102,7 @@ def test_a_worker_with_too_many_waiting_handlers_is_not_ready_until_it_reads(
     assert not events(running, "reads again")
     (supervised.folder / "release").touch()
     eventually(lambda: running.peer(0)["registered"])
-    eventually(lambda: get(port, "/healthz/ready") == (200, "ready\n"))
+    eventually(lambda: http_get(port, "/healthz/ready") == (200, "ready\n"))
     assert len(events(running, "reads again")) == 1
     assert not events(running, "stuck")
     assert running.peer(0)["pid"] == pid
@@ -127,7 +110,7 @@ def test_a_worker_with_too_many_waiting_handlers_is_not_ready_until_it_reads(
 
 def replaced(running: Running, pid: int) -> dict[str, Any]:
     """Wait until slot 0 has another worker, and return the certificate of this one."""
-    eventually(lambda: running.peer(0)["pid"] not in (pid, None))
+    eventually(partial(is_replaced, running, 0, pid))
     running.wait_ready()
     return death_of(running, pid)
 
@@ -140,7 +123,7 @@ def test_a_full_worker_is_replaced_after_the_stuck_timeout(supervised: Supervise
     assert events(running, "stuck")[0]["pid"] == pid
     assert 'async_server.py"' in running.err  # its stack
     eventually(lambda: raw_client.request(running.ports[0], b"PING", b"x")[0] == b"PONG")
-    eventually(lambda: get(port, "/healthz/ready")[0] == 200)
+    eventually(lambda: http_get(port, "/healthz/ready")[0] == 200)
     eventually(lambda: running.peer(0)["registered"])
 
 

@@ -9,21 +9,14 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from harness.eventually import eventually
 from harness.ports import free_ports
 from harness.supervised import Running, Supervised, send_signal
-from harness.supervisor_requests import ask, serving
-from peerd import control
-from peerd_chaos.accounts import LoadReport
+from harness.supervisor_requests import ask, assert_nothing_is_lost, http_get, serving
 from peerd_chaos.chaos_apps import HANDLER_VARIABLE
 from peerd_chaos.load import Load
 
@@ -58,17 +51,9 @@ def slow_handler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(supervised: Supervised, *args: str) -> Running:
-    running = supervised.start("--app=peerd_chaos.chaos_apps:app", RECV_BUFFER, *args, peers=PEERS)
-    running.wait_registered()
-    return running
-
-
-def assert_nothing_is_lost(report: LoadReport, running: Running) -> None:
-    assert report.finished
-    assert (report.dropped, report.foreign) == (0, 0)
-    assert (report.missing, report.doubled, report.out_of_order) == (0, 0, 0)
-    for peer in running.status()["peers"]:
-        assert (peer["lost_in_flight"], peer["rx_dropped"], peer["restarts"]) == (0, 0, 0)
+    return supervised.start(
+        "--app=peerd_chaos.chaos_apps:app", RECV_BUFFER, *args, peers=PEERS
+    ).wait_registered()
 
 
 def assert_the_rate_was_kept(load: Load, begun_s: float) -> None:
@@ -107,8 +92,8 @@ def test_reloads_and_changes_of_size_lose_nothing(supervised: Supervised) -> Non
 
 def test_the_counted_losses_of_kills_are_the_missing_replies(supervised: Supervised) -> None:
     chance = random.Random(3)
-    metrics = f"localhost:{free_ports()}"
-    running = start(supervised, f"--metrics={metrics}")
+    metrics = free_ports()
+    running = start(supervised, f"--metrics=localhost:{metrics}")
     begun_s = time.monotonic()
     with Load(running.ports, rate=RATE) as load:
         killed: set[int] = set()
@@ -130,46 +115,20 @@ def test_the_counted_losses_of_kills_are_the_missing_replies(supervised: Supervi
     assert [peer["rx_dropped"] for peer in peers] == [0] * PEERS
     missing = {peer["port"]: report.of(peer["port"]).missing for peer in peers}
     assert missing == {peer["port"]: peer["lost_in_flight"] for peer in peers}
-    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as answer:
-        lines = answer.read().decode().splitlines()
+    lines = http_get(metrics, "/metrics")[1].splitlines()
     lost = [line for line in lines if line.startswith("peerd_lost_in_flight_total{")]
     assert len(lost) == PEERS
     assert sum(float(line.rpartition(" ")[2]) for line in lost) == report.missing
 
 
-def test_output_without_a_reader_loses_no_datagrams(supervised: Supervised, tmp_path: Path) -> None:
+def test_output_without_a_reader_loses_no_datagrams(supervised: Supervised) -> None:
     """Handlers print all the time, and the pipe is full after a moment."""
-    (tmp_path / "chattering.py").write_text(CHATTERING)
-    path = tmp_path / "control.sock"
-    base_port = free_ports(PEERS)
-    command = [sys.executable, "-m", "peerd", "supervise", f"--peers={PEERS}"]
-    command += [f"--base-port={base_port}", f"--etcd={supervised.etcd}", "--app=chattering:app"]
-    with unread([*command, f"--control={path}", "--prefix=unread"], tmp_path):
-        eventually(lambda: all_ready(path))
-        begun_s = time.monotonic()
-        with Load(range(base_port, base_port + PEERS), rate=RATE) as load:
-            eventually(lambda: load.report().sent >= RATE * UNREAD_S, within_s=3 * UNREAD_S + 10)
-            assert_the_rate_was_kept(load, begun_s)
-            report = load.finish()
-        assert report.finished
-        assert (report.missing, report.doubled, report.out_of_order) == (0, 0, 0)
-        peers = control.request(path, "status")["peers"]
-        assert [peer["rx_dropped"] for peer in peers] == [0] * PEERS
-
-
-@contextmanager
-def unread(command: list[str], cwd: Path) -> Iterator[None]:
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd
-    )
-    try:
-        yield
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def all_ready(path: Path) -> bool:
-    return all(peer["state"] == "ready" for peer in control.request(path, "status")["peers"])
+    pipe = subprocess.PIPE
+    running = supervised.start(peers=PEERS, app=CHATTERING, stdout=pipe, stderr=pipe).wait_ready()
+    begun_s = time.monotonic()
+    with Load(running.ports, rate=RATE) as load:
+        eventually(lambda: load.report().sent >= RATE * UNREAD_S, within_s=3 * UNREAD_S + 10)
+        assert_the_rate_was_kept(load, begun_s)
+        report = load.finish()
+    assert_nothing_is_lost(report, running)
+    assert running.stop() == 0
