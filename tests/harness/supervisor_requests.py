@@ -11,8 +11,8 @@ from typing import Any
 from harness.eventually import eventually
 from harness.supervised import Running
 from peerd import control
-from peerd_chaos.accounts import LoadReport
 from peerd.errors import ControlError
+from peerd_chaos.accounts import LoadReport
 
 
 def ask(running: Running, command: str, timeout_s: float = 60, **arguments: object) -> Any:

@@ -35,9 +35,9 @@ from harness.supervisor_requests import (
     is_replaced,
     pids,
 )
-from peerd_chaos.load import Load
 from peerd.errors import ControlError
 from peerd.supervisor.control_server import MAX_REQUEST_BYTES
+from peerd_chaos.load import Load
 
 RATE = 1000.0
 LONG = os.environ.get("PEERD_LONG_TESTS") == "1"

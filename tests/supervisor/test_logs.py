@@ -382,6 +382,7 @@ def test_a_supervisors_log_without_a_reader(supervised: Supervised) -> None:
     running = start(supervised, "--log-format=json", stderr=subprocess.PIPE)
     port, stream = running.ports[0], running.process.stderr
     assert stream is not None
+    running.wait_registered()  # the supervisor's own log is quiet from then on
     for _ in range(10):  # a pipe holds 64 KiB
         say(port, b"MANY")
     eventually(lambda: dropped(running) > 0)

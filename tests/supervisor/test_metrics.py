@@ -25,8 +25,8 @@ from harness.ports import free_ports
 from harness.supervised import NO_ETCD, Running, Supervised, send_signal
 from harness.supervisor_requests import ask, death_of, http_get, serving
 from peerd.address import MAX_PORT
-from peerd_chaos.load import Load
 from peerd.supervisor import metrics, metrics_server
+from peerd_chaos.load import Load
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 """(name, labels) -> value"""
@@ -89,8 +89,8 @@ def check_against_status(running: Running, port: int) -> bool:
             return of_peer(samples, name, running, slot, **labels)
 
         counters: dict[str, int] = peer["counters"]
-        for name, (metric, _) in metrics.COUNTERS.items():
-            assert value(metric) == counters[name], name
+        for name in metrics.COUNTERS:
+            assert value(metrics.counter_metric(name)) == counters[name], name
         for name, reason in metrics.RX_DROPPED.items():
             assert value("peerd_rx_dropped_total", reason=reason) == counters[name]
         for name, reason in metrics.TX_DROPPED.items():
