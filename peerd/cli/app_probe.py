@@ -52,7 +52,7 @@ def probe(name: str | None, timeout_s: float) -> FoundApp:
             # Reaped only after its group is killed: until then, its pid cannot belong to another group.
             pidfd = os.pidfd_open(process.pid)
             try:
-                ended = _wait(pidfd, timeout_s)
+                ended = bool(select.select([pidfd], [], [], timeout_s)[0])
             finally:
                 os.close(pidfd)
         finally:
@@ -62,12 +62,6 @@ def probe(name: str | None, timeout_s: float) -> FoundApp:
         if not ended:
             raise AppLoadError(f"app {name!r} did not load within --boot-timeout, {timeout_s:g} s")
         return _read(result, name, code)
-
-
-def _wait(pidfd: int, timeout_s: float) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout_s * 1000))
 
 
 def _read(result: IO[bytes], name: str, code: int) -> FoundApp:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from peerd.supervisor.output import record_line
+from peerd.supervisor.output import record_line, without_surrogates
 
 STDERR = 2
 
@@ -228,13 +228,8 @@ class _Json(logging.Formatter):
             exception = self.formatException(record.exc_info)
         if exception:
             line["exception"] = exception
-        with contextlib.suppress(TypeError):
-            return orjson.dumps(line).decode()
-        # A lone surrogate, such as in a file name that is not UTF-8.
         escaped = {
-            name: value.encode("utf-8", "backslashreplace").decode()
-            if isinstance(value, str)
-            else value
+            name: without_surrogates(value) if isinstance(value, str) else value
             for name, value in line.items()
         }
         return orjson.dumps(escaped).decode()

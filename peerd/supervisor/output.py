@@ -44,7 +44,13 @@ def record_line(record: logging.LogRecord) -> bytes:
     exception = None
     if record.exc_info and record.exc_info[0] is not None:
         exception = _exceptions.formatException(record.exc_info)
-    fields = (record.created, record.levelno, record.name, _plain(record.getMessage()), exception)
+    fields = (
+        record.created,
+        record.levelno,
+        record.name,
+        without_surrogates(record.getMessage()),
+        exception,
+    )
     line = orjson.dumps(fields)
     if len(line) >= MAX_LINE_BYTES - 2:
         most = MAX_LINE_BYTES // 16  # an escaped character of JSON takes 6 bytes
@@ -53,8 +59,8 @@ def record_line(record: logging.LogRecord) -> bytes:
     return SEPARATOR + line + b"\n"
 
 
-def _plain(text: str) -> str:
-    """Escape lone surrogates, which JSON cannot represent."""
+def without_surrogates(text: str) -> str:
+    """Escape lone surrogates, such as of a file name that is not UTF-8: JSON cannot represent them."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -197,10 +197,7 @@ def _print(
         f"  metrics   {metrics}\n"
     )
     if changed:
-        print_table(
-            ("SETTING", "VALUE", "FROM"),
-            [(setting.name, setting.value, setting.origin) for setting in changed],
-        )
+        print_table(("SETTING", "VALUE", "FROM"), changed)
     else:
         click.echo("every setting has its default value")
 

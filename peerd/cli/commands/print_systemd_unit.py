@@ -14,7 +14,6 @@ from pathlib import Path
 from string import Template
 
 import click
-from click.core import ParameterSource
 
 from peerd.cli.text_output import counted
 from peerd.settings import ANONYMOUS, DEFAULT_ENDPOINT, SupervisorSettings
@@ -128,7 +127,11 @@ def _service(ctx: click.Context, options: tuple[str, ...]) -> _Service:
     files = ("config", "etcd_password_file", "etcd_ca", "etcd_cert", "etcd_key")
     return _Service(
         command=[*_this_peerd(), "supervise", *options],
-        environment=_variables(parsed),
+        environment={
+            each.origin: os.environ[each.origin]
+            for each in supervise.changed_settings(parsed)
+            if each.origin in os.environ
+        },
         settings=settings,
         files=[Path(value[name]).absolute() for name in files if value[name] is not None],
         control_path=value["control"],
@@ -142,20 +145,6 @@ def _this_peerd() -> list[str]:
     if program.name == "__main__.py":
         return [sys.executable, "-m", "peerd"]
     return [os.path.abspath(shutil.which(program) or program)]
-
-
-def _variables(parsed: click.Context) -> dict[str, str]:
-    """The environment variables from which options were read."""
-    found = {}
-    for parameter in parsed.command.params:
-        name = parameter.name or ""
-        if parsed.get_parameter_source(name) is not ParameterSource.ENVIRONMENT:
-            continue
-        for variable in parameter.envvar or ():
-            if os.environ.get(variable):
-                found[variable] = os.environ[variable]
-                break
-    return found
 
 
 def _is_below(path: Path, folders: Iterable[Path]) -> bool:
@@ -175,46 +164,34 @@ def _is_public(path: Path) -> bool:
 def _unit(
     service: _Service, user: str | None, working_directory: Path | None, read: list[Path]
 ) -> str:
-    settings = service.settings
-    command = list(service.command)
-    writable = []
-    if service.control_path is None:
-        # 'peerd status' of root looks there.
-        command.append(f"--control=/run/peerd/{settings.base_port}.sock")
-    elif service.control_path.parent != Path("/run/peerd"):
-        writable.append(service.control_path.parent)
+    settings, command = service.settings, list(service.command)
     program = command[: len(_this_peerd())]
+    # 'peerd status' of root looks there.
+    control_path = service.control_path or Path(f"/run/peerd/{settings.base_port}.sock")
+    if service.control_path is None:
+        command.append(f"--control={control_path}")
+    writable = "" if control_path.parent == Path("/run/peerd") else str(control_path.parent)
     in_home = any(_is_below(path, HOMES) for path in [*read, Path(sys.base_prefix)])
-    capability = "CAP_NET_BIND_SERVICE" if settings.base_port < FIRST_UNPRIVILEGED_PORT else ""
-    return (
-        Template(TEMPLATE.read_text())
-        .substitute(
-            description=f"{counted(settings.peers, 'peer')} on {settings.port_range}",
-            reload=_words([*program, "reload", f"--control={_control(service)}"]),
-            about_etcd=ABOUT_EMBEDDED_ETCD if service.has_embedded_etcd else "",
-            start=_words(command),
-            working_directory=_lines(
-                "WorkingDirectory", [working_directory] if working_directory else []
-            ),
-            environment=_environment(service),
-            stop_s=math.ceil(settings.stop_timeout_s) + STOP_MARGIN_S,
-            descriptors=settings.peers + SPARE_DESCRIPTORS,
-            user=f"User={user}" if user else "DynamicUser=yes",
-            recv_buffer=settings.recv_buffer_bytes,
-            capability=capability,
-            writable=_lines("ReadWritePaths", writable),
-            protect_home="read-only" if in_home else "yes",
-        )
-        .rstrip()
+    unit = Template(TEMPLATE.read_text()).substitute(
+        description=f"{counted(settings.peers, 'peer')} on {settings.port_range}",
+        reload=_words([*program, "reload", f"--control={control_path}"]),
+        about_etcd=ABOUT_EMBEDDED_ETCD if service.has_embedded_etcd else "",
+        start=_words(command),
+        working_directory=_line("WorkingDirectory", str(working_directory or "")),
+        environment=_environment(service),
+        stop_s=math.ceil(settings.stop_timeout_s) + STOP_MARGIN_S,
+        descriptors=settings.peers + SPARE_DESCRIPTORS,
+        user=f"User={user}" if user else "DynamicUser=yes",
+        recv_buffer=settings.recv_buffer_bytes,
+        capability="CAP_NET_BIND_SERVICE" if settings.base_port < FIRST_UNPRIVILEGED_PORT else "",
+        writable=_line("ReadWritePaths", writable),
+        protect_home="read-only" if in_home else "yes",
     )
+    return unit.rstrip()
 
 
-def _control(service: _Service) -> str:
-    return str(service.control_path or f"/run/peerd/{service.settings.base_port}.sock")
-
-
-def _lines(name: str, paths: Iterable[Path]) -> str:
-    return "".join(f"{name}={_value(str(path))}\n" for path in paths)
+def _line(name: str, path: str) -> str:
+    return f"{name}={_value(path)}\n" if path else ""
 
 
 def _environment(service: _Service) -> str:

@@ -1,4 +1,4 @@
-"""Entries of a supervisor, for ``peerd events`` and ``peerd logs``; with ``-f``, also those that follow.
+"""``peerd events`` and ``peerd logs``: entries of a supervisor; with ``-f``, also those that follow.
 
 A follower continues when the supervisor is restarted. Each supervisor numbers its entries from 1, so an
 answer names its supervisor, and a request names the last entry seen and the supervisor that it is from.
@@ -18,6 +18,7 @@ import click
 import orjson
 
 from peerd import control
+from peerd.cli.options import control_option, json_option, slot_argument
 from peerd.cli.text_output import time_text
 from peerd.errors import PeerdError
 
@@ -35,14 +36,92 @@ follow_option = click.option(
     help="Print new entries until Ctrl-C, also those of a supervisor that replaces this one.",
 )
 
+COLUMNS_AND_HIDDEN = ("number", "age_s", "event", "peer_id", "what", "last_lines")
+"""Fields that have a place of their own in the line, or none."""
 
-def show(answers: Iterator[list[Entry]], as_text: Callable[[Entry], str], *, as_json: bool) -> None:
-    for entries in answers:
+
+@click.command()
+@control_option
+@follow_option
+@json_option
+def events(path: Path | None, follow: bool, as_json: bool) -> None:
+    """Show the last 1,000 events of a supervisor: deaths, replacements, scaling and others.
+
+    A death says how the worker died, how long it had been ready, and how many datagrams it had read but not
+    answered; 'peerd logs' has its last lines. With --json, prints one object per line; "time" is this
+    machine's clock now minus the age of the event.
+
+    \b
+    Exit codes:
+      0    done
+      3    no supervisor runs
+    """
+    _show(_answers(path, "events", {}, follow=follow), _event_text, as_json=as_json)
+
+
+def _event_text(event: Entry) -> str:
+    who = event.get("peer_id") or event.get("what") or ""
+    details = "  ".join(
+        f"{name}={_as_word(value)}"
+        for name, value in event.items()
+        if name not in COLUMNS_AND_HIDDEN and value is not False
+    )
+    return f"{time_text(_when(event))}  {event['event']:12}  {who}  {details}".rstrip()
+
+
+def _as_word(value: object) -> str:
+    text = str(value)
+    return repr(text) if " " in text else text
+
+
+@click.command()
+@slot_argument(required=False)
+@control_option
+@follow_option
+@click.option(
+    "-n",
+    "--lines",
+    type=click.IntRange(min=0),
+    default=50,
+    show_default=True,
+    help="Number of lines to begin with.",
+)
+@json_option
+def logs(slot: int | None, path: Path | None, follow: bool, lines: int, as_json: bool) -> None:
+    """Show the last lines that workers printed or logged, those of dead workers included.
+
+    SLOT limits this to one peer. The supervisor keeps 200 lines per peer. With --json, prints one object per
+    line; "time" is this machine's clock now minus the age of the line.
+
+    \b
+    Exit codes:
+      0    done
+      3    no supervisor runs
+    """
+    found = _answers(path, "logs", {"slot": slot}, follow=follow)
+    _show(_from_last(found, lines), _log_text, as_json=as_json)
+
+
+def _from_last(found: Iterator[list[Entry]], count: int) -> Iterator[list[Entry]]:
+    first = next(found)
+    yield first[-count:] if count else []
+    yield from found
+
+
+def _log_text(line: Entry) -> str:
+    return (
+        f"{time_text(_when(line))} {line['level'].upper():<8} peer={line['peer_id']} port={line['port']} "
+        f"pid={line['pid']} gen={line['generation']}: {line['message']}"
+    )
+
+
+def _show(found: Iterator[list[Entry]], as_text: Callable[[Entry], str], *, as_json: bool) -> None:
+    for entries in found:
         for entry in entries:
             click.echo(_as_json(entry) if as_json else as_text(entry))
 
 
-def answers(
+def _answers(
     path: Path | None, command: str, arguments: Mapping[str, Any], *, follow: bool
 ) -> Iterator[list[Entry]]:
     """The entries of a supervisor, and with ``follow`` those that come, in batches.
@@ -64,10 +143,6 @@ def answers(
             return
         _pause()
         answer = _next_answer(where, command, asked)
-
-
-def time_of(entry: Entry) -> str:
-    return time_text(_when(entry))
 
 
 def _as_json(entry: Entry) -> bytes:
