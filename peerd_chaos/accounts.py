@@ -13,15 +13,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Count:
-    """Numbers of datagrams. ``sent`` is always ``received`` + ``missing``; ``doubled`` come on top."""
+    """Numbers of datagrams."""
 
     client: int
     port: int
     sent: int = 0
-    received: int = 0
     missing: int = 0
     doubled: int = 0
     out_of_order: int = 0
+
+    @property
+    def received(self) -> int:
+        """Without those that are doubled."""
+        return self.sent - self.missing
+
+
+SUMMED = ("sent", "missing", "doubled", "out_of_order")
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,7 @@ class LoadReport:
         return Count(
             client=len(counts),
             port=port or 0,
-            sent=sum(count.sent for count in counts),
-            received=sum(count.received for count in counts),
-            missing=sum(count.missing for count in counts),
-            doubled=sum(count.doubled for count in counts),
-            out_of_order=sum(count.out_of_order for count in counts),
+            **{name: sum(getattr(count, name) for count in counts) for name in SUMMED},
         )
 
     @property
@@ -103,13 +106,11 @@ class Stream:
         return True
 
     def count(self) -> Count:
-        missing = len(self._skipped) + self.sent - self._expected
         return Count(
             client=self.client,
             port=self.port,
             sent=self.sent,
-            received=self.sent - missing,
-            missing=missing,
+            missing=len(self._skipped) + self.sent - self._expected,
             doubled=self._doubled,
             out_of_order=self._out_of_order,
         )

@@ -134,15 +134,11 @@ def _show(report: ChaosReport, as_json: bool) -> None:
 
 def _command_line(settings: ChaosSettings) -> str:
     """The command that repeats this run."""
-    words = [f"peerd chaos --seed {settings.seed} --seconds {_exact(settings.seconds)}"]
-    words.append(f"--peers {settings.peers} --rate {_exact(settings.rate)}")
+    seconds, rate = (repr(each).removesuffix(".0") for each in (settings.seconds, settings.rate))
+    words = [f"peerd chaos --seed {settings.seed} --seconds {seconds}"]
+    words.append(f"--peers {settings.peers} --rate {rate}")
     if settings.coroutines:
         words.append("--coroutines")
     if settings.kinds != frozenset(Kind):
         words.append(f"--actions {','.join(kind for kind in Kind if kind in settings.kinds)}")
     return " ".join(words)
-
-
-def _exact(number: float) -> str:
-    """A text that reads as the same number."""
-    return str(int(number)) if number.is_integer() else repr(number)

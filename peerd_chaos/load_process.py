@@ -28,8 +28,8 @@ from collections.abc import Collection
 from multiprocessing.connection import Connection
 
 from peerd import encode
-from peerd.linux import SO_RCVBUFFORCE
 from peerd.supervisor.socket_queue import queue_state
+from peerd.supervisor.sockets import grow_buffer
 from peerd_chaos.accounts import LoadReport, Stream
 
 HOST = "127.0.0.1"
@@ -176,16 +176,8 @@ class _Sender:
 def _socket() -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.setblocking(False)
-    set_receive_buffer(sock, RECV_BUFFER_BYTES)
+    grow_buffer(sock, RECV_BUFFER_BYTES)
     return sock
-
-
-def set_receive_buffer(sock: socket.socket, size_bytes: int) -> None:
-    """Set the receive buffer to this size, or to the largest that is permitted."""
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size_bytes)
-    except PermissionError:  # above net.core.rmem_max only with CAP_NET_ADMIN
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size_bytes)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Subject:
         self.control = folder / "control.sock"
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
-        self._mark = f"{MARK}={uuid.uuid4().hex}"
+        self._mark = uuid.uuid4().hex
         command = [sys.executable, "-m", "peerd", "supervise", f"--app={app}"]
         command += [f"--peers={peers}", f"--base-port={self.base_port}", f"--etcd={etcd}"]
         command += [f"--prefix={self.prefix}", f"--control={self.control}", *arguments]
@@ -67,7 +67,7 @@ class Subject:
                     "TMPDIR": str(self.temporary),
                     # Process titles would otherwise overwrite the environment, and with it the mark.
                     "SPT_NOENV": "1",
-                    MARK: self._mark.partition("=")[2],
+                    MARK: self._mark,
                 },
             )
         self.pid = self.process.pid
@@ -122,20 +122,12 @@ class Subject:
 
     def send_child(self, pid: int, number: signal.Signals) -> bool:
         """Signal a child of the supervisor. False if the pid is no longer its child."""
-        try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return False
-        try:
-            # The pid may be reused from here on, but the pidfd stays this process's.
-            if psutil.Process(pid).ppid() != self.pid:
-                return False
-            signal.pidfd_send_signal(pidfd, number)
-        except (psutil.Error, ProcessLookupError):
-            return False
-        finally:
-            os.close(pidfd)
-        return True
+        with contextlib.suppress(psutil.Error):
+            child = psutil.Process(pid)
+            if child.ppid() == self.pid:
+                child.send_signal(number)  # raises NoSuchProcess if the pid has been reused
+                return True
+        return False
 
     def descriptors(self) -> list[str]:
         """The kinds of the supervisor's open descriptors: ``socket``, ``pipe``, ``/dev/null``.
@@ -143,14 +135,12 @@ class Subject:
         Raises NotRunningError.
         """
         found = []
-        folder = f"/proc/{self.pid}/fd"
         try:
-            names = os.listdir(folder)
+            for path in Path(f"/proc/{self.pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    found.append(str(path.readlink()).partition(":[")[0])
         except OSError:
             raise NotRunningError("the supervisor has ended") from None
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                found.append(os.readlink(f"{folder}/{name}").partition(":[")[0])
         return sorted(found)
 
     def settled_descriptors(self) -> list[str]:
@@ -169,8 +159,7 @@ class Subject:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(OSError, psutil.Error):
-                environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-                if self._mark.encode() in environment:
+                if process.environ().get(MARK) == self._mark:
                     found.append(process.pid)
         return found
 

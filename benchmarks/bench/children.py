@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 ANSWER_TIMEOUT_S = 15.0
 BENCHMARKS = Path(__file__).parents[1]
@@ -23,18 +24,21 @@ def running(
     command: Sequence[str],
     *,
     stdin: int = subprocess.DEVNULL,
+    output: IO[bytes] | None = None,
     pass_fds: Sequence[int] = (),
     cpu: int | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A child that is killed when the block ends.
 
-    ``cpu``: the only CPU for it and its children; None: those of the caller. A Python child can import
-    the packages of this folder.
+    ``output``: a log for all that it prints; None: its standard output is a pipe. ``cpu``: the only CPU
+    for it and its children; None: those of the caller. A Python child can import the packages of this
+    folder.
     """
     with subprocess.Popen(
         command,
         stdin=stdin,
-        stdout=subprocess.PIPE,
+        stdout=output or subprocess.PIPE,
+        stderr=output,
         pass_fds=pass_fds,
         # Ctrl-C in the terminal reaches this process only, which ends its children.
         process_group=0,

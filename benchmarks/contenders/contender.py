@@ -15,7 +15,6 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import psutil
@@ -83,14 +82,9 @@ def environment(folder: Path | None) -> Environment:
     return Environment(folder / "bin" / "python", folder / "bin")
 
 
-@cache
 def installed_version(where: Environment, package: str) -> str:
-    command = [
-        str(where.python),
-        "-c",
-        f"import importlib.metadata as m; print(m.version({package!r}))",
-    ]
-    return subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode().strip()
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    return subprocess.check_output([where.python, "-c", code], text=True).strip()
 
 
 def _peerd(order: Order) -> list[str]:

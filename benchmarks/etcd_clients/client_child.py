@@ -1,11 +1,12 @@
-"""The process that an etcd client runs in: ``python -m etcd_clients.client_child CLIENT LOG ENDPOINT...``
+"""The process that an etcd client runs in: ``python -m etcd_clients.client_child CLIENT FD ENDPOINT...``
 
-Commands are lines of JSON on stdin, each answered with a line on stdout. The output of the client and of
-gRPC goes to the log. The process exits at the end of its stdin.
+Commands come through a pipe of multiprocessing, and each is answered through it. The process exits when
+the other end is closed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -14,9 +15,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, BinaryIO
-
-import orjson
+from multiprocessing.connection import Connection
+from typing import Any
 
 from etcd_clients.clients import CLIENTS, LISTING_CLIENTS, Client
 
@@ -28,29 +28,17 @@ _FORK_TIMEOUT_S = 3.0
 
 
 def main() -> None:
-    name, log, *endpoints = sys.argv[1:]
-    answers = _redirect_output(log)
+    name, fd, *endpoints = sys.argv[1:]
     os.environ["no_proxy"] = "127.0.0.1"  # for gRPC and for requests
     worker = _Worker(name, endpoints)
-    _write(answers, {"pid": os.getpid()})
-    for line in sys.stdin.buffer:
-        command = orjson.loads(line)
-        _write(answers, worker.do(command.pop("do"), command))
+    pipe = Connection(int(fd))
+    pipe.send({})
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            command, arguments = pipe.recv()
+            pipe.send(worker.do(command, arguments))
     # Not sys.exit, which would wait for the threads of a client that hangs.
     os._exit(0)
-
-
-def _redirect_output(log: str) -> BinaryIO:
-    answers = os.fdopen(os.dup(1), "wb")
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    return answers
-
-
-def _write(answers: BinaryIO, answer: Answer) -> None:
-    answers.write(orjson.dumps(answer) + b"\n")
-    answers.flush()
 
 
 class _Worker:
@@ -124,9 +112,7 @@ class _Worker:
         outcome, outcome_of_child = os.pipe()
         pid = os.fork()
         if pid == 0:
-            signal.alarm(
-                2 * int(_FORK_TIMEOUT_S)
-            )  # in case this process dies before it kills the child
+            signal.alarm(2 * int(_FORK_TIMEOUT_S))  # its parent may die before it kills it
             os.write(outcome_of_child, self._read_in_child(prefix, inherited).encode())
             os._exit(0)
         os.close(outcome_of_child)

@@ -7,13 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-import orjson
 import psutil
 
-from bench.children import BenchmarkError, answer, cpu_seconds, running
+from bench.children import cpu_seconds, running
 from etcd_clients.clients import CLIENTS, LISTING_CLIENTS
 
 START_TIMEOUT_S = 20.0
@@ -34,12 +34,15 @@ class Bench:
 class Child:
     """A client in its own process."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(
+        self, name: str, process: subprocess.Popen[bytes], pipe: Connection, log: Path
+    ) -> None:
         self.name = name
         self.failure = ""
         """Why it no longer accepts commands."""
 
         self._process = process
+        self._pipe = pipe
         self._log = log
 
     def ask(
@@ -50,19 +53,18 @@ class Child:
         return self.answer(timeout_s)
 
     def send(self, do: str, **arguments: object) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # answer() reports it
-            self._process.stdin.write(orjson.dumps({"do": do} | arguments) + b"\n")
-            self._process.stdin.flush()
+        with contextlib.suppress(ConnectionError):  # answer() reports it
+            self._pipe.send((do, arguments))
 
     def answer(self, timeout_s: float = COMMAND_TIMEOUT_S) -> dict[str, Any]:
         if not self.failure:
             try:
-                given: dict[str, Any] = orjson.loads(answer(self.name, self._process, timeout_s))
-            except BenchmarkError:
-                self.failure = "hangs" if self._process.poll() is None else self._last_words()
-            else:
-                return given
+                if self._pipe.poll(timeout_s):
+                    answer: dict[str, Any] = self._pipe.recv()
+                    return answer
+                self.failure = "hangs"
+            except (EOFError, ConnectionError):
+                self.failure = self._last_words()
         return {"error": self.failure}
 
     def cpu_s(self) -> float:
@@ -88,17 +90,19 @@ class Child:
 def started(bench: Bench, name: str, endpoints: Sequence[str]) -> Iterator[Child]:
     """A client with these endpoints, ready for commands unless it has a ``failure``."""
     log = bench.folder / f"{name}.log"
-    command = [sys.executable, "-m", "etcd_clients.client_child", name, str(log), *endpoints]
-    with running(command, stdin=subprocess.PIPE) as process:
-        child = Child(name, process, log)
+    pipe, childs_end = Pipe()
+    fd = childs_end.fileno()
+    command = [sys.executable, "-m", "etcd_clients.client_child", name, str(fd), *endpoints]
+    with log.open("ab") as output, running(command, output=output, pass_fds=[fd]) as process:
+        childs_end.close()
+        child = Child(name, process, pipe, log)
         child.answer(START_TIMEOUT_S)
         try:
             yield child
         finally:
             # An orderly exit first, so that a child of its own does not outlive it.
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
-                process.stdin.close()
+            pipe.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(EXIT_TIMEOUT_S)
 
 

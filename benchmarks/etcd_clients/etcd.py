@@ -40,15 +40,10 @@ class RecordGateway(Gateway):
 
     def put_records(self, prefix: str, numbers: Iterable[int]) -> None:
         """Put records below the prefix, a hundred per revision."""
-        puts = [
-            {
-                "requestPut": {
-                    "key": _base64(f"{prefix}/{record(number).peer_id}".encode()),
-                    "value": _base64(record(number).to_json()),
-                }
-            }
-            for number in numbers
-        ]
+        puts = []
+        for each in map(record, numbers):
+            key = _base64(f"{prefix}/{each.peer_id}".encode())
+            puts.append({"requestPut": {"key": key, "value": _base64(each.to_json())}})
         for start in range(0, len(puts), _MAX_OPERATIONS):
             self._post("kv/txn", success=puts[start : start + _MAX_OPERATIONS])
 
@@ -70,8 +65,8 @@ def etcd_binary() -> Path:
 
 def etcd_version() -> str:
     """etcd --version begins with "etcd Version: 3.5.1"."""
-    text = subprocess.run([etcd_binary(), "--version"], stdout=subprocess.PIPE, check=True).stdout
-    return text.split(b"\n", 1)[0].rpartition(b" ")[2].decode()
+    text = subprocess.check_output([etcd_binary(), "--version"], text=True)
+    return text.split("\n", 1)[0].rpartition(" ")[2]
 
 
 def loopback(endpoint: str) -> str:

@@ -75,6 +75,8 @@ def measure_latency(
             cpu_before_s = server.cpu_s()
             seconds = run.seconds * (CLOSED_SHARE if per_second == CLOSED else 1)
             said = _ping(run, socks, per_second, seconds)
+            names = ("sent", "answered", "p50_ns", "p99_ns", "p999_ns", "max_ns")
+            figures = {name: int(said[name]) for name in names}
             receiver_cpu_s = server.cpu_s() - cpu_before_s
             results.append(
                 Latency(
@@ -82,14 +84,9 @@ def measure_latency(
                     receiver=subject.name,
                     round=subject.round,
                     per_second=per_second,
-                    sent=int(said["sent"]),
-                    answered=int(said["answered"]),
                     client_drops=int(said["kernel_drops"]),
                     server_drops=sum(map(dropped, socks)) - drops_before,
-                    p50_ns=int(said["p50_ns"]),
-                    p99_ns=int(said["p99_ns"]),
-                    p999_ns=int(said["p999_ns"]),
-                    max_ns=int(said["max_ns"]),
+                    **figures,
                     receiver_cpu_s=receiver_cpu_s,
                     others=watch.others(receiver_cpu_s + said["cpu_s"]),
                 )

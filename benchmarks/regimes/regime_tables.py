@@ -51,15 +51,8 @@ def table(name: str, regime: Regime, results: Sequence[Result]) -> str:
 
 
 THROUGHPUT_HEADER = (
-    "receiver",
-    "messages/s (range)",
-    "vs uvloop",
-    "CPU ns/message (range)",
-    "vs uvloop",
-    "offered",
-    "lost",
-    "busy",
-    "limited by",
+    *("receiver", "messages/s (range)", "vs uvloop", "CPU ns/message (range)", "vs uvloop"),
+    *("offered", "lost", "busy", "limited by"),
 )
 
 

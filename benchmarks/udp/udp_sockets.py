@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from bench.children import BenchmarkError
-from peerd.linux import SO_RCVBUFFORCE, SOL_UDP, UDP_GRO
+from peerd.linux import SOL_UDP, UDP_GRO
 from peerd.supervisor.socket_queue import queue_state
+from peerd.supervisor.sockets import grow_buffer
 
 BUFFER_BYTES = 16 << 20
 """The receive buffer that every receiver asks for."""
@@ -26,11 +27,7 @@ def bound_sockets(count: int) -> Iterator[list[socket.socket]]:
 def bound_socket() -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind(("127.0.0.1", 0))
-    try:
-        # With CAP_NET_ADMIN it may exceed net.core.rmem_max (socket(7)).
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_BYTES)
-    except PermissionError:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+    grow_buffer(sock, BUFFER_BYTES)
     return sock
 
 

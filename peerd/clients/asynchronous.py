@@ -99,7 +99,15 @@ class AsyncPeerClient(ClientBase):
                 with self._attempt_sockets.connect(endpoint) as sock:
                     sock.setblocking(False)
                     sock.send(request.datagram)
-                    return await _receive_answer(sock, endpoint, request)
+                    # Not a datagram transport, which would close its socket only in a later iteration.
+                    loop = asyncio.get_running_loop()
+                    while True:
+                        datagram = await loop.sock_recv(sock, RECEIVE_BYTES)
+                        if (answer := request.answer_in(datagram, endpoint)) is not None:
+                            return answer
+                        # sock_recv does not yield while datagrams are queued, so a peer that floods
+                        # would block the loop.
+                        await asyncio.sleep(0)
 
     async def _send(self, target: Target, datagram: bytes) -> None:
         address = self.locate(target)
@@ -117,14 +125,3 @@ class AsyncPeerClient(ClientBase):
 async def _resolve(address: Address) -> Endpoint:
     loop = asyncio.get_running_loop()
     return numeric(address) or preferred(await loop.getaddrinfo(*address, type=socket.SOCK_DGRAM))
-
-
-async def _receive_answer(sock: socket.socket, endpoint: Endpoint, request: Request) -> Message:
-    # Not a datagram transport, which would close its socket only in a later iteration of the loop.
-    loop = asyncio.get_running_loop()
-    while True:
-        answer = request.answer_in(await loop.sock_recv(sock, RECEIVE_BYTES), endpoint)
-        if answer is not None:
-            return answer
-        # sock_recv does not yield while datagrams are queued, so a peer that floods would block the loop.
-        await asyncio.sleep(0)

@@ -102,8 +102,8 @@ class PeerClient(ClientBase):
                 sock.send(request.datagram)
                 while True:
                     sock.settimeout(request.remaining_s())
-                    answer = request.answer_in(sock.recv(RECEIVE_BYTES), endpoint)
-                    if answer is not None:
+                    datagram = sock.recv(RECEIVE_BYTES)
+                    if (answer := request.answer_in(datagram, endpoint)) is not None:
                         return answer
 
     def _send(self, target: Target, datagram: bytes) -> None:

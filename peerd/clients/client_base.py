@@ -66,11 +66,15 @@ class ClientBase:
         Raises SettingsError for a target that can be neither, NoAnswerError for an unknown peer id,
         and whatever ``peers`` raises.
         """
-        if isinstance(target, str):
-            record = self._peers.get(target) if self._peers is not None else None
-            return self._parse(target) if record is None else Address(record.url, record.port)
-        if isinstance(target, tuple):
-            return _checked(target)
+        match target:
+            case str():
+                record = self._peers.get(target) if self._peers is not None else None
+                return self._parse(target) if record is None else Address(record.url, record.port)
+            case (str(host), int(port)) if host and 1 <= port <= 65535:
+                return Address(host, port)
+            case tuple():
+                how = "write (host, port), a port from 1 to 65535"
+                raise SettingsError(f"target {target!r}: {how}")
         return Address(target.url, target.port)
 
     def _parse(self, target: str) -> Address:
@@ -133,10 +137,3 @@ def _cause(error: OSError, timeout_s: float | None) -> str:
             "and see that the peer has a handler that replies"
         )
     return f"{error.strerror or error}; {NEXT_STEPS.get(error.errno or 0, NEXT_STEP)}"
-
-
-def _checked(target: tuple[str, int]) -> Address:
-    match target:
-        case (str(host), int(port)) if host and 1 <= port <= 65535:
-            return Address(host, port)
-    raise SettingsError(f"target {target!r}: write (host, port), a port from 1 to 65535")

@@ -62,7 +62,7 @@ def bind_all(
             sock = adopted.get(port) or opened.enter_context(
                 _bound(socket.SOCK_DGRAM, host, family, address, port, flag)
             )
-            _grow_buffer(sock, recv_buffer_bytes)
+            grow_buffer(sock, recv_buffer_bytes)
             sockets.append(sock)
         opened.pop_all()
     if inherited is not None:
@@ -305,7 +305,8 @@ def _bound(
     return sock
 
 
-def _grow_buffer(sock: socket.socket, size_bytes: int) -> None:
+def grow_buffer(sock: socket.socket, size_bytes: int) -> None:
+    """Set the receive buffer to this size, or to the largest that is permitted."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size_bytes)
     except PermissionError:  # exceeding net.core.rmem_max takes CAP_NET_ADMIN (socket(7))

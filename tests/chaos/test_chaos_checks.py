@@ -25,7 +25,7 @@ PEER = {
     "handler_errors": 0,
     "tx_dropped": 0,
 }
-COUNT = Count(client=0, port=5001, sent=100, received=94, missing=6)
+COUNT = Count(client=0, port=5001, sent=100, missing=6)
 REPORT = LoadReport((COUNT,), dropped=0, foreign=0, finished=True)
 
 KILLED, STOPPED, REPLACED, BY_ITSELF = 11, 12, 13, 14
@@ -61,7 +61,7 @@ def broken(invariants: Sequence[checks.Invariant]) -> list[str]:
         ({}, {}, {"decode_errors": 1}, ["no datagram is an error"]),
         ({}, {}, {"handler_errors": 1}, ["no datagram is an error"]),
         ({}, {}, {"tx_dropped": 1}, ["no datagram is an error"]),
-        ({"sent": 49, "received": 43}, {}, {}, ["there was a load"]),
+        ({"sent": 49}, {}, {}, ["there was a load"]),
     ],
 )
 def test_each_defect_of_a_load_is_found(

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from harness.eventually import eventually
+from peerd.supervisor.sockets import grow_buffer
 from peerd_chaos.load import Load, LoadError
-from peerd_chaos.load_process import set_receive_buffer
 
 RATE = 2000.0
 
@@ -28,7 +28,7 @@ class Server:
         self._fault = fault
         self._held_back: list[bytes] = []
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        set_receive_buffer(self._socket, 64 << 20)
+        grow_buffer(self._socket, 64 << 20)
         self._socket.bind(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
 
