@@ -29,8 +29,7 @@ from peerd.errors import (
 if TYPE_CHECKING:
     from peerd.registry.cache import Cache
     from peerd.registry.records import PeerRecord
-    from peerd.registry.registration import Registration
-    from peerd.registry.registry import Listing, Registry, nodes
+    from peerd.registry.registry import Listing, Registration, Registry, nodes
     from peerd.registry.session import SessionState
     from peerd.registry.watch import Joined, Left, Updated, Watch
     from peerd.settings import EtcdAccess

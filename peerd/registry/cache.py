@@ -108,15 +108,9 @@ class Snapshot:
         self.watch = watch
         self._peer_ids: list[str] = []
         self._closed = threading.Event()
-        self.listed = threading.Event()
-        """Set after the first list, and when the thread has failed."""
-
-        self.failure: BaseException | None = None
-        """The error that ended the thread."""
-
-        self.records: tuple[PeerRecord, ...] = ()
-        """Sorted by peer id."""
-
+        self.listed = threading.Event()  # set after the first list, and when the thread has failed
+        self.failure: BaseException | None = None  # the error that ended the thread
+        self.records: tuple[PeerRecord, ...] = ()  # sorted by peer id
         self.by_peer_id: dict[str, PeerRecord] = {}
         self._thread = threading.Thread(target=self._run, name="peerd-registry-cache", daemon=True)
         self._thread.start()

@@ -58,9 +58,7 @@ class Claim:
         self.own_lease_ids: deque[int] = deque(maxlen=_MAX_OWN_LEASES)
         """The current lease and the former ones."""
 
-        self.mod_revision = 0
-        """Of our last write; 0 while the record is not in etcd."""
-
+        self.mod_revision = 0  # of our last write; 0 while the record is not in etcd
         self.conflict = ""
         self.retry_at_s = 0.0
         self.closed = False
@@ -81,8 +79,7 @@ class Claim:
 class HeldLease:
     lease_id: int
     ttl_s: int
-    ends_at_s: float
-    """On the monotonic clock; 0 once etcd has reported it gone."""
+    ends_at_s: float  # on the monotonic clock; 0 once etcd has reported it gone
 
     @property
     def is_alive(self) -> bool:

@@ -39,9 +39,7 @@ from peerd.settings import EtcdAccess
 etcd3 = import_etcd3()
 rpc = etcd3.etcdrpc
 
-PROBE_INTERVAL_S = 1.0
-"""Between two reads that show that a connection with an open stream is alive."""
-
+PROBE_INTERVAL_S = 1.0  # between two reads that show that a connection with an open stream is alive
 FIRST_ATTEMPT_TIMEOUT_S = 1.0
 """For one of several members at first; doubled after each round of all members."""
 
@@ -51,10 +49,7 @@ UNRESPONSIVE_S = 5.0
 While the others elect a leader, they refuse immediately; every client would return to the dead member."""
 
 _CLOSE_TIMEOUT_S = 1.0
-
-ROUND_PAUSE_S = 0.1
-"""Between two rounds of all members."""
-
+ROUND_PAUSE_S = 0.1  # between two rounds of all members
 _CHANNEL_OPTIONS = (
     # In spite of its name, the timeout of one attempt to connect (20 s by default).
     ("grpc.min_reconnect_backoff_ms", 2000),

@@ -33,8 +33,7 @@ _PAGE_GROWTH = 4
 _PAGE_BYTES = 8 * 1024 * 1024
 """The target, from the sizes seen so far; a quarter of what gRPC accepts."""
 
-_MAX_COMPARED_KEYS = 100
-"""Per transaction; etcd's own limit is 128 by default (``--max-txn-ops``)."""
+_MAX_COMPARED_KEYS = 100  # per transaction; etcd's own limit is 128 by default (``--max-txn-ops``)
 
 _GRPC_GRACE_S = 0.5
 """How much longer than its deadline a call is waited for."""
@@ -43,8 +42,7 @@ _KEY, _VALUE = attrgetter("key"), attrgetter("value")
 _RANGE, _PUT, _TXN = attrgetter("kv.Range"), attrgetter("kv.Put"), attrgetter("kv.Txn")
 _GRANT = attrgetter("leases.LeaseGrant")
 
-_Pages = list[tuple[Any, list[bytes]]]
-"""etcd's answers, each with the values in it."""
+_Pages = list[tuple[Any, list[bytes]]]  # etcd's answers, each with the values in it
 
 
 class Etcd:

@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 class KeyValue(NamedTuple):
     key: bytes
     value: bytes
-    lease_id: int
-    """0: no lease."""
-
+    lease_id: int  # 0: no lease
     mod_revision: int
 
     @classmethod
@@ -20,24 +18,19 @@ class KeyValue(NamedTuple):
 
 class Lease(NamedTuple):
     lease_id: int
-    ttl_s: int
-    """As granted: etcd raises a TTL that it finds too short."""
+    ttl_s: int  # as granted: etcd raises a TTL that it finds too short
 
 
 class Range(NamedTuple):
-    items: list[KeyValue]
-    """In the order of their keys."""
-
-    revision: int
-    """The revision of the store, the same for all items."""
+    items: list[KeyValue]  # in the order of their keys
+    revision: int  # the revision of the store, the same for all items
 
 
 class Change(NamedTuple):
     item: KeyValue
     """Without value and lease if it is deleted; its mod revision is then that of the deletion."""
 
-    deleted: bool
-    """By a client, or because its lease expired."""
+    deleted: bool  # by a client, or because its lease expired
 
     @classmethod
     def of(cls, event: Any) -> Change:

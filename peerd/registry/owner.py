@@ -35,8 +35,7 @@ class Owner:
     pid_namespace: int
     pid: int
     started_ticks: int
-    since: str
-    """When the record was first put by this owner: ISO 8601, by its own clock."""
+    since: str  # when the record was first put by this owner: ISO 8601, by its own clock
 
     @classmethod
     def of_process(cls, pid: int) -> Owner:

@@ -35,19 +35,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROUND_INTERVAL_S = 0.25
-"""Interval between health checks when nothing wakes the registrar."""
-
-MAX_IMPORT_DELAY_S = 1.0
-"""How long the import of gRPC waits for starting workers."""
-
-RETRY_INTERVAL_S = 0.5
-"""Between two attempts to register the same peer."""
-
+ROUND_INTERVAL_S = 0.25  # interval between health checks when nothing wakes the registrar
+MAX_IMPORT_DELAY_S = 1.0  # how long the import of gRPC waits for starting workers
+RETRY_INTERVAL_S = 0.5  # between two attempts to register the same peer
 WARN_INTERVAL_S = 60.0
 
-CALL_TIMEOUT_S = 2.0
-"""For one call to etcd."""
+CALL_TIMEOUT_S = 2.0  # for one call to etcd
 
 
 def run(

@@ -46,8 +46,7 @@ from peerd.registry.streams import WatchStream
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.05
-MAX_PAUSE_S = 1.0
-"""Between two attempts: doubled after each, up to this."""
+MAX_PAUSE_S = 1.0  # between two attempts: doubled after each, up to this
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,7 @@ MAX_WAITING = 10_000
 HEARTBEAT_INTERVAL_S = 0.25
 """An idle loop makes a turn this often, so that its heartbeat is written."""
 
-FLUSH_TIMEOUT_S = 0.5
-"""The time that the last replies have beyond the end of a drain."""
-
+FLUSH_TIMEOUT_S = 0.5  # the time that the last replies have beyond the end of a drain
 BLOCKED_RETRY_INTERVAL_S = 0.001
 """The time until a reply that the kernel did not take is tried again."""
 
@@ -105,9 +103,7 @@ class AsyncServer:
         self._is_flush_due = False
         self._leaves_queue = False
         self._is_over = False
-        self._room = asyncio.Event()
-        """Set while more coroutines may wait."""
-
+        self._room = asyncio.Event()  # set while more coroutines may wait
         self._room.set()
         self._full_since_s = 0.0
         self._next_full_log_s = 0.0

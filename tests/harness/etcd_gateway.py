@@ -25,24 +25,19 @@ class GatewayError(Exception):
 class Item(NamedTuple):
     value: bytes
     lease_id: int
-    create_revision: int
-    """It changes when a key is deleted and created again."""
-
+    create_revision: int  # it changes when a key is deleted and created again
     mod_revision: int
 
 
 class Change(NamedTuple):
     revision: int
     key: bytes
-    value: bytes | None
-    """None: deleted."""
+    value: bytes | None  # None: deleted
 
 
 class Status(NamedTuple):
     member_id: int
-    leader_id: int
-    """0: none known."""
-
+    leader_id: int  # 0: none known
     revision: int
 
 

@@ -26,8 +26,7 @@ _READY_WITHIN_S = 60.0
 class ServerTls(NamedTuple):
     cert_file: Path
     key_file: Path
-    client_ca_file: Path
-    """Clients must present a certificate of this CA."""
+    client_ca_file: Path  # clients must present a certificate of this CA
 
 
 class EtcdProcess:

@@ -45,10 +45,8 @@ class FaultyProxy:
 
     def __init__(self, target: Address, seed: int) -> None:
         self.address = Address("127.0.0.1", free_ports())
-        self.bytes_to_client = 0
-        """From etcd, in total."""
-        self.connections = 0
-        """Accepted in total."""
+        self.bytes_to_client = 0  # from etcd, in total
+        self.connections = 0  # accepted in total
         self._target = target
         self._schedule = random.Random(seed)
         self._random = random.Random(seed)  # drawn from as traffic arrives, so in no fixed order
@@ -196,8 +194,7 @@ class _Pair:
     def __init__(self, to_client: asyncio.StreamWriter) -> None:
         self.to_client = to_client
         self.to_etcd: asyncio.StreamWriter | None = None
-        self.spoilt = False
-        """It has lost bytes or received garbage."""
+        self.spoilt = False  # it has lost bytes or received garbage
 
     def finish(self) -> None:
         """Close both in an orderly way, after all buffered bytes."""

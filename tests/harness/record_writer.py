@@ -23,8 +23,7 @@ class RecordWriter:
         self._peers = peers
         self._written = 0
         self._there: set[str] = set()
-        self.revision = 0
-        """After the last answered write."""
+        self.revision = 0  # after the last answered write
 
     def put(self, peer_id: str) -> PeerRecord:
         self._written += 1

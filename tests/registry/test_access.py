@@ -58,8 +58,7 @@ def guard(etcd: EtcdProcess) -> None:
 class Tls:
     etcd: EtcdProcess
     authority: CertificateAuthority
-    stranger: CertificateAuthority
-    """Trusted by neither side."""
+    stranger: CertificateAuthority  # trusted by neither side
 
     def access(self) -> EtcdAccess:
         """With the right files."""
