@@ -63,11 +63,6 @@ def answer(name: str, child: subprocess.Popen[bytes], within_s: float = ANSWER_T
     return line
 
 
-def end_stdin(child: subprocess.Popen[bytes]) -> None:
-    assert child.stdin is not None
-    child.stdin.close()
-
-
 def cpu_seconds(pids: Sequence[int]) -> float:
     """User and system time of all threads of the processes so far, to the nanosecond."""
     # The CPU clock of another process: clock_getcpuclockid(3) as in linux/posix-timers_types.h, where

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -247,13 +246,7 @@ def _shared_outside(pids: Iterable[int]) -> list[str]:
 def _mapped_files(pid: int) -> set[str]:
     """The libraries and programs that a process has mapped."""
     try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    except OSError:  # of another user, or gone
+        maps = psutil.Process(pid).memory_maps(grouped=False)
+    except psutil.Error:  # of another user, or gone
         return set()
-    # address, permissions, offset, device, inode, path: proc_pid_maps(5)
-    fields = [line.split(maxsplit=5) for line in lines]
-    return {
-        path[0]
-        for _, perms, _, _, _, *path in fields
-        if "x" in perms and path and path[0][0] == "/"
-    }
+    return {each.path for each in maps if "x" in each.perms and each.path.startswith("/")}

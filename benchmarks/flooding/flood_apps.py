@@ -23,11 +23,7 @@ coroutines = App()
 class _Seen:
     """The counts of this process, which runs one of the apps."""
 
-    pings = 0
-    messages = 0
-    fires = 0
-    longest_delay_ns = 0
-    last_fire_ns = 0
+    pings = messages = fires = longest_delay_ns = last_fire_ns = 0
     ticker: asyncio.Task[None] | None = None
 
 
@@ -35,12 +31,8 @@ seen = _Seen()
 
 
 def result() -> dict[str, int]:
-    return {
-        "pings": seen.pings,
-        "messages": seen.messages,
-        "fires": seen.fires,
-        "longest_delay_ns": seen.longest_delay_ns,
-    }
+    names = ("pings", "messages", "fires", "longest_delay_ns")
+    return {name: getattr(seen, name) for name in names}
 
 
 @plain.handler("PING")

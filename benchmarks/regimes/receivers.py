@@ -21,7 +21,7 @@ from typing import Literal
 
 import orjson
 
-from bench.children import BenchmarkError, answer, cpu_seconds, end_stdin, running
+from bench.children import BenchmarkError, answer, cpu_seconds, running
 from udp.programs import Programs
 
 Role = Literal["count", "echo"]
@@ -128,7 +128,8 @@ class Serving:
 
     def stop(self) -> int:
         """Stop it, and return how many messages it has counted."""
-        end_stdin(self.child)
+        assert self.child.stdin is not None
+        self.child.stdin.close()
         messages: int = orjson.loads(answer(self.title, self.child))["messages"]
         return messages
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peerd_chaos.accounts import Count, Stream
@@ -23,28 +22,10 @@ def after(numbers: Iterable[int]) -> Count:
     return stream.count()
 
 
-@pytest.mark.parametrize(
-    ("numbers", "missing", "doubled", "out_of_order"),
-    [
-        ([0, 1, 2, 3, 4, 5, 6, 7], 0, 0, 0),
-        ([0, 1, 4, 5, 6, 7], 2, 0, 0),
-        ([0, 1, 2], 5, 0, 0),
-        ([], 8, 0, 0),
-        ([0, 1, 1, 2, 3, 4, 5, 6, 7], 0, 1, 0),
-        ([0, 2, 1, 3, 4, 5, 6, 7], 0, 0, 1),
-        ([0, 2, 1, 1, 3, 4, 5, 6, 7], 0, 1, 1),
-        ([7, 0, 7], 6, 1, 1),
-    ],
-)
-def test_each_kind_of_fault_is_counted(
-    numbers: list[int], missing: int, doubled: int, out_of_order: int
-) -> None:
-    count = after(numbers)
-    assert (count.missing, count.doubled, count.out_of_order) == (missing, doubled, out_of_order)
-
-
 @given(st.lists(st.integers(0, SENT - 1), max_size=3 * SENT))
-def test_the_counts_agree_with_a_list(numbers: list[int]) -> None:
+@example([0, 2, 1, 1, 3, 4, 5, 6, 7])  # one doubled, one out of order
+@example([7, 0, 7])  # and six missing
+def test_each_kind_of_fault_is_counted(numbers: list[int]) -> None:
     count = after(numbers)
     first = [number for at, number in enumerate(numbers) if number not in numbers[:at]]
     assert count.sent == SENT

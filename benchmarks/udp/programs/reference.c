@@ -70,30 +70,24 @@ static void reset_headers(int from, int count, size_t controls)
     }
 }
 
-static void count_joined(int fd)
+static void count_joined(struct mmsghdr *received, size_t stride)
 {
-    join_receives(fd);
-    reset_headers(0, GRO_BATCH, CONTROL_BYTES);
-    while (!ended) {
-        int filled = recvmmsg(fd, headers, GRO_BATCH, MSG_WAITFORONE, NULL);
-        for (int i = 0; i < filled; i++) {
-            size_t stride = stride_of(&headers[i].msg_hdr, headers[i].msg_len);
-            messages += stride ? (headers[i].msg_len + stride - 1) / stride : 1;
-        }
-        if (filled > 0)
-            reset_headers(0, filled, CONTROL_BYTES);
-    }
+    messages += stride ? (received->msg_len + stride - 1) / stride : 1;
 }
 
-static void count_plain(int fd)
+/* Without controls no datagram is joined. */
+static void count(int fd, int batch, size_t controls)
 {
-    reset_headers(0, PLAIN_BATCH, 0);
+    reset_headers(0, batch, controls);
     while (!ended) {
-        int filled = recvmmsg(fd, headers, PLAIN_BATCH, MSG_WAITFORONE, NULL);
-        if (filled > 0) {
+        int filled = recvmmsg(fd, headers, batch, MSG_WAITFORONE, NULL);
+        if (filled <= 0)
+            continue;
+        if (!controls)
             messages += filled;
-            reset_headers(0, filled, 0);
-        }
+        for (int i = 0; controls && i < filled; i++)
+            count_joined(&headers[i], stride_of(&headers[i].msg_hdr, headers[i].msg_len));
+        reset_headers(0, filled, controls);
     }
 }
 
@@ -140,7 +134,7 @@ static void split_as_received(struct mmsghdr *received, unsigned char *room)
 {
     struct msghdr *header = &received->msg_hdr;
     size_t stride = stride_of(header, received->msg_len);
-    messages += stride ? (received->msg_len + stride - 1) / stride : 1;
+    count_joined(received, stride);
     header->msg_iov->iov_len = received->msg_len;
     header->msg_flags = 0;
     header->msg_control = NULL;
@@ -182,10 +176,11 @@ int main(int argc, char **argv)
     limit_waiting(fd);
     printf("ready %d\n", getpid());
     fflush(stdout);
-    if (strcmp(argv[1], "count-gro") == 0)
-        count_joined(fd);
-    else if (strcmp(argv[1], "count") == 0)
-        count_plain(fd);
+    if (strcmp(argv[1], "count-gro") == 0) {
+        join_receives(fd);
+        count(fd, GRO_BATCH, CONTROL_BYTES);
+    } else if (strcmp(argv[1], "count") == 0)
+        count(fd, PLAIN_BATCH, 0);
     else if (strcmp(argv[1], "count-epoll") == 0)
         count_on_many(argv + 2, argc - 2);
     else if (strcmp(argv[1], "echo") == 0)
