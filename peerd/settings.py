@@ -148,20 +148,17 @@ class RegistrySettings:
     access: EtcdAccess = ANONYMOUS
 
     def __post_init__(self) -> None:
-        if not EtcdEndpoints.of(self.endpoint).tls and (
-            self.access.ca_file or self.access.cert_file
-        ):
+        has_tls = EtcdEndpoints.of(self.endpoint).tls
+        if not has_tls and (self.access.ca_file or self.access.cert_file):
             raise SettingsError(
                 f"certificates need an https endpoint, but --etcd is {self.endpoint}",
                 "etcd",
                 "etcd-ca",
                 "etcd-cert",
             )
-        if (
-            not self.prefix.isprintable()
-            or not 1 <= len(self.prefix.encode()) <= MAX_PREFIX_BYTES
-            or self.prefix.endswith("/")
-        ):
+        size = len(self.prefix.encode(errors="replace"))
+        is_prefix = self.prefix.isprintable() and 1 <= size <= MAX_PREFIX_BYTES
+        if not is_prefix or self.prefix.endswith("/"):
             raise SettingsError(
                 f"prefix {self.prefix[:100]!r}: give printable text of 1 to {MAX_PREFIX_BYTES} bytes "
                 "in UTF-8 that does not end with '/', such as 'peerd'",

@@ -163,7 +163,9 @@ class _Handler(logging.Handler):
         try:
             lines = [record]
             if unreported := self._unreported:
-                lines.insert(0, _dropped_notice(unreported))
+                message = "%d log records were dropped here, because the log was not read"
+                notice = (__name__, logging.WARNING, "", 0, message, (unreported,), None)
+                lines.insert(0, logging.LogRecord(*notice))
             text = "".join(f"{self.layout.format(line)}\n" for line in lines)
             if self._writer.write(text.encode("utf-8", "backslashreplace")):
                 self._unreported -= unreported
@@ -177,11 +179,6 @@ class _Handler(logging.Handler):
     def _count(self, number: int) -> None:
         self.dropped += number
         self._unreported += number
-
-
-def _dropped_notice(count: int) -> logging.LogRecord:
-    message = "%d log records were dropped here, because the log was not read"
-    return logging.LogRecord(__name__, logging.WARNING, "", 0, message, (count,), None)
 
 
 class _Text(logging.Formatter):

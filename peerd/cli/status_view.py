@@ -27,8 +27,8 @@ COLOURS = {
 }
 
 
+# Why a worker died, if its exit code or signal does not say it.
 CAUSES = {"oom": "OOM", "stuck": "stuck", "late": "late"}
-"""Why a worker died, if its exit code or signal does not say it."""
 
 
 class Rates:
@@ -72,37 +72,38 @@ def head(report: Report) -> list[str]:
 def columns(report: Report, rates: Mapping[int, tuple[int, int]] | None = None) -> list[Column]:
     """The most important columns first. With ``rates``, messages are per second."""
     peers = report["peers"]
-
-    def column(title: str, cells: list[object]) -> Column:
-        return Column(title, cells)
-
     if rates is None:
         traffic = [
-            column("RX", [peer["rx_messages"] for peer in peers]),
-            column("TX", [peer["tx_messages"] for peer in peers]),
+            Column("RX", [peer["rx_messages"] for peer in peers]),
+            Column("TX", [peer["tx_messages"] for peer in peers]),
         ]
     else:
         seen = [rates.get(peer["slot"], (None, None)) for peer in peers]
-        traffic = [column("RX/s", [rx for rx, _ in seen]), column("TX/s", [tx for _, tx in seen])]
+        traffic = [Column("RX/s", [rx for rx, _ in seen]), Column("TX/s", [tx for _, tx in seen])]
+    ages = [peer["heartbeat_age_s"] for peer in peers]
+    errors = [
+        peer["counters"]["rx_truncated"] + peer["decode_errors"] + peer["handler_errors"]
+        for peer in peers
+    ]
     return [
-        column("#", [peer["slot"] for peer in peers]),
-        column("PEER", [peer["peer_id"] for peer in peers]),
+        Column("#", [peer["slot"] for peer in peers]),
+        Column("PEER", [peer["peer_id"] for peer in peers]),
         Column(
             "STATE", [state(peer) for peer in peers], lambda text: COLOURS.get(text.split()[0], "")
         ),
-        column("UP", [duration(peer["uptime_s"]) for peer in peers]),
-        column("RST", [peer["restarts"] for peer in peers]),
+        Column("UP", [duration(peer["uptime_s"]) for peer in peers]),
+        Column("RST", [peer["restarts"] for peer in peers]),
         *traffic,
-        column("BEAT", [_age(peer["heartbeat_age_s"]) for peer in peers]),
-        column("QUEUE", [peer["rx_queued_bytes"] for peer in peers]),
-        column("DROP", [peer["rx_dropped"] + peer["tx_dropped"] for peer in peers]),
-        column("LOST", [peer["lost_in_flight"] for peer in peers]),
-        column("ERR", [_errors(peer) for peer in peers]),
-        column("REG", ["yes" if peer["registered"] else "no" for peer in peers]),
-        column("PID", [peer["pid"] for peer in peers]),
-        column("LAST EXIT", [_last_exit(peer) for peer in peers]),
-        column("MiB", [round(peer["rss_bytes"] / 2**20, 1) for peer in peers]),
-        column("CPU%", [peer["cpu_percent"] for peer in peers]),
+        Column("BEAT", [age if age is None else duration(age) for age in ages]),
+        Column("QUEUE", [peer["rx_queued_bytes"] for peer in peers]),
+        Column("DROP", [peer["rx_dropped"] + peer["tx_dropped"] for peer in peers]),
+        Column("LOST", [peer["lost_in_flight"] for peer in peers]),
+        Column("ERR", errors),
+        Column("REG", ["yes" if peer["registered"] else "no" for peer in peers]),
+        Column("PID", [peer["pid"] for peer in peers]),
+        Column("LAST EXIT", [_last_exit(peer) for peer in peers]),
+        Column("MiB", [round(peer["rss_bytes"] / 2**20, 1) for peer in peers]),
+        Column("CPU%", [peer["cpu_percent"] for peer in peers]),
     ]
 
 
@@ -144,15 +145,6 @@ def duration(seconds: float) -> str:
     if days:
         return f"{days}d{hours:02}h"
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
-
-
-def _errors(peer: Peer) -> int:
-    truncated: int = peer["counters"]["rx_truncated"]
-    return truncated + int(peer["decode_errors"]) + int(peer["handler_errors"])
-
-
-def _age(seconds: float | None) -> str | None:
-    return None if seconds is None else duration(seconds)
 
 
 def _ago(seconds: float) -> str:

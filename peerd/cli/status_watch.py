@@ -35,34 +35,30 @@ ANSWER_S = 2.0
 def watch_on_screen(path: Path) -> None:
     """Show reports until q or Ctrl-C. Raises NotRunningError if no supervisor answers at the start."""
     with contextlib.suppress(KeyboardInterrupt):
-        _watch_screen(_connected_source(path))
+        _watch_screen(_Source(path))
 
 
 def watch_status(path: Path, show: Callable[[dict[str, Any]], None]) -> None:
     """Print reports one below the other, until Ctrl-C."""
     with contextlib.suppress(KeyboardInterrupt):
-        _watch_lines(_connected_source(path), show)
-
-
-def _connected_source(path: Path) -> _Source:
-    source = _Source(path)
-    source.update()
-    if source.report is None:
-        raise NotRunningError(source.silence)
-    return source
+        _watch_lines(_Source(path), show)
 
 
 class _Source:
     """The reports of the supervisors that answer at a socket."""
 
     def __init__(self, path: Path) -> None:
-        self.report: dict[str, Any] | None = None  # The last one
+        """Raises NotRunningError if no supervisor answers."""
+        self.report: dict[str, Any] = {}  # The last one
         self.rates: dict[int, tuple[int, int]] = {}
         self.silence = ""  # Why the last request failed; empty if it did not
         self.restarts = ""  # A line about the latest restart of the supervisor; empty without one
         self._path = path
         self._rates = status_view.Rates()
         self._answered_s = 0.0
+        self.update()
+        if self.silence:
+            raise NotRunningError(self.silence)
 
     def update(self) -> None:
         try:
@@ -73,7 +69,7 @@ class _Source:
         now_s = time.monotonic()
         self.rates = self._rates.after(report, now_s)
         pid = report["supervisor"]["pid"]
-        if self.report is not None and (old_pid := self.report["supervisor"]["pid"]) != pid:
+        if self.report and (old_pid := self.report["supervisor"]["pid"]) != pid:
             self.restarts = f"the supervisor was restarted: pid {pid} follows {old_pid}"
         self.report, self.silence, self._answered_s = report, "", now_s
 
@@ -90,7 +86,6 @@ def _watch_lines(source: _Source, show: Callable[[dict[str, Any]], None]) -> Non
                 click.echo(f"peerd status: {text}", err=True)
         printed = source.silence + source.restarts
         if not source.silence:
-            assert source.report is not None
             show(source.report)
             sys.stdout.flush()
         time.sleep(INTERVAL_S)
@@ -118,7 +113,6 @@ def _screen(source: _Source, console: Console) -> RenderableType:
     from rich.text import Text
 
     report = source.report
-    assert report is not None
     head = [Text(line) for line in status_view.head(report)]
     if source.silence:
         silent = status_view.duration(source.silent_for_s)

@@ -42,17 +42,14 @@ class ControlCommands:
 
     def table(self) -> Mapping[str, Command]:
         return {
-            "status": self._status,
+            "status": lambda _: self.status.build(self._state),
             "reload": self._reload,
             "restart": self._restart,
             "scale": self._scale,
             "stop": self._stop,
-            "events": self._events,
+            "events": lambda arguments: self._as_requested(arguments, self.history.since),
             "logs": self._logs,
         }
-
-    def _status(self, _arguments: Arguments) -> Result:
-        return self.status.build(self._state)
 
     def _reload(self, _arguments: Arguments) -> Promise[Result]:
         """Replace all workers, one at a time; stop at the first that fails."""
@@ -79,9 +76,6 @@ class ControlCommands:
     def _stop(self, _arguments: Arguments) -> Result:
         self.stop()
         return {"pid": os.getpid(), "stop_timeout_s": self.stop_timeout_s}
-
-    def _events(self, arguments: Arguments) -> object:
-        return self._as_requested(arguments, self.history.since)
 
     def _logs(self, arguments: Arguments) -> object:
         """Of ``slot``, which may be gone, as long as there are lines; None: of all."""

@@ -31,7 +31,8 @@ def label_pairs(**labels: str) -> str:
     """Such as ``{peer="localhost:5001"}``; no labels are an empty text."""
     if not labels:
         return ""
-    return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items()) + "}"
+    escaped = {name: _escaped(value).replace('"', r"\"") for name, value in labels.items()}
+    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}"
 
 
 def histogram_samples(
@@ -66,14 +67,10 @@ def render(families: Iterable[Family]) -> bytes:
     parts = []
     for name, explanation, samples, is_histogram in families:
         kind = "counter" if name.endswith("_total") else "histogram" if is_histogram else "gauge"
-        parts.append(f"# HELP {name} {_escaped_help(explanation)}\n# TYPE {name} {kind}\n")
+        parts.append(f"# HELP {name} {_escaped(explanation)}\n# TYPE {name} {kind}\n")
         parts += [f"{name}{labels} {value}\n" for labels, value in samples]
     return "".join(parts).encode()
 
 
-def _escaped_help(text: str) -> str:
-    return text.replace("\\", r"\\").replace("\n", r"\n")
-
-
 def _escaped(text: str) -> str:
-    return _escaped_help(text).replace('"', r"\"")
+    return text.replace("\\", r"\\").replace("\n", r"\n")

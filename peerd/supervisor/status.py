@@ -92,6 +92,7 @@ class StatusReport:
         counters = slot.counters()
         rss_bytes, cpu_percent = self._usage(slot.pid)
         queue, dropped = peer.drops.read()
+        next_s = peer.restarts.next_start_s
         counters["rx_kernel_drops"] = dropped
         return {
             "slot": slot.index,
@@ -105,7 +106,7 @@ class StatusReport:
             "health_for_s": round(found.for_s, 3) if found else None,
             "summary": _summary(peer),
             "restarts": slot.restarts,
-            "next_start_in_s": _seconds_until(peer.restarts.next_start_s, now_s),
+            "next_start_in_s": None if next_s is None else round(max(0.0, next_s - now_s), 3),
             "last_exit": _last_exit(peer, now_s),
             "last_reload_gap_ms": peer.last_gap_ms,
             "lost_in_flight": slot.lost_in_flight,
@@ -163,9 +164,8 @@ def _last_exit(peer: SupervisedPeer, now_s: float) -> dict[str, object] | None:
     death = peer.last_death
     if death is None:
         return None
-    age_s = round(now_s - death.at_s, 3)
-    more = {"oom": death.cause == "oom", "age_s": age_s, "summary": death.summary}
-    known = {**death._asdict(), **more}
+    more = {"oom": death.cause == "oom", "age_s": round(now_s - death.at_s, 3)}
+    known = {**death._asdict(), **more, "summary": death.summary}
     return {name: known[name] for name in EXIT_FIELDS}
 
 
@@ -175,7 +175,3 @@ def _sum(counters: dict[str, int], prefix: str) -> int:
 
 def _seconds_since(then_ns: int) -> float:
     return round((time.monotonic_ns() - then_ns) / 1e9, 3)
-
-
-def _seconds_until(then_s: float | None, now_s: float) -> float | None:
-    return None if then_s is None else round(max(0.0, then_s - now_s), 3)

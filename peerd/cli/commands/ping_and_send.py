@@ -80,7 +80,11 @@ def ping(
     if as_json:
         click.echo(orjson.dumps({**summary, "times_ms": times_ms}))
     else:
-        click.echo(f"{count} sent, {len(times_ms)} answered{_spread(times_ms)}")
+        spread = ""
+        if times_ms:
+            low, middle, high = min(times_ms), statistics.median(times_ms), max(times_ms)
+            spread = f"; min {low:.3f}, median {middle:.3f}, max {high:.3f} ms"
+        click.echo(f"{count} sent, {len(times_ms)} answered{spread}")
     if len(times_ms) < count:
         sys.exit(1)
 
@@ -153,9 +157,3 @@ def _client(target: str, etcd: EtcdLocation) -> PeerClient:
 
 def _pong_of(body: bytes) -> Callable[[Message], bool]:
     return lambda reply: reply.magic == "PONG" and reply.body == body
-
-
-def _spread(times_ms: list[float]) -> str:
-    if not times_ms:
-        return ""
-    return f"; min {min(times_ms):.3f}, median {statistics.median(times_ms):.3f}, max {max(times_ms):.3f} ms"

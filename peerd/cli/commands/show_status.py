@@ -66,7 +66,9 @@ def status(path: Path | None, watch: bool, fields: str | None, as_json: bool) ->
     if watch:
         from peerd.cli.status_watch import watch_on_screen, watch_status
 
-        if fields is None and not as_json and _has_screen():
+        # A terminal that can move its cursor.
+        has_screen = os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
+        if fields is None and not as_json and has_screen and sys.stdout.isatty():
             watch_on_screen(where)
         else:
             watch_status(where, show)
@@ -75,11 +77,6 @@ def status(path: Path | None, watch: bool, fields: str | None, as_json: bool) ->
     show(report)
     if report["supervisor"]["state"] != "ready":
         sys.exit(1)
-
-
-def _has_screen() -> bool:
-    """Whether standard output is a terminal that can move its cursor."""
-    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
 
 
 def _shower(fields: str | None, as_json: bool, *, indent: bool) -> Show:
