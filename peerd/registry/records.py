@@ -197,14 +197,8 @@ class PeerRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """The form of ``peerd nodes --json``."""
-        return {
-            "peer_id": self.peer_id,
-            "url": self.url,
-            "port": self.port,
-            "protocol": self.protocol,
-            "partition_key": self.partition_key,
-            "metadata": self.metadata,
-        }
+        names = ("peer_id", "url", "port", "protocol", "partition_key", "metadata")
+        return {name: getattr(self, name) for name in names}
 
 
 class RecordReader:

@@ -13,7 +13,6 @@ from harness.eventually import eventually
 
 SIZE = 3
 _ASK_TIMEOUT_S = 0.5
-_ELECTED_WITHIN_S = 60.0
 
 
 class EtcdCluster:
@@ -46,7 +45,7 @@ class EtcdCluster:
 
     def leader(self) -> EtcdProcess:
         """The member that a majority follows; waits for an election to end."""
-        leader = eventually(self._elected, _ELECTED_WITHIN_S)
+        leader = eventually(self._elected)
         assert leader is not None
         return leader
 
@@ -60,7 +59,7 @@ class EtcdCluster:
                 leader.gateway.move_leader(number)
             return leader is to
 
-        eventually(leads, _ELECTED_WITHIN_S)
+        eventually(leads)
 
     def others(self, member: EtcdProcess) -> list[EtcdProcess]:
         return [other for other in self.members if other is not member]

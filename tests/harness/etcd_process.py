@@ -20,8 +20,6 @@ from harness.ports import free_ports
 from peerd.address import Address
 from peerd.registry.embedded_etcd import is_healthy
 
-_READY_WITHIN_S = 60.0
-
 
 class ServerTls(NamedTuple):
     cert_file: Path
@@ -98,14 +96,14 @@ class EtcdProcess:
                 process_group=0,  # Ctrl-C in the terminal does not end it
             )
 
-    def wait_ready(self, within_s: float = _READY_WITHIN_S) -> None:
+    def wait_ready(self) -> None:
         def ready() -> bool:
             assert self._process is not None
             status = self._process.poll()
             # Not raised here: eventually() would wait for better.
             return status is not None or self.is_healthy()
 
-        eventually(ready, within_s)
+        eventually(ready)
         assert self.running, f"etcd ended: {self._log.read_text(errors='replace')[-2000:]}"
 
     def is_healthy(self, timeout_s: float = 1.0) -> bool:

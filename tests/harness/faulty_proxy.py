@@ -198,14 +198,12 @@ class _Pair:
 
     def finish(self) -> None:
         """Close both in an orderly way, after all buffered bytes."""
-        for writer in (self.to_client, self.to_etcd):
-            if writer is not None:
-                writer.close()
+        for writer in filter(None, (self.to_client, self.to_etcd)):
+            writer.close()
 
     def reset(self) -> None:
-        for writer in (self.to_client, self.to_etcd):
-            if writer is not None:
-                sock: socket.socket | None = writer.get_extra_info("socket")
-                if sock is not None and sock.fileno() >= 0:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-                writer.transport.abort()
+        for writer in filter(None, (self.to_client, self.to_etcd)):
+            sock: socket.socket | None = writer.get_extra_info("socket")
+            if sock is not None and sock.fileno() >= 0:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            writer.transport.abort()

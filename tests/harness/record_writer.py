@@ -16,11 +16,10 @@ _PAUSE_S = 0.01
 class RecordWriter:
     """Repeatedly puts and deletes a few records. No two values are equal."""
 
-    def __init__(self, gateway: Gateway, prefix: str, seed: int = 1, peers: int = 8) -> None:
+    def __init__(self, gateway: Gateway, prefix: str, seed: int = 1) -> None:
         self._gateway = gateway
         self._folder = f"{prefix}/".encode()
         self._random = random.Random(seed)
-        self._peers = peers
         self._written = 0
         self._there: set[str] = set()
         self.revision = 0  # after the last answered write
@@ -39,7 +38,7 @@ class RecordWriter:
     def write(self, count: int = 1) -> None:
         """Put or delete ``count`` times; each is one event."""
         for _ in range(count):
-            peer_id = f"peer-{self._random.randrange(self._peers)}"
+            peer_id = f"peer-{self._random.randrange(8)}"
             if peer_id in self._there and self._random.random() < 0.4:
                 self.delete(peer_id)
             else:

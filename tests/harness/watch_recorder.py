@@ -23,7 +23,7 @@ class WatchRecorder:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._read, name="watch-recorder", daemon=True)
 
-    def wait_for(self, records: dict[str, PeerRecord], within_s: float = 60.0) -> None:
+    def wait_for(self, records: dict[str, PeerRecord]) -> None:
         """Until exactly these peers are present according to the events."""
 
         def are_equal() -> bool:
@@ -37,7 +37,7 @@ class WatchRecorder:
             assert not wrong, f"(reported, in etcd): {wrong}; the last: {self.events[-3:]}"
             return True
 
-        eventually(are_equal, within_s)
+        eventually(are_equal)
 
     def check_alive(self) -> None:
         if self._failure is not None:

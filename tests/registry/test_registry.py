@@ -83,13 +83,6 @@ def test_listing_reads_faasnets_records_and_counts_what_is_none(
     assert sum("skipped" in message for message in caplog.messages) == 5
 
 
-def test_a_listing_of_many_pages(registry: Registry, store: Store) -> None:
-    records = [PeerRecord("localhost", port) for port in range(1, 2501)]
-    for record in reversed(records):
-        store.put(record.peer_id, record.to_json())
-    assert registry.nodes() == sorted(records, key=lambda record: record.peer_id)
-
-
 def test_nodes_takes_its_settings_and_no_proxy_from_the_environment(
     etcd: str, prefix: str, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

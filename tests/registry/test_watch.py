@@ -13,6 +13,7 @@ import pytest
 from harness.command import peerd
 from harness.eventually import eventually
 from harness.store import Store
+from harness.watch_recorder import WatchRecorder
 from peerd.errors import InvalidRecordError, PeerConflictError, RegistryUnavailableError
 from peerd.registry import EtcdAccess, Joined, Left, PeerRecord, Registry, Updated, Watch
 from peerd.registry.connection import Members
@@ -216,21 +217,15 @@ def test_an_async_watch_that_is_cancelled(registry: Registry) -> None:
 
 
 def test_a_watch_may_start_before_etcd(prefix: str) -> None:
-    etcd = EmbeddedEtcd()
-    with etcd:
-        endpoint = etcd.endpoint
+    with EmbeddedEtcd() as etcd, Registry(etcd.endpoint, prefix, timeout_s=1.0) as registry:
         etcd.kill()
-        with Registry(endpoint, prefix, timeout_s=1.0) as registry, registry.watch() as watch:
-            events: list[Joined | Updated | Left] = []
-            reader = threading.Thread(target=lambda: events.extend(watch))
-            reader.start()
+        with WatchRecorder(registry.watch()) as recorder:
             etcd.restart()
             registration = eventually(lambda: registry.register(SEED))
-            eventually(lambda: [event.record for event in events] == [SEED])
+            recorder.wait_for({"seedId": SEED})
             registration.close()
-            eventually(lambda: len(events) == 2)
-            watch.close()
-            reader.join(30)
+            recorder.wait_for({})
+            assert len(recorder.events) == 2
 
 
 # Caching
@@ -340,10 +335,10 @@ def test_filters(registry: Registry) -> None:
     assert ports(metadata={"none": None}) == []
 
 
-def test_values_that_are_too_large_for_one_page(registry: Registry, store: Store) -> None:
+def test_a_listing_of_many_pages_some_of_them_too_large(registry: Registry, store: Store) -> None:
     """Other programs may write up to 1.5 MB; a page of such values is more than gRPC accepts."""
     records = [PeerRecord("localhost", port) for port in range(1, 1501)]
-    for record in records:
+    for record in reversed(records):
         store.put(record.peer_id, record.to_json())
     lease_id = store.lease()
     for number in range(40):
