@@ -6,9 +6,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -31,18 +29,17 @@ class Server:
         grow_buffer(self._socket, 64 << 20)
         self._socket.bind(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        thread = threading.Thread(target=self._serve)
-        thread.start()
-        try:
-            yield
-        finally:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-                sock.sendto(b"", ("127.0.0.1", self.port))
-            thread.join()
-            self._socket.close()
+    def __enter__(self) -> Server:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"", ("127.0.0.1", self.port))
+        self._thread.join()
+        self._socket.close()
 
     def _serve(self) -> None:
         while True:
@@ -81,9 +78,8 @@ class Server:
 def test_each_kind_of_reply_is_counted(
     fault: str, missing: int, doubled: int, out_of_order: int, foreign: int
 ) -> None:
-    server = Server(fault)
     # With one client, neighbours that are swapped belong to the same stream.
-    with server.running(), Load([server.port], rate=RATE, clients=1) as load:
+    with Server(fault) as server, Load([server.port], rate=RATE, clients=1) as load:
         eventually(lambda: server.taken >= 1000)
         report = load.finish()
     assert report.finished
@@ -100,8 +96,7 @@ def test_each_kind_of_reply_is_counted(
 
 
 def test_ports_come_and_go() -> None:
-    first, second = Server(), Server()
-    with first.running(), second.running(), Load([first.port], rate=RATE) as load:
+    with Server() as first, Server() as second, Load([first.port], rate=RATE) as load:
         eventually(lambda: first.taken >= 100)
         assert second.taken == 0
         load.add([second.port])
@@ -130,8 +125,7 @@ def test_a_port_that_is_not_served_loses_everything() -> None:
 
 
 def test_the_rate_is_kept() -> None:
-    server = Server()
-    with server.running(), Load([server.port], rate=0.0) as load:
+    with Server() as server, Load([server.port], rate=0.0) as load:
         begun_s = time.monotonic()
         load.pace(RATE)
         eventually(lambda: server.taken >= 2 * RATE)
@@ -143,8 +137,7 @@ def test_the_rate_is_kept() -> None:
 
 
 def test_two_threads_may_use_it_at_once() -> None:
-    server = Server()
-    with server.running(), Load([server.port], rate=RATE) as load, ThreadPoolExecutor(2) as pool:
+    with Server() as server, Load([server.port], rate=RATE) as load, ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(ask_again_and_again, load, server.port) for _ in range(2)]
         assert [each.result(30) for each in asked] == [200, 200]
         assert load.finish().missing == 0
@@ -158,8 +151,8 @@ def ask_again_and_again(load: Load, port: int) -> int:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_client_that_dies_or_hangs_is_an_error(number: signal.Signals) -> None:
     """And stays one, so that a late answer is not taken for another."""
-    server, others = Server(), set(psutil.Process().children())
-    with server.running(), Load([server.port], rate=RATE, patience_s=1.0) as load:
+    others = set(psutil.Process().children())
+    with Server() as server, Load([server.port], rate=RATE, patience_s=1.0) as load:
         (client,) = set(psutil.Process().children()) - others
         client.send_signal(number)
         with pytest.raises(LoadError, match=r"exited early|does not answer within 1 s"):
