@@ -33,15 +33,11 @@ SUMMED = ("sent", "missing", "doubled", "out_of_order")
 
 @dataclass(frozen=True)
 class LoadReport:
-    counts: tuple[Count, ...]
-    """One per client and port."""
-
+    counts: tuple[Count, ...]  # One per client and port
     dropped: int
     """Answers that the clients' own buffers had no room for. Above 0, the loss does not indict the peers."""
 
-    foreign: int
-    """Answers to datagrams that were never sent."""
-
+    foreign: int  # Answers to datagrams that were never sent
     finished: bool
     """Every datagram was answered or overtaken by later answers; only then is the loss final."""
 

@@ -8,16 +8,13 @@ import time
 from peerd import App, Message
 
 HANDLER_VARIABLE = "PEERD_CHAOS_HANDLER_S"
-COROUTINE_S = 0.02
-"""Long enough that twenty and more coroutines are under way at once."""
-
+COROUTINE_S = 0.02  # Long enough that twenty and more coroutines are under way at once
 SPIN_S = 0.5
 DIE_CODE = 9
 
 app = App()
 coroutines = App()
-handler_s = float(os.environ.get(HANDLER_VARIABLE, "0.0002"))
-"""So that queues are seldom empty."""
+handler_s = float(os.environ.get(HANDLER_VARIABLE, "0.0002"))  # So that queues are seldom empty
 
 
 @app.handler("SEQ")

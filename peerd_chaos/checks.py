@@ -38,9 +38,7 @@ DEFECTS = re.compile("Traceback|Fatal Python error|Exception ignored|Logging err
 KILLED_BY_SUPERVISOR = ("stuck", "late")
 """No action here holds a worker up long enough for these verdicts."""
 
-MIN_SENT_SHARE = 0.5
-"""Of the datagrams that were due. A run that sends few datagrams proves little."""
-
+MIN_SENT_SHARE = 0.5  # Of the datagrams that were due. A run that sends few datagrams proves little
 ERRORS = ("decode_errors", "handler_errors", "tx_dropped")
 
 
@@ -48,8 +46,7 @@ ERRORS = ("decode_errors", "handler_errors", "tx_dropped")
 class Invariant:
     name: str
     holds: bool
-    counted: str
-    """The numbers behind the verdict."""
+    counted: str  # The numbers behind the verdict
 
 
 def load(

@@ -51,9 +51,7 @@ class Disturber:
         self._commands = ThreadPoolExecutor(MAX_COMMANDS_AT_ONCE)
         self._resizing = ThreadPoolExecutor(1)
         self._futures: list[Future[None]] = []
-        self._stopped: set[int] = set()
-        """Workers that were sent SIGSTOP and not yet SIGCONT."""
-
+        self._stopped: set[int] = set()  # Workers that were sent SIGSTOP and not yet SIGCONT
         self._leaving: Collection[int] = ()
         """Slots that the change of the number of peers under way adds or removes."""
 

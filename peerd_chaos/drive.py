@@ -32,9 +32,7 @@ POLICY = RestartPolicy()
 MAX_UNREADY_S = POLICY.max_delay_s * (1 + POLICY.jitter) + 5.0
 """The longest delay of a restart, and a start."""
 
-STOP_TIMEOUT_S = 9.0
-"""--stop-timeout and the time to report it."""
-
+STOP_TIMEOUT_S = 9.0  # --stop-timeout and the time to report it
 ANSWER_TIMEOUT_S = 60.0
 LOAD_BEFORE_STOP_S = 0.3
 
@@ -42,9 +40,7 @@ LOAD_BEFORE_STOP_S = 0.3
 @dataclass(frozen=True)
 class ChaosReport:
     seed: int
-    done: dict[str, int]
-    """How often each kind of action was done."""
-
+    done: dict[str, int]  # How often each kind of action was done
     invariants: tuple[Invariant, ...]
 
     @property
@@ -94,8 +90,7 @@ class _Run:
         self._load = disturber.load
         self._record = disturber.record
         self._invariants: list[Invariant] = []
-        self._lost = 0
-        """Datagrams lost before the stop."""
+        self._lost = 0  # Datagrams lost before the stop
 
     def run(self) -> ChaosReport:
         settings, done = self._settings, list[Kind]()

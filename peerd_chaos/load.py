@@ -18,8 +18,7 @@ from typing import Any
 from peerd.errors import PeerdError
 from peerd_chaos.accounts import LoadReport
 
-PATIENCE_S = 30.0
-"""For an answer that should take no time."""
+PATIENCE_S = 30.0  # For an answer that should take no time
 
 
 class LoadError(PeerdError):
@@ -39,8 +38,7 @@ class Load:
         self._patience_s = patience_s
         self._asking = threading.Lock()
         self._paced_s = time.monotonic()
-        self._due_before = 0.0
-        """Datagrams that were due when the rate was last set."""
+        self._due_before = 0.0  # Datagrams that were due when the rate was last set
 
     @property
     def due(self) -> float:

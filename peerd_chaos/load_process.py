@@ -36,9 +36,7 @@ HOST = "127.0.0.1"
 RECV_BUFFER_BYTES = 256 * 1024 * 1024
 
 TICK_S = 0.001
-MAX_BEHIND_S = 0.05
-"""After a longer delay, only this much of it is made up for."""
-
+MAX_BEHIND_S = 0.05  # After a longer delay, only this much of it is made up for
 QUIET_S = 0.5
 MARK_INTERVAL_S = 0.25
 MARK = (1 << 64) - 1
@@ -63,8 +61,7 @@ class _Sender:
         self._sockets = sockets
         self._rate = rate
         self._streams: dict[tuple[int, int], Stream] = {}
-        self._targets: list[Stream] = []
-        """The streams that are sent to, in turn."""
+        self._targets: list[Stream] = []  # The streams that are sent to, in turn
         self._next_target = 0
         self._paced_s = time.monotonic()
         self._foreign = 0

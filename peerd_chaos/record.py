@@ -12,12 +12,8 @@ from peerd_chaos.subject import Subject
 
 @dataclass
 class Record:
-    done: list[Kind] = field(default_factory=list)
-    """Actions that took effect."""
-
-    killed: set[int] = field(default_factory=set)
-    """Workers that were sent SIGKILL."""
-
+    done: list[Kind] = field(default_factory=list)  # Actions that took effect
+    killed: set[int] = field(default_factory=set)  # Workers that were sent SIGKILL
     may_have_exited: set[int | None] = field(default_factory=set)
     """Workers that may have exited in order before a kill reached them: those that were replaced or
     scaled away, and those whose successor was killed while it took over."""
@@ -28,9 +24,7 @@ class Record:
     failed_commands: list[str] = field(default_factory=list)
     """Commands that were not answered, or with an error that must not occur."""
 
-    unready_since_s: dict[int, float] = field(default_factory=dict)
-    """Slots that are not ready now."""
-
+    unready_since_s: dict[int, float] = field(default_factory=dict)  # Slots that are not ready now
     longest_unready_s: float = 0.0
 
     def update(self, subject: Subject) -> list[int]:

@@ -15,18 +15,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 MEAN_GAP_S = 0.4
-ACTIVE_SHARE = 0.95
-"""Of the run; the supervisor could not recover from an action at its very end."""
-
-SPARE_PEERS = 3
-"""How many peers a run may add to those of the beginning."""
+ACTIVE_SHARE = 0.95  # Of the run; the supervisor could not recover from an action at its very end
+SPARE_PEERS = 3  # How many peers a run may add to those of the beginning
 
 
 class Kind(enum.StrEnum):
     KILL = "kill"
-    SUCCESSOR = "successor"
-    """Kill a worker's successor while it loads."""
-
+    SUCCESSOR = "successor"  # Kill a worker's successor while it loads
     STOP = "stop"
     SPIN = "spin"
     DIE = "die"
@@ -80,17 +75,12 @@ class ChaosSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Action:
-    at_s: float
-    """Seconds after the beginning of the load."""
-
+    at_s: float  # Seconds after the beginning of the load
     kind: Kind
     slot: int | None = None
 
-    peers: int | None = None
-    """The number of peers to scale to."""
-
-    for_s: float | None = None
-    """Seconds until it is undone."""
+    peers: int | None = None  # The number of peers to scale to
+    for_s: float | None = None  # Seconds until it is undone
 
     def __str__(self) -> str:
         text = str(self.kind)

@@ -19,9 +19,7 @@ from peerd import control
 from peerd.errors import NotRunningError, PeerdError
 from peerd.free_ports import free_ports
 
-COMMAND_TIMEOUT_S = 90.0
-"""Commands queue, so the last of a full queue waits for all others."""
-
+COMMAND_TIMEOUT_S = 90.0  # Commands queue, so the last of a full queue waits for all others
 START_TIMEOUT_S = 20.0
 EXIT_TIMEOUT_S = 5.0
 

@@ -7,9 +7,7 @@ import time
 
 import psutil
 
-QUIET = 0.1
-"""The share of all CPUs that others may use before a measurement counts as disturbed."""
-
+QUIET = 0.1  # The share of all CPUs that others may use before a measurement counts as disturbed
 WATCH_S = 0.3
 
 

@@ -24,13 +24,9 @@ from bench.verdicts import Verdict
 
 @dataclass(frozen=True)
 class Trial:
-    steps: int
-    """How often ``measure`` enters ``Progress.step()``."""
-
+    steps: int  # How often ``measure`` enters ``Progress.step()``
     measure: Callable[[Progress], Sequence[Any]]
-    table: Callable[[Sequence[Any]], str]
-    """The text that is printed for the results of ``measure``."""
-
+    table: Callable[[Sequence[Any]], str]  # The text that is printed for the results of ``measure``
     judge: Callable[[Sequence[Any]], Iterable[Verdict]] = lambda _: ()
 
 

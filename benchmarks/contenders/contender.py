@@ -48,15 +48,9 @@ class Order:
     """The peers that a supervisor is to run."""
 
     folder: Path
-    ports: Sequence[int]
-    """Consecutive."""
-
-    plain: Path
-    """The program of a peer, whose argument is its port."""
-
-    app: Path | None
-    """The same as a peerd app; None: the built-in app."""
-
+    ports: Sequence[int]  # Consecutive
+    plain: Path  # The program of a peer, whose argument is its port
+    app: Path | None  # The same as a peerd app; None: the built-in app
     etcd: str
     environment: Environment
 
@@ -146,9 +140,7 @@ class Run:
     """A running supervisor and its peers."""
 
     def __init__(self, process: subprocess.Popen[bytes], order: Order, began_ns: int) -> None:
-        self.began_ns = began_ns
-        """Monotonic time of the command."""
-
+        self.began_ns = began_ns  # Monotonic time of the command
         self.ports = order.ports
         self.folder = order.folder
         self._process = process

@@ -20,8 +20,7 @@ LOOP_S = 15.0
 @dataclass(frozen=True)
 class Orphans:
     contender: str
-    left: int
-    """Of 8 peers, two seconds after the kill -9 of their supervisor."""
+    left: int  # Of 8 peers, two seconds after the kill -9 of their supervisor
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,9 @@ MANY_PEERS = 256
 MAX_MANY_S = 5.0
 MAX_WORKER_MIB = 3.0
 
-MAX_ROUNDS = 3
-"""Memory varies little, and takes long to settle."""
-
+MAX_ROUNDS = 3  # Memory varies little, and takes long to settle
 STEADY_S = 2.0
-STEADY_SHARE = 0.005
-"""Memory is steady when it has changed by no more than this share for STEADY_S."""
-
+STEADY_SHARE = 0.005  # Memory is steady when it has changed by no more than this share for STEADY_S
 STEADY_TIMEOUT_S = 20.0
 LARGE_BYTES = 2 << 20
 SAMPLE_INTERVAL_S = 0.5
@@ -53,19 +49,11 @@ class Memory:
     contender: str
     round: int
     start_s: float
-    uss: int
-    """The sum of the tree."""
-
-    pss: int
-    """The sum of the tree: all of its memory, if it shares no pages with other programs."""
-
-    supervisor: int
-    """USS, like the two below."""
-
+    uss: int  # The sum of the tree
+    pss: int  # The sum of the tree: all of its memory, if it shares no pages with other programs
+    supervisor: int  # USS, like the two below
     workers: Sequence[int]
-    others: int
-    """peerd's registrar."""
-
+    others: int  # peerd's registrar
     shared_outside: Sequence[str]
     """Large files that one process of the tree and another program have mapped. The USS does not contain
     these shared pages, so it is too low."""

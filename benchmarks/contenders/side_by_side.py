@@ -18,8 +18,7 @@ from peerd.free_ports import free_ports
 
 PEERS = 8
 ANSWER_TIMEOUT_S = 20.0
-SETTLE_S = 3.0
-"""supervisord regards a peer that exits earlier as not started (startsecs = 1)."""
+SETTLE_S = 3.0  # supervisord regards a peer that exits earlier as not started (startsecs = 1)
 
 
 class OfContender(Protocol):
@@ -33,9 +32,7 @@ AnyResult = TypeVar("AnyResult", bound=OfContender)
 @dataclass(frozen=True)
 class Bench:
     contenders: Sequence[Contender]
-    missing: Sequence[Contender]
-    """Contenders that are not installed."""
-
+    missing: Sequence[Contender]  # Contenders that are not installed
     folder: Path
     etcd: str
     environment: Environment

@@ -140,9 +140,7 @@ class _Watcher:
         self.seen: list[tuple[str, float]] = []
         """Peer ids, and the monotonic time at which each arrived."""
 
-        self.end = ""
-        """How the watch ended; empty while it runs."""
-
+        self.end = ""  # How the watch ended; empty while it runs
         self._client = client
         self._prefix = prefix
         threading.Thread(target=self._run, daemon=True).start()

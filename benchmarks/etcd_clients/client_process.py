@@ -24,11 +24,8 @@ EXIT_TIMEOUT_S = 1.0
 @dataclass(frozen=True)
 class Bench:
     clients: Sequence[str]
-    folder: Path
-    """For the clients' logs."""
-
-    seconds: float
-    """How long each client keeps its leases."""
+    folder: Path  # For the clients' logs
+    seconds: float  # How long each client keeps its leases
 
 
 class Child:
@@ -38,9 +35,7 @@ class Child:
         self, name: str, process: subprocess.Popen[bytes], pipe: Connection, log: Path
     ) -> None:
         self.name = name
-        self.failure = ""
-        """Why it no longer accepts commands."""
-
+        self.failure = ""  # Why it no longer accepts commands
         self._process = process
         self._pipe = pipe
         self._log = log

@@ -215,9 +215,7 @@ class Aetcd:
 class ClientSpec:
     title: str
     make: Callable[[list[str]], Any]
-    package: str | None = None
-    """The name on PyPI; None: part of peerd."""
-
+    package: str | None = None  # The name on PyPI; None: part of peerd
     module: str | None = None
     several_endpoints: bool = False
 

@@ -26,13 +26,10 @@ CASES = ("follower killed", "follower stopped", "leader killed", "leader stopped
 HEADER = ("client", *CASES, "errors until then")
 
 MAX_FAILOVER_S = 3.0
-ELECTION_S = 2.0
-"""The time of an election, in which no client can read."""
-
+ELECTION_S = 2.0  # The time of an election, in which no client can read
 _PREFIX = "failover"
 _TIMEOUT_S = 20.0
-_SAMPLE_READS = 5
-"""Enough to see which member serves a client."""
+_SAMPLE_READS = 5  # Enough to see which member serves a client
 
 
 @dataclass(frozen=True)

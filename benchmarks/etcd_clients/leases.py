@@ -46,21 +46,13 @@ _POLL_INTERVAL_S = 1.0
 class LeasesResult:
     client: str
     seconds: float = 0.0
-    cpu: float = 0.0
-    """Of a core: user and system time of the client's process."""
-
+    cpu: float = 0.0  # Of a core: user and system time of the client's process
     etcd_cpu: float = 0.0
     lost: int = 0
-    connections: int = 0
-    """The most at a time."""
-
-    streams: int = 0
-    """LeaseKeepAlive calls that etcd started to serve."""
-
+    connections: int = 0  # The most at a time
+    streams: int = 0  # LeaseKeepAlive calls that etcd started to serve
     rounds_s: tuple[float, ...] = ()
-    others: float = 0.0
-    """The share of all CPUs that other processes used."""
-
+    others: float = 0.0  # The share of all CPUs that other processes used
     error: str = ""
 
     @property

@@ -33,9 +33,7 @@ _TIMEOUT_S = 20.0
 class ListingResult:
     client: str
     records: int
-    first_s: float | None
-    """Includes connecting, and filling the cache."""
-
+    first_s: float | None  # Includes connecting, and filling the cache
     rounds_s: tuple[float, ...]
     error: str = ""
 

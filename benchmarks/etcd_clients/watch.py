@@ -46,15 +46,10 @@ class WatchResult:
     client: str
     seen: int
     doubles: int
-    late_s: float | None
-    """From etcd's return until the last event; None if there was none after it."""
-
-    end: str
-    """How the watch ended; empty: the caller was not notified."""
-
+    late_s: float | None  # From etcd's return until the last event; None if there was none after it
+    end: str  # How the watch ended; empty: the caller was not notified
     afterwards: str
-    outage_cpu: float
-    """Share of a core while etcd was away."""
+    outage_cpu: float  # Share of a core while etcd was away
 
     def row(self) -> tuple[str, ...]:
         return (

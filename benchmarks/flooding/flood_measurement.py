@@ -39,9 +39,7 @@ from udp.programs import Programs
 from udp.udp_sockets import bound_socket, dropped, port_of, wait_until_empty
 
 PINGS_PER_SECOND = 100
-WAIT_TIMEOUT_S = 2.0
-"""How long the client waits for the answer to a ping."""
-
+WAIT_TIMEOUT_S = 2.0  # How long the client waits for the answer to a ping
 PROBE_S = 0.05
 MAX_DELAY_NS = 20_000_000
 
@@ -49,21 +47,15 @@ MAX_DELAY_NS = 20_000_000
 @dataclass(frozen=True)
 class Flood:
     title: str
-    app: str
-    """A name in flood_apps.py."""
-
-    valid: bool
-    """Messages for a handler, instead of random bytes."""
-
-    joined: bool
-    """SEGMENTS datagrams per send, instead of one."""
+    app: str  # A name in flood_apps.py
+    valid: bool  # Messages for a handler, instead of random bytes
+    joined: bool  # SEGMENTS datagrams per send, instead of one
 
 
 @dataclass(frozen=True)
 class Heartbeat:
     oldest_ns: int
-    longest_gap_ns: int
-    """The longest time between two readings of the heartbeat."""
+    longest_gap_ns: int  # The longest time between two readings of the heartbeat
 
 
 @dataclass(frozen=True)
@@ -73,21 +65,13 @@ class Outcome:
     seconds: float
     sent: int
     reached: int
-    decoded: int
-    """Those of them that reached a handler."""
-
-    kernel_drops: int
-    """In the kernel's count, in which joined datagrams are one."""
-
-    unexplained: int
-    """The difference between the two sides of the identity above."""
-
+    decoded: int  # Those of them that reached a handler
+    kernel_drops: int  # In the kernel's count, in which joined datagrams are one
+    unexplained: int  # The difference between the two sides of the identity above
     pings: int
     pings_reached: int
     answered: int
-    answers_dropped: int
-    """By the kernel, at the client's socket."""
-
+    answers_dropped: int  # By the kernel, at the client's socket
     p50_ns: int
     p99_ns: int
     heartbeat: Heartbeat
@@ -98,8 +82,7 @@ class Outcome:
     """The share of time in which the worker was ready to run and another process had its CPU."""
 
     grown_bytes: int
-    changed: tuple[str, ...]
-    """Changes of anything but counters."""
+    changed: tuple[str, ...]  # Changes of anything but counters
 
     @property
     def complaints(self) -> list[str]:

@@ -24,9 +24,7 @@ from udp.programs import Programs, built_programs
 from udp.udp_sockets import bound_socket, granted_buffer, port_of, wait_until_empty
 
 MILLION = 1_000_000
-MAX_GROWTH_KIB = 1024
-"""Of a worker, after its first million messages."""
-
+MAX_GROWTH_KIB = 1024  # Of a worker, after its first million messages
 APPS = ("counting", "counting_batch", "counting_async", "echo", "echo_async")
 BURST_S = 0.1
 
@@ -34,12 +32,9 @@ BURST_S = 0.1
 @dataclasses.dataclass(frozen=True)
 class Milestone:
     app: str
-    messages: int
-    """As the worker counts."""
-
+    messages: int  # As the worker counts
     resident_bytes: int
-    delivered: int | None = None
-    """As the handler counts, at the end."""
+    delivered: int | None = None  # As the handler counts, at the end
 
 
 def main() -> int:

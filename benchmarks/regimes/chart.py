@@ -23,11 +23,8 @@ FAINT = "#656d76"
 COLOURS = {"peerd": "#0969da", "c": "#8c959f", "other": "#d4a72c"}
 MEANINGS = {"peerd": "peerd", "c": "C, the kernel's limit", "other": "other Python stacks"}
 COLUMNS = 2
-PANEL_INCHES = (6.2, 0.34)
-"""Width of a panel, and height of a bar in it."""
-
-MAX_OUTLIER = 3.0
-"""A bar that is longer than the others by this factor is cut."""
+PANEL_INCHES = (6.2, 0.34)  # Width of a panel, and height of a bar in it
+MAX_OUTLIER = 3.0  # A bar that is longer than the others by this factor is cut
 
 
 @dataclass(frozen=True)

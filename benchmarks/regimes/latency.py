@@ -20,29 +20,20 @@ from regimes.receivers import serving
 from udp.envelope import datagram
 from udp.udp_sockets import bound_sockets, dropped, port_of
 
-CLOSED = 0
-"""The closed loop, in place of a rate."""
-
+CLOSED = 0  # The closed loop, in place of a rate
 RATES = (CLOSED, 1_000, 10_000, 50_000)
-RATES_OF_MANY = (CLOSED, 10_000, 50_000, 100_000)
-"""Requests per second to all peers."""
-
+RATES_OF_MANY = (CLOSED, 10_000, 50_000, 100_000)  # Requests per second to all peers
 CLOSED_SHARE = 2
 """The closed loop, whose p99 is compared, lasts this many times as long as an open one."""
 
-WAIT_TIMEOUT_S = 0.2
-"""How long the client waits for an answer."""
+WAIT_TIMEOUT_S = 0.2  # How long the client waits for an answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency(Measured):
-    per_second: int
-    """Requests per second, or CLOSED."""
-
+    per_second: int  # Requests per second, or CLOSED
     answered: int
-    client_drops: int
-    """Answers that the client's own socket had no room for."""
-
+    client_drops: int  # Answers that the client's own socket had no room for
     server_drops: int
     p50_ns: int
     p99_ns: int

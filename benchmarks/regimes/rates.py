@@ -26,11 +26,8 @@ from udp.programs import Programs
 from udp.udp_sockets import bound_sockets, dropped, port_of, takes_joined, wait_until_empty
 
 PEERS = 8
-THIN_RATE = 200_000
-"""Datagrams per second to all peers in the regime of thin traffic."""
-
-ECHO_WINDOW = 64 * SEGMENTS
-"""The most requests under way when an echo server is saturated."""
+THIN_RATE = 200_000  # Datagrams per second to all peers in the regime of thin traffic
+ECHO_WINDOW = 64 * SEGMENTS  # The most requests under way when an echo server is saturated
 
 
 @dataclass(frozen=True)
@@ -58,11 +55,8 @@ class Measured:
     receiver: str
     round: int
     sent: int
-    receiver_cpu_s: float
-    """User and system time of the receiver's processes."""
-
-    others: float
-    """The share of all CPUs that other processes used meanwhile."""
+    receiver_cpu_s: float  # User and system time of the receiver's processes
+    others: float  # The share of all CPUs that other processes used meanwhile
 
     @property
     def disturbed(self) -> bool:
@@ -74,15 +68,10 @@ class Throughput(Measured):
     sender_s: float
     sender_cpu_s: float
     send_errors: int
-    delivered: int
-    """Datagrams that reached the receiver's handler."""
-
-    answered: int | None
-    """Replies; None for a receiver that does not reply."""
-
+    delivered: int  # Datagrams that reached the receiver's handler
+    answered: int | None  # Replies; None for a receiver that does not reply
     kernel_drops: int
-    window_s: float
-    """From the first send until the queues were empty, or until the last reply."""
+    window_s: float  # From the first send until the queues were empty, or until the last reply
 
     @property
     def counted(self) -> int:
@@ -136,11 +125,8 @@ class Sent:
 class Traffic:
     role: Role
     sockets: int
-    sender: str
-    """A C program and its options."""
-
-    joined: int
-    """Datagrams per send."""
+    sender: str  # A C program and its options
+    joined: int  # Datagrams per send
 
 
 STREAM = Traffic(role="count", sockets=1, sender=f"load -g {SEGMENTS}", joined=SEGMENTS)

@@ -31,17 +31,10 @@ Role = Literal["count", "echo"]
 class Receiver:
     title: str
     kind: Literal["peerd", "other", "c"]
-    does: str
-    """Its name among the receivers of its kind."""
-
-    needs: str | None = None
-    """A package that has to be installed."""
-
-    linger_us: int | None = None
-    """peerd only; None: its default."""
-
-    offload: bool = True
-    """peerd only."""
+    does: str  # Its name among the receivers of its kind
+    needs: str | None = None  # A package that has to be installed
+    linger_us: int | None = None  # peerd only; None: its default
+    offload: bool = True  # peerd only
 
     @property
     def available(self) -> bool:

@@ -39,14 +39,10 @@ Figure = Literal["rate", "cpu", "round trip"]
 class Regime:
     title: str
     text: str
-    figure: Figure
-    """The figure that matters."""
-
+    figure: Figure  # The figure that matters
     receivers: dict[str, Receiver]
     measure: Callable[[RunSettings, Subject], Sequence[Result]]
-    rates: Sequence[int] = ()
-    """The loads of a regime of round trips."""
-
+    rates: Sequence[int] = ()  # The loads of a regime of round trips
     by_default: bool = True
 
 

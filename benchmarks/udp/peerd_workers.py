@@ -29,8 +29,7 @@ from peerd.supervisor.processes import Child, spawn
 
 DRAIN_TIMEOUT_S = 10.0
 
-GetResult: TypeAlias = Callable[[], dict[str, Any]]
-"""Runs in a worker once its loop has ended."""
+GetResult: TypeAlias = Callable[[], dict[str, Any]]  # Runs in a worker once its loop has ended
 
 
 def main(app: str, linger: str, offload: str, *fds: str) -> None:
@@ -59,8 +58,7 @@ def counted_messages() -> dict[str, Any]:
 class Worker:
     child: Child
     slot: Slot
-    results: int
-    """The reading end of the worker's pipe."""
+    results: int  # The reading end of the worker's pipe
 
     @property
     def pid(self) -> int:

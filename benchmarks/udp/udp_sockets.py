@@ -12,9 +12,7 @@ from peerd.linux import SOL_UDP, UDP_GRO
 from peerd.supervisor.socket_queue import queue_state
 from peerd.supervisor.sockets import grow_buffer
 
-BUFFER_BYTES = 16 << 20
-"""The receive buffer that every receiver asks for."""
-
+BUFFER_BYTES = 16 << 20  # The receive buffer that every receiver asks for
 DRAIN_TIMEOUT_S = 60.0
 
 

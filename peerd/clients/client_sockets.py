@@ -22,11 +22,8 @@ from collections.abc import Iterator
 from peerd.clients.endpoints import Endpoint
 from peerd.linux import IP_RECVERR, IPV6_RECVERR
 
-MAX_FAILED_PORTS = 4096
-"""Remembered, of Linux's 28,232 ephemeral ports."""
-
-MAX_DRAWS = 16
-"""Draws of a port that has not failed; after these, any port is better than none."""
+MAX_FAILED_PORTS = 4096  # Remembered, of Linux's 28,232 ephemeral ports
+MAX_DRAWS = 16  # Draws of a port that has not failed; after these, any port is better than none
 
 
 class AttemptSockets:

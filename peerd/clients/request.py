@@ -26,8 +26,7 @@ IsAnswer: TypeAlias = Callable[[Message], bool]
 
 MAX_TIMEOUT_S = 86_400.0
 
-RETRY_PAUSE_S = 0.1
-"""Between attempts at a peer that is known to be absent: it may be restarting."""
+RETRY_PAUSE_S = 0.1  # Between attempts at a peer that is known to be absent: it may be restarting
 
 
 class Request:

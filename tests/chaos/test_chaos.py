@@ -18,8 +18,7 @@ from harness.supervised import send_signal
 from peerd import control
 from peerd_chaos.schedule import ChaosSettings, Kind, schedule
 
-SEED = 2184
-"""It does each kind of action more than once within 20 s, and kills 18 times."""
+SEED = 2184  # It does each kind of action more than once within 20 s, and kills 18 times
 
 
 def chaos(*args: str) -> AbstractContextManager[subprocess.Popen[str]]:

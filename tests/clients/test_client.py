@@ -41,14 +41,11 @@ V4, V6 = socket.AF_INET, socket.AF_INET6
 EVENT_LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 event_loops = pytest.mark.parametrize("event_loop", EVENT_LOOPS)
 
-LONG_S = 60.0
-"""A timeout that no test waits for: an earlier failure has another cause."""
-
+LONG_S = 60.0  # A timeout that no test waits for: an earlier failure has another cause
 AT_ONCE_S = 20.0
 SHORT_S = 0.2
 
-NO_HOST = "no..host"
-"""Not a valid name, so that no DNS server is asked."""
+NO_HOST = "no..host"  # Not a valid name, so that no DNS server is asked
 
 
 class InEventLoop:
