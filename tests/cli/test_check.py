@@ -96,8 +96,7 @@ def test_check_names_the_source_of_each_setting(
 
 
 def test_a_taken_port_is_73_and_its_holder_is_named(supervised: Supervised) -> None:
-    running = supervised.start(peers=2)
-    running.wait_ready()
+    running = supervised.start(peers=2).wait_ready()
     report = checked(
         "--peers=2", f"--base-port={running.base_port}", f"--control={running.control}", code=73
     )
@@ -306,9 +305,8 @@ def test_a_misspelt_variable_gets_one_line(
     assert text in line
 
 
-@pytest.mark.parametrize(
-    "variable",
-    [
+def test_other_variables_get_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in (
         "PEERD_PREFIX",
         "PEERD_ETCD_PASSWORD",
         "PEERD_LONG_TESTS",
@@ -319,10 +317,8 @@ def test_a_misspelt_variable_gets_one_line(
         "PEERD_SERVICE_PORT",
         "PEERD_PORT",
         "PEERD_PORT_5001_UDP_ADDR",
-    ],
-)
-def test_other_variables_get_no_warning(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-    monkeypatch.setenv(variable, "1")
+    ):
+        monkeypatch.setenv(variable, "1")
     warnings = checked(f"--base-port={free_ports()}")["warnings"]
     assert not [line for line in warnings if "PEERD_" in line]
 
@@ -351,6 +347,5 @@ def test_a_misspelt_variable_is_logged_by_supervise(
     supervised: Supervised, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PEERD_PEER", "8")
-    running = supervised.start(peers=1)
-    running.wait_ready()
+    running = supervised.start(peers=1).wait_ready()
     assert running.err.count("did you mean PEERD_PEERS?") == 1

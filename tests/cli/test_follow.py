@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import orjson
 import pytest
 
 from harness import raw_client
-from harness.command import command, peerd
+from harness.command import command, peerd, started
 from harness.eventually import eventually
 from harness.supervised import Running, Supervised
 
@@ -29,9 +29,7 @@ def say(message):
 
 def start(supervised: Supervised, *args: str, peers: int = 1) -> Running:
     (supervised.folder / "talks.py").write_text(APP)
-    running = supervised.start("--app=talks:app", *args, peers=peers)
-    running.wait_ready()
-    return running
+    return supervised.start("--app=talks:app", *args, peers=peers).wait_ready()
 
 
 def successor(supervised: Supervised, first: Running) -> Running:
@@ -52,39 +50,27 @@ def tell(running: Running, text: str, slot: int = 0) -> None:
 
 
 class Follower:
-    """A command that runs, and its output so far."""
+    """The output so far of a command that runs."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process = process
-        self.out = b""
-        self.err = b""
+    def __init__(self, folder: Path) -> None:
+        self.files = (folder / "followed.out", folder / "followed.err")
 
-    def read_out(self) -> None:
-        assert self.process.stdout is not None
-        while chunk := os.read(self.process.stdout.fileno(), 1 << 16):
-            self.out += chunk
+    @property
+    def out(self) -> bytes:
+        return self.files[0].read_bytes()
 
-    def read_err(self) -> None:
-        assert self.process.stderr is not None
-        while chunk := os.read(self.process.stderr.fileno(), 1 << 16):
-            self.err += chunk
+    @property
+    def err(self) -> bytes:
+        return self.files[1].read_bytes()
 
 
 @contextmanager
-def following(*args: str) -> Iterator[Follower]:
-    with subprocess.Popen(
-        command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        follower = Follower(process)
-        threads = [threading.Thread(target=read) for read in (follower.read_out, follower.read_err)]
-        for thread in threads:
-            thread.start()
-        try:
-            yield follower
-        finally:
-            process.kill()
-            for thread in threads:
-                thread.join()
+def following(folder: Path, *args: str) -> Iterator[Follower]:
+    follower = Follower(folder)
+    with ExitStack() as stack:
+        out, err = (stack.enter_context(path.open("wb")) for path in follower.files)
+        stack.enter_context(started(command(*args), stdout=out, stderr=err))
+        yield follower
 
 
 RESTARTED = b"the supervisor was restarted"
@@ -94,7 +80,9 @@ def test_events_of_the_next_supervisor_are_shown(supervised: Supervised) -> None
     first = start(supervised)
     for _ in range(3):  # more events than the next one has when it is asked first
         assert peerd("restart", "0", f"--control={first.control}").returncode == 0
-    with following("events", "-f", "--json", f"--control={first.control}") as follower:
+    with following(
+        supervised.folder, "events", "-f", "--json", f"--control={first.control}"
+    ) as follower:
         eventually(lambda: follower.out.count(b'"replaced"') == 3)
         first.kill()
         successor(supervised, first)
@@ -109,7 +97,7 @@ def test_logs_of_the_next_supervisor_are_shown(supervised: Supervised) -> None:
     first = start(supervised)
     for number in range(3):
         tell(first, f"old {number}")
-    with following("logs", "-f", "0", f"--control={first.control}") as follower:
+    with following(supervised.folder, "logs", "-f", "0", f"--control={first.control}") as follower:
         eventually(lambda: b"old 2" in follower.out)
         first.process.terminate()
         assert first.wait() == 0
@@ -141,7 +129,7 @@ def test_a_slot_without_lines_is_no_error(supervised: Supervised) -> None:
     unknown = peerd("logs", "9", where)
     assert unknown.returncode == 1
     assert "no slot 9: there are 0 to 2" in unknown.stderr
-    with following("logs", "-f", "1", where) as follower:
+    with following(supervised.folder, "logs", "-f", "1", where) as follower:
         tell(running, "of another", slot=0)
         tell(running, "at last", slot=1)
         eventually(lambda: b": at last" in follower.out)

@@ -22,8 +22,7 @@ def ports(running: Running) -> list[int]:
 
 
 def test_reload_prints_a_summary(supervised: Supervised) -> None:
-    running = supervised.start(peers=2)
-    running.wait_ready()
+    running = supervised.start(peers=2).wait_ready()
     shown = peerd("reload", f"--control={running.control}")
     assert shown.returncode == 0
     last = shown.stdout.splitlines()[-1]
@@ -40,8 +39,7 @@ def replaced(running: Running) -> list[dict[str, Any]]:
 
 
 def test_restart_of_a_slot_that_does_not_exist(supervised: Supervised) -> None:
-    running = supervised.start(peers=1)
-    running.wait_ready()
+    running = supervised.start(peers=1).wait_ready()
     shown = peerd("restart", "7", f"--control={running.control}")
     assert shown.returncode == 1
     assert "no slot 7" in shown.stderr
@@ -51,8 +49,7 @@ def test_a_command_that_times_out_does_not_report_a_stopped_supervisor(
     supervised: Supervised,
 ) -> None:
     (supervised.folder / "slow.py").write_text(PLAIN)
-    running = supervised.start("--app=slow:app", "--stop-timeout=1", peers=1)
-    running.wait_ready()
+    running = supervised.start("--app=slow:app", "--stop-timeout=1", peers=1).wait_ready()
     where = f"--control={running.control}"
     (supervised.folder / "slow.py").write_text("import time\ntime.sleep(60)\n" + PLAIN)
     for args in (["reload", "--timeout=0"], ["restart", "0", "--timeout=0.3"]):
@@ -65,8 +62,7 @@ def test_a_command_that_times_out_does_not_report_a_stopped_supervisor(
 
 def test_a_supervisor_that_dies_during_a_command_is_named(supervised: Supervised) -> None:
     (supervised.folder / "slow.py").write_text(PLAIN)
-    running = supervised.start("--app=slow:app", peers=1)
-    running.wait_ready()
+    running = supervised.start("--app=slow:app", peers=1).wait_ready()
     (supervised.folder / "slow.py").write_text("import time\ntime.sleep(60)\n" + PLAIN)
     before = len(running.tree())
     with subprocess.Popen(
@@ -92,8 +88,7 @@ def test_a_worker_for_a_parked_peer_has_no_gap(supervised: Supervised) -> None:
 
 
 def test_stop_has_one_deadline(supervised: Supervised) -> None:
-    running = supervised.start("--stop-timeout=1", peers=1)
-    running.wait_ready()
+    running = supervised.start("--stop-timeout=1", peers=1).wait_ready()
     running.signal(signal.SIGSTOP)
     begun_s = time.monotonic()
     late = peerd("stop", "--timeout=1", f"--control={running.control}")
@@ -106,8 +101,7 @@ def test_stop_has_one_deadline(supervised: Supervised) -> None:
 
 
 def test_scale(supervised: Supervised) -> None:
-    running = supervised.start(peers=2)
-    running.wait_ready()
+    running = supervised.start(peers=2).wait_ready()
     base = running.base_port
     grown = peerd("scale", "4", f"--control={running.control}")
     assert grown.returncode == 0, grown.stderr

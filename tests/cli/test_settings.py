@@ -44,21 +44,19 @@ def test_peers_that_share_a_core_linger(peers: int, cpus: int, linger_us: int) -
     assert default_linger_us(peers, cpus) == linger_us
 
 
-def test_a_ttl_that_etcd_would_not_grant_is_rejected() -> None:
-    with pytest.raises(SettingsError, match="etcd grants 2 for 1"):
-        RegistrySettings(lease_ttl_s=1)
-
-
-@pytest.mark.parametrize("endpoint", ["localhost:2379", "ftp://localhost:1", "http://localhost"])
-def test_an_invalid_endpoint_is_rejected(endpoint: str) -> None:
-    with pytest.raises(SettingsError, match="http://host:port"):
-        RegistrySettings(endpoint=endpoint)
-
-
-@pytest.mark.parametrize("prefix", ["", "a/", "a\n", "x" * 256])
-def test_an_invalid_prefix_is_rejected(prefix: str) -> None:
-    with pytest.raises(SettingsError, match="prefix"):
-        RegistrySettings(prefix=prefix)
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"lease_ttl_s": 1}, "etcd grants 2 for 1"),
+        ({"endpoint": "localhost:2379"}, "http://host:port"),
+        ({"endpoint": "ftp://localhost:1"}, "http://host:port"),
+        ({"endpoint": "http://localhost"}, "http://host:port"),
+        *(({"prefix": prefix}, "prefix") for prefix in ("", "a/", "a\n", "x" * 256)),
+    ],
+)
+def test_invalid_values_of_the_registry_are_rejected(values: dict[str, object], text: str) -> None:
+    with pytest.raises(SettingsError, match=text):
+        RegistrySettings(**values)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

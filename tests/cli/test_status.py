@@ -18,17 +18,18 @@ from harness.terminal import Terminal
 
 
 def ready(supervised: Supervised, peers: int = 2) -> Running:
-    running = supervised.start(peers=peers)
-    running.wait_ready()
-    return running
+    return supervised.start(peers=peers).wait_ready()
 
 
-def test_the_document_has_the_specified_fields(supervised: Supervised) -> None:
-    running = ready(supervised)
-    running.wait_registered()
-    shown = peerd("status", f"--control={running.control}", "--json")
-    assert shown.returncode == 0
-    report = orjson.loads(shown.stdout)
+def test_status_in_a_pipe(supervised: Supervised) -> None:
+    """The document, the table with every column and no colour, and fields for scripts."""
+    running = ready(supervised).wait_registered()
+    raw_client.request(running.ports[1], b"PING", b"x")
+    eventually(lambda: running.peer(1)["rx_messages"] == 1)
+    where = f"--control={running.control}"
+    document = peerd("status", where, "--json")
+    assert document.returncode == 0
+    report = orjson.loads(document.stdout)
     assert set(report) == {"supervisor", "registry", "peers"}
     assert {"pid", "state", "uptime_s", "version"} <= set(report["supervisor"])
     expected = "slot peer_id url port pid state restarts uptime_s registered rx_messages rx_bytes "
@@ -36,6 +37,15 @@ def test_the_document_has_the_specified_fields(supervised: Supervised) -> None:
         "rx_dropped decode_errors handler_errors tx_messages tx_dropped rss_bytes cpu_percent"
     )
     assert set(expected.split()) <= set(report["peers"][0])
+    table = peerd("status", where).stdout
+    assert "\x1b" not in table
+    for text in ("CPU%", f"localhost:{running.ports[1]}", "peers 2 of 2 ready"):
+        assert text in table
+    fields = peerd("status", where, "-o", "slot, port,state,conflict,counters.rx_messages")
+    assert fields.returncode == 0
+    assert fields.stdout == (
+        f"0\t{running.ports[0]}\tready\t-\t0\n1\t{running.ports[1]}\tready\t-\t1\n"
+    )
 
 
 @pytest.mark.parametrize("columns", [60, 80, 200])
@@ -50,15 +60,6 @@ def test_the_table_fits_the_terminal(supervised: Supervised, columns: int) -> No
     assert all(len(line) <= columns for line in table)
     assert {"PEER", "STATE", "UP", "RST"} <= set(table[0].split())
     assert ("left out" in " ".join(lines)) == (columns < 200)
-
-
-def test_a_pipe_gets_every_column_and_no_colour(supervised: Supervised) -> None:
-    running = ready(supervised)
-    shown = peerd("status", f"--control={running.control}").stdout
-    assert "\x1b" not in shown
-    assert "CPU%" in shown
-    assert f"localhost:{running.ports[1]}" in shown
-    assert "peers 2 of 2 ready" in shown
 
 
 def test_a_degraded_supervisor_exits_with_1(supervised: Supervised) -> None:
@@ -86,8 +87,7 @@ def sleep(message):
 
 def test_a_handler_that_does_not_return_is_shown(supervised: Supervised) -> None:
     (supervised.folder / "busy.py").write_text(BUSY)
-    running = supervised.start("--app=busy:app", "--stop-timeout=1", peers=3)
-    running.wait_ready()
+    running = supervised.start("--app=busy:app", "--stop-timeout=1", peers=3).wait_ready()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.sendto(raw_client.pack(b"SLEEP", b"1", b""), ("127.0.0.1", running.ports[1]))
     where = f"--control={running.control}"
@@ -113,22 +113,6 @@ def test_without_a_supervisor_status_exits_with_3(tmp_path: Path) -> None:
         assert "peerd supervise" in named.stderr
 
 
-def test_fields_for_scripts(supervised: Supervised) -> None:
-    running = ready(supervised)
-    raw_client.request(running.ports[1], b"PING", b"x")
-    eventually(lambda: running.peer(1)["rx_messages"] == 1)
-    shown = peerd(
-        "status",
-        f"--control={running.control}",
-        "-o",
-        "slot, port,state,conflict,counters.rx_messages",
-    )
-    assert shown.returncode == 0
-    assert shown.stdout == (
-        f"0\t{running.ports[0]}\tready\t-\t0\n1\t{running.ports[1]}\tready\t-\t1\n"
-    )
-
-
 def test_the_last_exit(supervised: Supervised) -> None:
     running = ready(supervised)
     fields = ["status", f"--control={running.control}", "-o", "slot,restarts,last_exit.how"]
@@ -140,35 +124,35 @@ def test_the_last_exit(supervised: Supervised) -> None:
     assert "SIGKILL " in peerd("status", f"--control={running.control}").stdout
 
 
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ("stat", "did you mean 'state'?"),
-        ("counters.rx_mesages", "did you mean 'counters.rx_messages'?"),
-        ("last_exit.hwo", "did you mean 'last_exit.how'?"),
-        ("qqq", "there are: slot, peer_id"),
-        ("state,", "there is no field ''"),
-    ],
-)
-def test_an_unknown_field(supervised: Supervised, fields: str, text: str) -> None:
+def test_an_unknown_field(supervised: Supervised) -> None:
     running = ready(supervised, peers=1)
-    shown = peerd("status", f"--control={running.control}", "-o", fields)
-    assert shown.returncode == 2
-    assert text in shown.stderr
-    assert shown.stdout == ""
+    for fields, text in {
+        "stat": "did you mean 'state'?",
+        "counters.rx_mesages": "did you mean 'counters.rx_messages'?",
+        "last_exit.hwo": "did you mean 'last_exit.how'?",
+        "qqq": "there are: slot, peer_id",
+        "state,": "there is no field ''",
+    }.items():
+        shown = peerd("status", f"--control={running.control}", "-o", fields)
+        assert (shown.returncode, shown.stdout) == (2, ""), fields
+        assert text in shown.stderr
 
 
 def test_json_and_fields_exclude_each_other() -> None:
     assert peerd("status", "--json", "-o", "pid").returncode == 2
 
 
-@pytest.mark.parametrize("key", [b"q", b"\x03"])
-def test_watch_ends_with_0(supervised: Supervised, key: bytes) -> None:
+@pytest.mark.parametrize(("key", "code"), [(b"q", 0), (b"\x03", 0), (b"", 128 + signal.SIGTERM)])
+def test_watch_ends_and_restores_the_screen(supervised: Supervised, key: bytes, code: int) -> None:
+    """With a key, or with SIGTERM."""
     running = ready(supervised)
     with Terminal(command("status", "--watch", f"--control={running.control}")) as terminal:
         eventually(lambda: "RX/s" in terminal.text)
-        terminal.type(key)
-        assert terminal.wait() == 0
+        if key:
+            terminal.type(key)
+        else:
+            terminal.process.send_signal(signal.SIGTERM)
+        assert terminal.wait() == code
         assert "Traceback" not in terminal.text
         # To the alternate screen, and back.
         assert "\x1b[?1049h" in terminal.raw
@@ -184,15 +168,6 @@ def test_watch_on_a_terminal_without_cursor_movement(supervised: Supervised, ter
         assert "\x1b[?1049h" not in terminal.raw
         terminal.type(b"\x03")
         assert terminal.wait() == 0
-
-
-def test_sigterm_ends_watch_and_restores_the_screen(supervised: Supervised) -> None:
-    running = ready(supervised)
-    with Terminal(command("status", "--watch", f"--control={running.control}")) as terminal:
-        eventually(lambda: "RX/s" in terminal.text)
-        terminal.process.send_signal(signal.SIGTERM)
-        assert terminal.wait() == 128 + signal.SIGTERM
-        assert "\x1b[?1049l" in terminal.raw
 
 
 def test_watch_shows_rates(supervised: Supervised) -> None:

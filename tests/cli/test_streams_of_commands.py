@@ -37,19 +37,15 @@ def test_a_closed_pipe_exits_with_141(args: list[str]) -> None:
     assert "BrokenPipe" not in done.stderr
 
 
-def test_a_table_into_a_closed_pipe(supervised: Supervised) -> None:
-    running = supervised.start(peers=1)
-    running.wait_registered()
-    done = without_reader("nodes", f"--etcd={running.etcd}", f"--prefix={running.prefix}")
-    assert (done.returncode, done.stderr) == (141, "")
-
-
-def test_the_status_into_a_closed_pipe(supervised: Supervised) -> None:
-    running = supervised.start(peers=2)
-    running.wait_ready()
-    for options in ([], ["--json"], ["-o", "slot,state"], ["--watch"]):
-        done = without_reader("status", f"--control={running.control}", *options)
-        assert (done.returncode, done.stderr) == (141, ""), options
+def test_a_report_into_a_closed_pipe(supervised: Supervised) -> None:
+    running = supervised.start(peers=2).wait_registered()
+    status = ["status", f"--control={running.control}"]
+    for args in (
+        ["nodes", f"--etcd={running.etcd}", f"--prefix={running.prefix}"],
+        *([*status, *more] for more in ([], ["--json"], ["-o", "slot,state"], ["--watch"])),
+    ):
+        done = without_reader(*args)
+        assert (done.returncode, done.stderr) == (141, ""), args
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
@@ -64,7 +60,6 @@ def test_closed_streams(tmp_path: Path, closed: str) -> None:
 
 
 def test_a_supervisor_with_closed_streams(supervised: Supervised) -> None:
-    running = supervised.start(peers=1)
-    running.wait_ready()
+    running = supervised.start(peers=1).wait_ready()
     done = shell(f"{shlex.join(command('status', f'--control={running.control}'))} >&-; echo $?")
     assert (done.stdout, done.stderr) == ("0\n", "")

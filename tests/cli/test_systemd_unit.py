@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
@@ -10,18 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from harness.command import peerd
 
-def systemd_unit(
-    *args: str, cwd: Path | None = None, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "peerd", "systemd-unit", *args],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, **variables},
-        timeout=60,
-    )
+
+def systemd_unit(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return peerd("systemd-unit", *args, cwd=cwd)
 
 
 def values(unit: str, name: str) -> list[str]:
@@ -74,14 +66,11 @@ def test_arguments_are_quoted() -> None:
     assert r'''--partition-key "a \"b\" $$HOME 100%% \\" --prefix "$$x"''' in command
 
 
-def test_the_unit_has_the_variables_but_not_the_password() -> None:
-    done = systemd_unit(
-        "--",
-        "--etcd-user=me",
-        PEERD_ETCD="http://etcd.example:2379",
-        PEERD_SUPERVISE_PEERS="4",
-        PEERD_ETCD_PASSWORD="secret",
-    )
+def test_the_unit_has_the_variables_but_not_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERD_ETCD", "http://etcd.example:2379")
+    monkeypatch.setenv("PEERD_SUPERVISE_PEERS", "4")
+    monkeypatch.setenv("PEERD_ETCD_PASSWORD", "secret")
+    done = systemd_unit("--", "--etcd-user=me")
     assert done.returncode == 0
     assert sorted(values(done.stdout, "Environment")) == [
         "PEERD_ETCD=http://etcd.example:2379",
@@ -97,17 +86,15 @@ def test_a_config_file_is_read(tmp_path: Path) -> None:
     done = systemd_unit("--", "--config", "peerd.toml", cwd=tmp_path)
     assert values(done.stdout, "WorkingDirectory") == [str(tmp_path)]
     assert int(values(done.stdout, "FileDescriptorStoreMax")[0]) > 100
-
-
-def test_a_bad_file_is_78(tmp_path: Path) -> None:
     (tmp_path / "peerd.toml").write_text("peers = 0\n")
-    done = systemd_unit("--", "--config", "peerd.toml", cwd=tmp_path)
-    assert done.returncode == 78
-    assert "(peers is from peerd.toml)" in done.stderr
+    bad = systemd_unit("--", "--config", "peerd.toml", cwd=tmp_path)
+    assert bad.returncode == 78
+    assert "(peers is from peerd.toml)" in bad.stderr
 
 
-def test_a_misspelt_variable_is_named() -> None:
-    done = systemd_unit(PEERD_SUPERVISE_FOO="1")
+def test_a_misspelt_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERD_SUPERVISE_FOO", "1")
+    done = systemd_unit()
     assert done.returncode == 0
     assert "PEERD_SUPERVISE_FOO is not a setting" in done.stderr
 
@@ -122,12 +109,9 @@ def test_an_interpreter_in_a_home_is_readable() -> None:
     ]
 
 
-def test_a_control_socket_in_the_private_tmp_is_a_warning() -> None:
-    done = systemd_unit("--", "--control", "/tmp/x/c.sock")
-    assert "--control /tmp/x/c.sock would be in the service's own /tmp" in done.stderr
-
-
-def test_a_control_socket_elsewhere() -> None:
+def test_the_place_of_the_control_socket() -> None:
+    private = systemd_unit("--", "--control", "/tmp/x/c.sock")
+    assert "--control /tmp/x/c.sock would be in the service's own /tmp" in private.stderr
     done = systemd_unit("--", "--control", "/srv/peerd/c.sock")
     assert values(done.stdout, "ReadWritePaths") == ["/srv/peerd"]
     assert values(done.stdout, "ExecStart")[0].endswith("--control /srv/peerd/c.sock")

@@ -677,8 +677,7 @@ def test_an_async_app_under_the_supervisor(supervised: Supervised, tmp_path: Pat
         "@app.handler('CHAT')\nasync def chat(message):\n"
         "    await asyncio.sleep(0.01)\n    return b'hello ' + message.body\n"
     )
-    running = supervised.start("--app=chat:app", peers=2)
-    running.wait_registered()
+    running = supervised.start("--app=chat:app", peers=2).wait_registered()
     for port in running.ports:
         assert raw_client.request(port, b"CHAT", b"you")[2] == b"hello you"
     send_signal(running.peer(0)["pid"], signal.SIGKILL)

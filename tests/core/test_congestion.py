@@ -156,8 +156,7 @@ def test_a_reload_over_a_slow_link_has_no_gap(
         base_port=PORT,
         etcd="http://127.0.0.1:1",
         through=["ip", "netns", "exec", hosts.server.name],
-    )
-    running.wait_ready()
+    ).wait_ready()
     with ExitStack() as stack:
         slow, fast = clients_of(hosts, stack)
         with asking(slow, 400):

@@ -173,8 +173,7 @@ def test_a_late_answer_leaves_from_there_too_also_after_a_reload(supervised: Sup
     (supervised.folder / "late.py").write_text(LATE_APP)
     running = supervised.start(
         "--app=late:app", "--host=0.0.0.0", peers=1, etcd="http://127.0.0.1:1"
-    )
-    running.wait_ready()
+    ).wait_ready()
     port = running.ports[0]
     with PeerClient() as client:
         for _ in range(2):

@@ -177,9 +177,7 @@ def test_no_rate_is_no_limit() -> None:
 
 def start(supervised: Supervised, peers: int) -> Running:
     (supervised.folder / "late.py").write_text(APPENDING_APP)
-    running = supervised.start("--app=late:app", peers=peers, etcd="http://127.0.0.1:1")
-    running.wait_ready()
-    return running
+    return supervised.start("--app=late:app", peers=peers, etcd="http://127.0.0.1:1").wait_ready()
 
 
 def test_a_forged_datagram_starts_no_loop_that_survives(supervised: Supervised) -> None:
