@@ -50,42 +50,34 @@ def events(kills: int) -> str:
     return f"low 0\nhigh 3\nmax 812\noom 9\noom_kill {kills}\noom_group_kill 0\n"
 
 
-def test_version_2_counts_kills_since_the_last_call(machine: Machine) -> None:
-    machine.group("0::/system.slice/peerd.service\n")
-    file = machine.mount("unified", "cgroup2") / "system.slice/peerd.service/memory.events"
-    write(file, events(5))
+@pytest.mark.parametrize(
+    ("groups", "mount", "file"),
+    [
+        ("0::/system.slice/peerd.service", ["cgroup2"], "system.slice/peerd.service/memory.events"),
+        (
+            "9:name=systemd:/\n4:memory:/jobs/7\n1:cpu,cpuacct:/",
+            ["cgroup", "rw,memory"],
+            "jobs/7/memory.oom_control",
+        ),
+        # Both versions, with the controller in the first, such as systemd's hybrid set-up.
+        ("4:memory:/a\n0::/a", ["cgroup", "rw,memory"], "a/memory.oom_control"),
+        # A container sees its group at the root of the mount.
+        ("4:memory:/docker/abc\n0::/docker/abc", ["cgroup2", "rw", "/docker/abc"], "memory.events"),
+    ],
+    ids=["version 2", "version 1", "hybrid", "container"],
+)
+def test_kills_since_the_last_call_are_counted(
+    machine: Machine, groups: str, mount: list[str], file: str
+) -> None:
+    machine.group(f"{groups}\n")
+    path = machine.mount("fs cgroup", *mount) / file
+    if groups.endswith("0::/a"):
+        write(machine.mount("unified", "cgroup2") / "a/cgroup.procs", "1\n")
+    write(path, events(5))
     kills = OomKills(machine.proc)
     assert kills.new() == 0
-    write(file, events(7))
+    write(path, events(7))
     assert (kills.new(), kills.new()) == (2, 0)
-
-
-def test_version_1(machine: Machine) -> None:
-    machine.group("9:name=systemd:/\n4:memory:/jobs/7\n1:cpu,cpuacct:/\n")
-    file = machine.mount("memory", "cgroup", "rw,memory") / "jobs/7/memory.oom_control"
-    write(file, "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")
-    kills = OomKills(machine.proc)
-    write(file, "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
-    assert kills.new() == 1
-
-
-def test_both_versions_with_the_controller_in_the_first(machine: Machine) -> None:
-    """Such as systemd's hybrid set-up: the second is there and has no memory controller."""
-    machine.group("4:memory:/a\n0::/a\n")
-    write(machine.mount("memory", "cgroup", "rw,memory") / "a/memory.oom_control", "oom_kill 1\n")
-    write(machine.mount("unified", "cgroup2") / "a/cgroup.procs", "1\n")
-    kills = OomKills(machine.proc)
-    write(machine.mounts / "memory/a/memory.oom_control", "oom_kill 4\n")
-    assert kills.new() == 3
-
-
-def test_a_container_sees_its_group_at_the_root_of_the_mount(machine: Machine) -> None:
-    machine.group("4:memory:/docker/abc\n0::/docker/abc\n")
-    file = machine.mount("fs cgroup", "cgroup2", root="/docker/abc") / "memory.events"
-    write(file, events(0))
-    kills = OomKills(machine.proc)
-    write(file, events(1))
-    assert kills.new() == 1
 
 
 @pytest.mark.parametrize("path", ["/../other", "/", "/dock", "/docker/ab", "relative"])

@@ -268,13 +268,12 @@ class Start:
         self._systemd.sockets[name] = sock
         return sock
 
-    def adopt(self, host: str, base_port: int, count: int) -> subprocess.Popen[bytes]:
+    def adopt(self, host: str, base_port: int, count: int, code: int = 0) -> None:
         with self._systemd as systemd:
             process = systemd.start(sys.executable, "-c", ADOPT, host, str(base_port), str(count))
-            process.wait(60)
+            assert process.wait(60) == code
             self.out = (systemd.folder / "out").read_text().splitlines()
             self.err = systemd.err
-        return process
 
 
 @pytest.fixture
@@ -289,7 +288,7 @@ def test_passed_sockets_are_used_and_others_bound(start: Start) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.sendto(b"waited", sock.getsockname())
     start.passing("of-another-run", udp(port=(other := free_ports())))
-    assert start.adopt("127.0.0.1", base, 3).returncode == 0
+    start.adopt("127.0.0.1", base, 3)
     assert start.out == ["127.0.0.1 -", "127.0.0.1 waited", "127.0.0.1 -", f"left {other}"]
     assert not start.err
 
@@ -299,7 +298,7 @@ def test_other_descriptors_are_closed_and_named(start: Start, tmp_path: Path) ->
     start.passing("local", socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
     start.passing("unbound", socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     base = free_ports()
-    assert start.adopt("127.0.0.1", base, 1).returncode == 0
+    start.adopt("127.0.0.1", base, 1)
     warnings = start.err.splitlines()
     assert [line.split()[0] for line in warnings] == 3 * ["WARNING"]
     assert "descriptor 3 (web)" in warnings[0]
@@ -313,7 +312,7 @@ def test_a_wildcard_socket_serves_with_a_warning(start: Start) -> None:
     base = free_ports(2)
     for port in (base, base + 1):
         start.passing(f"peer-{port}", udp("0.0.0.0", port))
-    assert start.adopt("localhost", base, 2).returncode == 0
+    start.adopt("localhost", base, 2)
     assert start.out[:2] == ["0.0.0.0 -", "0.0.0.0 -"]
     (warning,) = start.err.splitlines()
     assert f"0.0.0.0:{base} (of 2)" in warning
@@ -326,13 +325,13 @@ def test_a_dual_stack_wildcard_serves_ipv4(start: Start, only_ipv6: int, code: i
     sock = start.passing("dual", socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only_ipv6)
     sock.bind(("::", base))
-    assert start.adopt("127.0.0.1", base, 1).returncode == code
+    start.adopt("127.0.0.1", base, 1, code)
 
 
 def test_another_address_is_an_error_that_names_both(start: Start) -> None:
     base = free_ports(2)
     start.passing(f"peer-{base + 1}", udp("127.0.0.2", base + 1))
-    assert start.adopt("127.0.0.1", base, 2).returncode == 1
+    start.adopt("127.0.0.1", base, 2, 1)
     (error,) = start.out
     assert error.startswith("BindError")
     assert f"127.0.0.2:{base + 1}" in error
@@ -345,7 +344,7 @@ def test_of_two_sockets_for_a_port_the_better_fit_is_used(start: Start, order: i
     base = free_ports()
     for address in ("127.0.0.1", "127.0.0.2")[::order]:
         start.passing(f"at-{address}", udp(address, base))
-    assert start.adopt("127.0.0.1", base, 1).returncode == 0
+    start.adopt("127.0.0.1", base, 1)
     assert start.out == ["127.0.0.1 -", "left"]
     (warning,) = start.err.splitlines()
     assert f"127.0.0.2:{base} is closed" in warning
@@ -356,7 +355,7 @@ def test_a_socket_passed_twice_is_used_once(start: Start) -> None:
     base = free_ports()
     sock = start.passing("unit", udp("127.0.0.1", base))
     start.passing("store", sock.dup())
-    assert start.adopt("127.0.0.1", base, 1).returncode == 0
+    start.adopt("127.0.0.1", base, 1)
     assert not start.err
 
 

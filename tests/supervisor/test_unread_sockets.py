@@ -108,18 +108,13 @@ def test_a_worker_with_too_many_waiting_handlers_is_not_ready_until_it_reads(
     assert running.peer(0)["pid"] == pid
 
 
-def replaced(running: Running, pid: int) -> dict[str, Any]:
-    """Wait until slot 0 has another worker, and return the certificate of this one."""
-    eventually(partial(is_replaced, running, 0, pid))
-    running.wait_ready()
-    return death_of(running, pid)
-
-
 def test_a_full_worker_is_replaced_after_the_stuck_timeout(supervised: Supervised) -> None:
     running, port = start(supervised, "--stuck-timeout=2")
     pid = running.peer(0)["pid"]
     fill(running, 0)
-    assert replaced(running, pid)["cause"] == "stuck"
+    eventually(partial(is_replaced, running, 0, pid))
+    running.wait_ready()
+    assert death_of(running, pid)["cause"] == "stuck"
     assert events(running, "stuck")[0]["pid"] == pid
     assert 'async_server.py"' in running.err  # its stack
     eventually(lambda: raw_client.request(running.ports[0], b"PING", b"x")[0] == b"PONG")
