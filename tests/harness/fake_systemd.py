@@ -66,7 +66,7 @@ class FakeSystemd:
         for _name, sock in self.passed():
             sock.close()
 
-    def start(self, *command: str, cwd: Path | None = None) -> subprocess.Popen[bytes]:
+    def start(self, *command: str) -> subprocess.Popen[bytes]:
         """Type=notify with FileDescriptorStoreMax=infinity; output goes to ``folder``."""
         passed = self.passed()
         environment = {**os.environ, "NOTIFY_SOCKET": self.address, "LISTEN_FDS": str(len(passed))}
@@ -80,7 +80,7 @@ class FakeSystemd:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                cwd=cwd or self.folder,
+                cwd=self.folder,
                 env=environment,
                 pass_fds=fds,
             )
@@ -91,11 +91,11 @@ class FakeSystemd:
         stored = [(name, sock) for name, kept in self.store.items() for sock in kept]
         return [*self.sockets.items(), *stored]
 
-    def stop(self, timeout_s: float = 60) -> int:
+    def stop(self) -> int:
         """SIGTERM to the main process (KillMode=mixed), as 'systemctl restart' does first."""
         self.signal(signal.SIGTERM)
         assert self.process is not None
-        return self.process.wait(timeout_s)
+        return self.process.wait(60)
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None

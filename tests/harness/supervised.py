@@ -113,12 +113,12 @@ class Running:
         assert isinstance(peer, dict)
         return peer
 
-    def wait_ready(self, within_s: float = 60) -> Running:
-        eventually(lambda: all(p["state"] == "ready" for p in self.status()["peers"]), within_s)
+    def wait_ready(self) -> Running:
+        eventually(lambda: all(p["state"] == "ready" for p in self.status()["peers"]))
         return self
 
-    def wait_registered(self, within_s: float = 60) -> Running:
-        eventually(lambda: all(p["registered"] for p in self.status()["peers"]), within_s)
+    def wait_registered(self) -> Running:
+        eventually(lambda: all(p["registered"] for p in self.status()["peers"]))
         return self
 
     def tree(self) -> list[psutil.Process]:
@@ -139,8 +139,11 @@ class Running:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def wait(self, timeout_s: float = 60) -> int:
-        return self.process.wait(timeout_s)
+    def wait(self) -> int:
+        try:
+            return self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running: {self.err}") from None
 
     def stop(self) -> int:
         self.signal(signal.SIGTERM)

@@ -87,6 +87,12 @@ def test_new_peers_serve_on_the_ports_behind_the_last(supervised: Supervised) ->
     (told,) = events(running, "scaled")
     assert (told["before"], told["peers"]) == (2, 4)
     assert "scaled from 2 to 4 peers" in running.err
+    # They are restarted and logged like any other.
+    send_signal(after[3], signal.SIGKILL)
+    eventually(partial(is_replaced, running, 3, after[3]))
+    running.wait_registered()
+    assert any(f"worker pid {after[3]}: killed by SIGKILL" in line for line in logged(running, 3))
+    assert ask(running, "restart", slot=3)["replaced"][0]["pid"] == pids(running)[3]
 
 
 def test_the_highest_peers_go_first_and_their_queues_are_served(supervised: Supervised) -> None:
@@ -356,15 +362,6 @@ def test_a_stop_ends_a_scaling_that_waits_for_a_stopped_worker(supervised: Super
     assert not alive(tree)
 
 
-def test_a_worker_that_does_not_end_in_time_is_killed(supervised: Supervised) -> None:
-    running = start(supervised, "--stop-timeout=1", peers=2, room=2)
-    send_signal(pids(running)[1], signal.SIGSTOP)
-    (stopped,) = scale(running, 1)["stopped"]
-    assert 900 < stopped["took_ms"] < STOP_TIMEOUT_S * 1e3
-    assert "has not stopped in time: SIGKILL" in running.err
-    assert is_free(running.base_port + 1)
-
-
 def test_counters_continue_when_a_slot_is_used_again(supervised: Supervised) -> None:
     running = start(supervised, "--recv-buffer=20000", peers=2, room=2)
     port = running.base_port + 1
@@ -425,19 +422,6 @@ def test_peers_are_removed_without_etcd(supervised: Supervised) -> None:
         assert running.stop() == 0
 
 
-def test_an_added_peer_is_restarted_and_logged_like_any_other(
-    supervised: Supervised,
-) -> None:
-    running = start(supervised, peers=1, room=2)
-    scale(running, 2)
-    old = pids(running)[1]
-    send_signal(old, signal.SIGKILL)
-    eventually(partial(is_replaced, running, 1, old))
-    running.wait_registered()
-    assert any(f"worker pid {old}: killed by SIGKILL" in line for line in logged(running, 1))
-    assert ask(running, "restart", slot=1)["replaced"][0]["pid"] == pids(running)[1]
-
-
 def test_datagrams_that_are_unread_when_a_port_is_closed_are_counted(
     supervised: Supervised,
 ) -> None:
@@ -449,7 +433,10 @@ def test_datagrams_that_are_unread_when_a_port_is_closed_are_counted(
     assert answers(port)
     send_signal(pids(running)[1], signal.SIGSTOP)
     raw_client.send(port, b"PING", count=sent)
-    assert scale(running, 1)["peers"] == 1
+    (stopped,) = scale(running, 1)["stopped"]
+    assert 900 < stopped["took_ms"] < STOP_TIMEOUT_S * 1e3
+    assert "has not stopped in time: SIGKILL" in running.err
+    assert is_free(port)
     (closed,) = events(running, "closed")
     assert (closed["peer_id"], closed["lost_unread"]) == (f"localhost:{port}", sent)
     assert scale(running, 2)["peers"] == 2
