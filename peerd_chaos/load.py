@@ -75,7 +75,6 @@ class Load:
         self._ask("remove", list(ports))
 
     def pace(self, rate: float) -> None:
-        """Set the rate, in datagrams per second to all ports."""
         self._due_before, self._rate, self._paced_s = self.due, rate, time.monotonic()
         self._ask("pace", rate)
 

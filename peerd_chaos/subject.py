@@ -94,7 +94,6 @@ class Subject:
         return next((peer["pid"] for peer in self.peers() if peer["slot"] == slot), None)
 
     def registrar(self) -> int | None:
-        """The registrar's pid; None while there is none."""
         return self._child_titled("registrar")
 
     def successor(self, slot: int, known: Collection[int]) -> int | None:
@@ -198,7 +197,6 @@ class Subject:
 
 
 def wait_for(fact: Callable[[], bool], within_s: float) -> bool:
-    """Poll until the fact is true. False if it was not in time."""
     until_s = time.monotonic() + within_s
     while not fact():
         if time.monotonic() >= until_s:

@@ -53,7 +53,6 @@ def running(
 
 
 def answer(name: str, child: subprocess.Popen[bytes], within_s: float = ANSWER_TIMEOUT_S) -> bytes:
-    """The child's next line."""
     assert child.stdout is not None
     if not select.select([child.stdout], [], [], within_s)[0]:
         raise BenchmarkError(f"{name} did not answer in {within_s:.0f} s")

@@ -45,8 +45,6 @@ class Environment:
 
 @dataclass(frozen=True)
 class Order:
-    """The peers that a supervisor is to run."""
-
     folder: Path
     ports: Sequence[int]  # Consecutive
     plain: Path  # The program of a peer, whose argument is its port
@@ -137,8 +135,6 @@ CONTENDERS = {contender.name: contender for contender in (PEERD, SUPERVISORD, CI
 
 
 class Run:
-    """A running supervisor and its peers."""
-
     def __init__(self, process: subprocess.Popen[bytes], order: Order, began_ns: int) -> None:
         self.began_ns = began_ns  # Monotonic time of the command
         self.ports = order.ports

@@ -29,8 +29,6 @@ class Bench:
 
 
 class Child:
-    """A client in its own process."""
-
     def __init__(
         self, name: str, process: subprocess.Popen[bytes], pipe: Connection, log: Path
     ) -> None:

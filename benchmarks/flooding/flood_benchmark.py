@@ -79,7 +79,6 @@ def verdicts(outcomes: Sequence[Outcome]) -> Iterator[Verdict]:
 
 
 def text(outcomes: Sequence[Outcome]) -> str:
-    """A block of lines."""
     (outcome,) = outcomes
     seen = outcome.heartbeat
     rows = {

@@ -206,8 +206,6 @@ def waited_seconds(pid: int) -> float:
 
 
 class _Snapshot:
-    """The state of a worker at one time."""
-
     def __init__(self, worker: Worker, sock: socket.socket) -> None:
         slot = worker.slot
         process = Path(f"/proc/{worker.pid}")

@@ -32,8 +32,6 @@ ECHO_WINDOW = 64 * SEGMENTS  # The most requests under way when an echo server i
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings that all measurements of a run share."""
-
     programs: Programs
     cpus: Cpus
     seconds: float
@@ -41,8 +39,6 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Subject:
-    """A receiver in a regime, in a round."""
-
     regime: str
     name: str
     receiver: Receiver
@@ -111,8 +107,6 @@ class Throughput(Measured):
 
 @dataclass(frozen=True)
 class Sent:
-    """The report of a sender."""
-
     sent: int
     started_ns: int
     seconds: float

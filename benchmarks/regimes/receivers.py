@@ -106,8 +106,6 @@ def with_lingers(receivers: dict[str, Receiver], lingers_us: Sequence[int]) -> d
 
 @dataclass(frozen=True)
 class Serving:
-    """A running receiver."""
-
     title: str
     child: subprocess.Popen[bytes]
     pids: list[int] = field(default_factory=list)

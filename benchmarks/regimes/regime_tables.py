@@ -21,7 +21,6 @@ AnyResult = TypeVar("AnyResult", Throughput, Latency)
 def of_kind(
     kind: type[AnyResult], results: Sequence[Result], regime: str, receiver: str
 ) -> list[AnyResult]:
-    """The results of a receiver in a regime, by round."""
     return [
         result
         for result in results

@@ -26,7 +26,6 @@ class Programs:
 
 @contextlib.contextmanager
 def built_programs(*names: str) -> Iterator[Programs]:
-    """In a temporary folder."""
     compiler = shlex.split(os.environ.get("CC", "cc"))
     with tempfile.TemporaryDirectory(prefix="peerd-benchmark-") as folder:
         programs = Programs(Path(folder))
