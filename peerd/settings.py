@@ -48,6 +48,10 @@ class Flag(NamedTuple):
     metavar: str | None
     reads: type | None  # what the command line reads, where it is not the type of the field
 
+    @property
+    def parameter(self) -> str:
+        return self.name.replace("-", "_")
+
 
 FLAG = "flag"
 """The key of a field's metadata whose value is its Flag."""

@@ -70,14 +70,8 @@ def _wanted(parameter: click.Parameter) -> tuple[tuple[type, ...], str]:
 
 
 def _kind(value: object) -> str:
-    names = {
-        bool: "a boolean",
-        int: "an integer",
-        float: "a float",
-        str: "a string",
-        list: "an array",
-        dict: "a table",
-    }
+    names = {bool: "a boolean", int: "an integer", float: "a float"}
+    names |= {str: "a string", list: "an array", dict: "a table"}
     return names.get(type(value), "a date or time")
 
 

@@ -49,15 +49,11 @@ def add_options(command: Command, settings: type, only: Collection[str] | None =
             default=default,
             show_default=default is not None and "[default: " not in flag.help,
             metavar=flag.metavar,
-            envvar=f"PEERD_{parameter_name(flag).upper()}",
+            envvar=f"PEERD_{flag.parameter.upper()}",
             help=flag.help,
         )
         command = option(command)
     return command
-
-
-def parameter_name(flag: Flag) -> str:
-    return flag.name.replace("-", "_")
 
 
 def flags_of(settings: type) -> list[Flag]:
@@ -77,7 +73,7 @@ def settings_from(settings: type[T], values: Mapping[str, Any], **parts: object)
             assert isinstance(kind, type)
             given[field.name] = settings_from(kind, values, **parts)
         elif FLAG in field.metadata:
-            value = values[parameter_name(field.metadata[FLAG])]
+            value = values[field.metadata[FLAG].parameter]
             if value is not None:
                 is_enum = isinstance(kind, type) and issubclass(kind, enum.Enum)
                 given[field.name] = kind(value) if is_enum else value

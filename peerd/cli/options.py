@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from peerd.cli.field_options import add_options, flags_of, parameter_name, settings_from
+from peerd.cli.field_options import add_options, flags_of, settings_from
 from peerd.cli.option_types import SECONDS, integer
 from peerd.errors import PeerdError, SettingsError
 from peerd.settings import DEFAULT_ENDPOINT, EtcdAccess, RegistrySettings
@@ -61,7 +61,9 @@ def registry_options(help: str) -> Decorator:
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def with_location(*, etcd: str, prefix: str, **values: Any) -> Any:
-            given = {name: values.pop(name) for name in map(parameter_name, flags_of(EtcdAccess))}
+            given = {
+                name: values.pop(name) for name in (flag.parameter for flag in flags_of(EtcdAccess))
+            }
             return command(etcd=EtcdLocation(etcd, prefix, access_from(given)), **values)
 
         with_prefix = add_options(with_location, RegistrySettings, only=("prefix",))

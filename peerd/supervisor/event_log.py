@@ -7,7 +7,7 @@ import time
 
 from peerd.supervisor import events
 from peerd.supervisor.journal import Journal
-from peerd.supervisor.peer_table import PeerView
+from peerd.supervisor.peer_table import PeerView, are_all_ready
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class EventLog:
         )
 
     def _on_worker_ready(self) -> None:
-        if not self._were_all_ready and self._peers.are_all_ready:
+        if not self._were_all_ready and are_all_ready(self._peers):
             self._were_all_ready = True
             passed_ms = (time.monotonic() - self._begun_s) * 1e3
             log.info("%s ready, %.0f ms after start", self._all_peers(), passed_ms)

@@ -7,7 +7,7 @@ from peerd.supervisor import events
 from peerd.supervisor.journal import Journal
 from peerd.supervisor.loop import Loop
 from peerd.supervisor.notify import Notifier
-from peerd.supervisor.peer_table import PeerView
+from peerd.supervisor.peer_table import PeerView, are_all_ready
 from peerd.supervisor.status import StatusReport
 
 
@@ -43,7 +43,7 @@ class ManagerStatus:
         if self._is_stopping or not self._notifier.has_manager:
             return
         # Once up, a reload ends with READY whatever became of it, because systemd waits for that.
-        self._was_up = self._was_up or self._peers.are_all_ready
+        self._was_up = self._was_up or are_all_ready(self._peers)
         if self._was_up and not self._is_reloading:
             self._notifier.ready(self._status.line())
         else:

@@ -252,9 +252,7 @@ def _worker_counters(readings: Sequence[_Reading]) -> Iterator[Family]:
         [*by_kernel, *_by_reason(readings, RX_DROPPED)],
     )
     yield Family(
-        "peerd_tx_dropped_total",
-        "Replies that were not sent.",
-        _by_reason(readings, TX_DROPPED),
+        "peerd_tx_dropped_total", "Replies that were not sent.", _by_reason(readings, TX_DROPPED)
     )
 
 
@@ -267,32 +265,22 @@ def _by_reason(readings: Sequence[_Reading], reasons: Mapping[str, str]) -> Samp
 
 
 def _histograms(readings: Sequence[_Reading]) -> Iterator[Family]:
-    def family(
-        name: str, explanation: str, field: str, bound: Callable[[int], float], total: str | None
-    ) -> Family:
-        bounds = tuple(bound(2 ** (i + 1)) for i in range(len(readings[0].histograms[field]) - 1))
-        samples: list[tuple[str, float]] = []
-        for each in readings:
-            sum_of_all = each.counters[total] if total else None
-            samples += histogram_samples(each.labels, bounds, each.histograms[field], sum_of_all)
-        return Family(name, explanation, samples, is_histogram=True)
-
     # Bucket i of the scoreboard ends below 2**(i+1). Datagrams are whole numbers; microseconds are truncated,
     # so a time that was counted as 2**(i+1) - 1 may have been nearly 2**(i+1).
-    yield family(
-        "peerd_batch_datagrams",
-        "Datagrams read per iteration.",
-        "batch_datagrams",
-        lambda end: end - 1.0,
-        "rx_datagrams",
-    )
-    yield family(
-        "peerd_turn_seconds",
-        "Time per iteration: read, handle, reply. No sum is kept.",
-        "turn_us",
-        lambda end: end / 1e6,
-        None,
-    )
+    ends = [2 ** (i + 1) for i in range(len(readings[0].histograms["batch_datagrams"]) - 1)]
+    datagrams: list[tuple[str, float]] = []
+    for each in readings:
+        sizes, total = each.histograms["batch_datagrams"], each.counters["rx_datagrams"]
+        datagrams += histogram_samples(each.labels, tuple(end - 1.0 for end in ends), sizes, total)
+    text = "Datagrams read per iteration."
+    yield Family("peerd_batch_datagrams", text, datagrams, is_histogram=True)
+    ends = [2 ** (i + 1) for i in range(len(readings[0].histograms["turn_us"]) - 1)]
+    seconds: list[tuple[str, float]] = []
+    for each in readings:
+        times = each.histograms["turn_us"]
+        seconds += histogram_samples(each.labels, tuple(end / 1e6 for end in ends), times, None)
+    text = "Time per iteration: read, handle, reply. No sum is kept."
+    yield Family("peerd_turn_seconds", text, seconds, is_histogram=True)
 
 
 def _one_hot(labels: str, states: type[IntEnum], state: IntEnum) -> Samples:

@@ -157,12 +157,8 @@ class Notifier:
         descriptors = [] if message.sock is None else [message.sock.fileno()]
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
         try:
-            self._socket.sendmsg(
-                [message.text.encode(errors="replace")],
-                ancillary if descriptors else [],
-                0,
-                self._address,
-            )
+            text = message.text.encode(errors="replace")
+            self._socket.sendmsg([text], ancillary if descriptors else [], 0, self._address)
         except OSError as error:
             if error.errno in TEMPORARY:
                 now_s = time.monotonic()

@@ -44,13 +44,8 @@ def record_line(record: logging.LogRecord) -> bytes:
     exception = None
     if record.exc_info and record.exc_info[0] is not None:
         exception = _exceptions.formatException(record.exc_info)
-    fields = (
-        record.created,
-        record.levelno,
-        record.name,
-        without_surrogates(record.getMessage()),
-        exception,
-    )
+    message = without_surrogates(record.getMessage())
+    fields = (record.created, record.levelno, record.name, message, exception)
     line = orjson.dumps(fields)
     if len(line) >= MAX_LINE_BYTES - 2:
         most = MAX_LINE_BYTES // 16  # an escaped character of JSON takes 6 bytes

@@ -7,7 +7,9 @@ it is closed: after that, no datagram can arrive in a socket that a later superv
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TypeAlias
 
 from peerd._scoreboard import PeerState, Scoreboard
 from peerd.supervisor.events import PeersChanged, RecordInConflict, RecordRecovered, RecordsChanged
@@ -17,25 +19,12 @@ from peerd.supervisor.resources import PeerEnvironment
 from peerd.supervisor.socket_queue import KernelDrops
 from peerd.supervisor.supervised_peer import SupervisedPeer
 
+PeerView: TypeAlias = Mapping[int, SupervisedPeer]
+"""The read view: slot -> peer, in the order of the slots."""
 
-class PeerView(Mapping[int, SupervisedPeer]):
-    """The read view: slot -> peer, in the order of the slots."""
 
-    def __init__(self, by_slot: Mapping[int, SupervisedPeer]) -> None:
-        self._by_slot = by_slot
-
-    def __getitem__(self, slot: int) -> SupervisedPeer:
-        return self._by_slot[slot]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._by_slot)
-
-    def __len__(self) -> int:
-        return len(self._by_slot)
-
-    @property
-    def are_all_ready(self) -> bool:
-        return all(peer.slot.state is PeerState.READY for peer in self.values())
+def are_all_ready(peers: PeerView) -> bool:
+    return all(peer.slot.state is PeerState.READY for peer in peers.values())
 
 
 class PeerTable:
@@ -54,7 +43,7 @@ class PeerTable:
         self._drops: dict[int, KernelDrops] = {}
         """Outlive the peers, so that the counts never go back when a slot is used again."""
 
-        self.view = PeerView(self._by_slot)
+        self.view: PeerView = MappingProxyType(self._by_slot)
         for index, sock in enumerate(sockets):
             self._add(index, sock)
 

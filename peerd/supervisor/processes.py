@@ -93,13 +93,11 @@ class ChildPipes:
 
     def to_child(self) -> tuple[int, int]:
         """(the child's end, ours)"""
-        read_fd, write_fd = os.pipe()
-        return self._close_later(read_fd, write_fd)
+        return self._close_later(*os.pipe())
 
     def from_child(self) -> tuple[int, int]:
         """(the child's end, ours)"""
-        read_fd, write_fd = os.pipe()
-        return self._close_later(write_fd, read_fd)
+        return self._close_later(*reversed(os.pipe()))
 
     def keep(self) -> None:
         """The fork has worked: our ends belong to the caller now."""

@@ -103,14 +103,17 @@ class Scaler:
             target = scaling.target(scaling.before)
             try:
                 self._check(target)
-                sockets = self._bind(range(scaling.before, target))
+                slots = range(scaling.before, target)
+                port, flag = self._settings.base_port + slots.start, "number of peers"
+                size = self._settings.recv_buffer_bytes
+                sockets = bind_all(self._address, port, len(slots), size, flag=flag, warns=False)
             except (BindError, ControlError) as error:
                 self._journal.publish(events.NotScaled(why=str(error)))
                 scaling.promise.reject(str(error))
                 continue
             self._current = scaling
             try:
-                self._begin(target, sockets)
+                self._begin(target, dict(zip(slots, sockets, strict=True)))
             except BaseException:  # a defect; it must not hold up the scalings that wait
                 self._current = None
                 scaling.promise.reject("internal error: see the supervisor's log")
@@ -128,30 +131,17 @@ class Scaler:
 
     def _check(self, target: int) -> None:
         """Raises ControlError."""
-        last_port = self._settings.base_port + target - 1
+        cannot, last_port = f"cannot scale to {target} peers", self._settings.base_port + target - 1
         if not 1 <= target <= MAX_PEERS:
-            raise ControlError(
-                f"cannot scale to {target} peers: give a number from 1 to {MAX_PEERS}"
-            )
+            raise ControlError(f"{cannot}: give a number from 1 to {MAX_PEERS}")
         if last_port > MAX_PORT:
             most = MAX_PORT - self._settings.base_port + 1
-            raise ControlError(
-                f"cannot scale to {target} peers: the last port would be {last_port}; {most} fit"
-            )
+            raise ControlError(f"{cannot}: the last port would be {last_port}; {most} fit")
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         needed = DESCRIPTORS_PER_PEER * target + OTHER_DESCRIPTORS
         if limit != resource.RLIM_INFINITY and needed > limit:
-            raise ControlError(
-                f"cannot scale to {target} peers: that takes {needed} open files, and the limit is "
-                f"{limit} (ulimit -n)"
-            )
-
-    def _bind(self, slots: range) -> dict[int, socket.socket]:
-        """All of them or none. Raises BindError."""
-        port, size = self._settings.base_port + slots.start, self._settings.recv_buffer_bytes
-        flag = "number of peers"
-        sockets = bind_all(self._address, port, len(slots), size, flag=flag, warns=False)
-        return dict(zip(slots, sockets, strict=True))
+            files = f"{needed} open files, and the limit is {limit} (ulimit -n)"
+            raise ControlError(f"{cannot}: that takes {files}")
 
     def _end(self, peers: Sequence[SupervisedPeer]) -> None:
         """Begin to remove peers."""
@@ -219,9 +209,8 @@ class Scaler:
         peers = len(self._peers)
         if scaling.failure is not None:
             self._journal.publish(events.NotScaled(why=scaling.failure))
-            scaling.promise.reject(
-                f"not scaled, the number of peers is still {peers}: {scaling.failure}"
-            )
+            still = f"the number of peers is still {peers}"
+            scaling.promise.reject(f"not scaled, {still}: {scaling.failure}")
         else:
             if scaling.before != peers:
                 self._journal.publish(events.Scaled(before=scaling.before, peers=peers))

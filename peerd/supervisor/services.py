@@ -41,7 +41,7 @@ is gone. It writes a byte to the report when a registration has changed.
 class _RestartedService(abc.ABC):
     """A child that is restarted whenever it ends, until that is disabled."""
 
-    name = "service"
+    name: str
 
     def __init__(self, loop: Loop, journal: Journal, max_delay_s: float) -> None:
         self._loop = loop
@@ -68,12 +68,9 @@ class _RestartedService(abc.ABC):
             return
         self._loop.watch(child.pidfd, lambda: self._on_exit(child))
 
-    def send(self, number: int) -> None:
-        if self._child is not None:
-            self._child.send(number)
-
     def kill(self) -> None:
-        self.send(signal.SIGKILL)
+        if self._child is not None:
+            self._child.send(signal.SIGKILL)
 
     def disable_restart(self) -> None:
         self._is_restarted = False
@@ -147,11 +144,8 @@ class RegistrarService(_RestartedService):
             report_fd, read_report_fd = pipes.from_child()
             os.set_blocking(lifeline_fd, False)
             os.set_blocking(read_report_fd, False)
-            child = spawn(
-                lambda: self._entry(self._board, read_lifeline_fd, report_fd),
-                (read_lifeline_fd, report_fd),
-                die_with_parent=False,
-            )
+            fds = (read_lifeline_fd, report_fd)
+            child = spawn(lambda: self._entry(self._board, *fds), fds, die_with_parent=False)
             pipes.keep()
         self._lifeline_fd, self._report_fd = lifeline_fd, read_report_fd
         self._loop.watch(read_report_fd, self._read_report)

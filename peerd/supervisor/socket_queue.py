@@ -52,14 +52,10 @@ def count_unread(sock: socket.socket) -> int:
             return count
         except OSError:  # an ICMP error, reported instead of a datagram that stays in the queue
             continue
-        stride = next(
-            (
-                int.from_bytes(data[:4], sys.byteorder)
-                for level, kind, data in control
-                if (level, kind) == (SOL_UDP, UDP_GRO)
-            ),
-            0,
-        )
+        stride = 0
+        for level, kind, data in control:
+            if (level, kind) == (SOL_UDP, UDP_GRO):
+                stride = int.from_bytes(data[:4], sys.byteorder)
         count += max(1, -(-size // stride)) if stride > 0 else 1
     return count
 

@@ -97,12 +97,8 @@ def inherited_sockets(host: str) -> dict[int, socket.socket]:
             found[port], sock, other = sock, other, sock
         # The same address twice: one socket, passed by its .socket unit and from the store.
         if sock.getsockname() != other.getsockname():
-            log.warning(
-                "systemd has passed two sockets for UDP port %d: %s is used, %s is closed",
-                port,
-                _name_of(other),
-                _name_of(sock),
-            )
+            text = "systemd has passed two sockets for UDP port %d: %s is used, %s is closed"
+            log.warning(text, port, _name_of(other), _name_of(sock))
         sock.close()
     return found
 
@@ -317,10 +313,8 @@ def _warn_of_small_buffer(sock: socket.socket, asked_bytes: int) -> None:
     # The kernel doubles the size that it grants, for its own bookkeeping (socket(7)).
     granted_bytes = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
     if granted_bytes < asked_bytes:
-        log.warning(
+        text = (
             "receive buffers have %d bytes, not %d: bursts and restarts may lose datagrams; "
-            "allow more with: sysctl -w net.core.rmem_max=%d",
-            granted_bytes,
-            asked_bytes,
-            asked_bytes,
+            "allow more with: sysctl -w net.core.rmem_max=%d"
         )
+        log.warning(text, granted_bytes, asked_bytes, asked_bytes)

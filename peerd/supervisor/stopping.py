@@ -130,11 +130,8 @@ class Stop:
         self._phase = _Phase.CLOSE
         left = sum(peer.slot.lease_id != 0 for peer in self._peers.values())
         if left and not self._registrar.is_running:
-            log.warning(
-                "no registrar to revoke %d records: their leases run out within %d s",
-                left,
-                self._settings.registry.lease_ttl_s,
-            )
+            text = "no registrar to revoke %d records: their leases run out within %d s"
+            log.warning(text, left, self._settings.registry.lease_ttl_s)
         self._registrar.cut_lifeline()
 
     def _kill_workers(self) -> None:

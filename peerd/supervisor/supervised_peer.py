@@ -161,16 +161,10 @@ class SupervisedPeer:
 
     def fork(self) -> Worker:
         """Raises OSError."""
-        environment = self._environment
-        worker = start_worker(
-            environment.loop,
-            environment.worker_entry,
-            self.slot,
-            self.sock,
-            self._generations + 1,
-            self.log,
-        )
-        self._generations += 1
+        loop, entry = self._environment.loop, self._environment.worker_entry
+        generation = self._generations + 1
+        worker = start_worker(loop, entry, self.slot, self.sock, generation, self.log)
+        self._generations = generation
         self.restarts.on_forked()
         worker.watch(lambda: self._on_report(worker), lambda: self._on_exit(worker))
         return worker

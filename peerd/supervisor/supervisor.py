@@ -187,12 +187,7 @@ class Supervisor:
         self._journal.publish(events.Stopping(exit_code=exit_code))
         self._exit_code = exit_code
         self._stop = Stop(
-            self._loop,
-            self._journal,
-            self._settings,
-            self._peers,
-            self._registrar,
-            self._etcd,
+            self._loop, self._journal, self._settings, self._peers, self._registrar, self._etcd
         )
 
     def _check_health(self) -> None:

@@ -193,12 +193,8 @@ class Worker:
         return end
 
     def _on_late(self, limit_s: float) -> None:
-        self._log.log(
-            logging.ERROR,
-            "worker pid %d is not ready after %g s (--boot-timeout); its stack follows, then SIGKILL",
-            self.pid,
-            limit_s,
-        )
+        text = "worker pid %d is not ready after %g s (--boot-timeout); its stack follows, then SIGKILL"
+        self._log.log(logging.ERROR, text, self.pid, limit_s)
         self.kill_with_stack("late", lambda: self.is_ready)
 
     def _permit(self, what: bytes) -> None:
@@ -264,12 +260,8 @@ def start_worker(
             report.wait_for_load_permission()
             return entry(slot.index, sock, slot, report)
 
-        child = spawn(
-            run,
-            (sock.fileno(), report_fd, read_permission_fd),
-            die_with_parent=True,
-            output_fd=output_fd,
-        )
+        keep_fds = (sock.fileno(), report_fd, read_permission_fd)
+        child = spawn(run, keep_fds, die_with_parent=True, output_fd=output_fd)
         pipes.keep()
     os.set_blocking(read_report_fd, False)
     output = WorkerOutput(read_output_fd, lambda record: log.take(record, child.pid, generation))

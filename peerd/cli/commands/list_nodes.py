@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import click
@@ -62,13 +63,8 @@ def _print_listing(etcd: EtcdLocation, wanted: Callable[[PeerRecord], bool], as_
         rows = [record.as_dict() for record in records]
         click.echo(orjson.dumps(rows, option=orjson.OPT_INDENT_2))
     elif records:
-        print_table(
-            ("PEER", "URL", "PORT", "PROTOCOL", "PARTITION"),
-            [
-                (record.peer_id, record.url, record.port, record.protocol, record.partition_key)
-                for record in records
-            ],
-        )
+        fields = attrgetter("peer_id", "url", "port", "protocol", "partition_key")
+        print_table(("PEER", "URL", "PORT", "PROTOCOL", "PARTITION"), map(fields, records))
     else:
         such = "such " if listing.records else ""
         click.echo(f"no {such}peers below {folder} in {etcd.endpoint}")

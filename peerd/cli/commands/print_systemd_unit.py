@@ -53,9 +53,7 @@ class _Service:
 
 @click.command(name="systemd-unit", context_settings={"ignore_unknown_options": True})
 @click.option(
-    "--user",
-    metavar="NAME",
-    help="User to run as.  [default: systemd creates one at each start]",
+    "--user", metavar="NAME", help="User to run as.  [default: systemd creates one at each start]"
 )
 @click.option(
     "--working-directory",
@@ -195,16 +193,12 @@ def _line(name: str, path: str) -> str:
 
 
 def _environment(service: _Service) -> str:
-    lines = [
-        f"Environment={_word(f'{name}={value}', dollar='$')}\n"
-        for name, value in service.environment.items()
-    ]
+    pairs = (f"{name}={value}" for name, value in service.environment.items())
+    text = "".join(f"Environment={_word(pair, dollar='$')}\n" for pair in pairs)
     if service.has_etcd_password:
-        lines += [
-            "# With PEERD_ETCD_PASSWORD=..., readable for root only.\n",
-            "EnvironmentFile=/etc/peerd.env\n",
-        ]
-    return "".join(lines)
+        text += "# With PEERD_ETCD_PASSWORD=..., readable for root only.\n"
+        text += "EnvironmentFile=/etc/peerd.env\n"
+    return text
 
 
 def _words(words: Iterable[str]) -> str:

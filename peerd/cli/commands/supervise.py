@@ -184,17 +184,13 @@ def _worker_entry(settings: SupervisorSettings) -> Any:
         logging_setup.become_worker(slot.add_log_dropped)
         if cpus:
             os.sched_setaffinity(0, {cpus[index]})
-        return worker.run(
-            worker.WorkerSettings(
-                peer_id=settings.peer_id(index),
-                app=settings.app,
-                datagrams=settings.datagrams,
-                drain_timeout_s=settings.drain_timeout_s,
-            ),
-            sock,
-            slot,
-            report,
+        worker_settings = worker.WorkerSettings(
+            peer_id=settings.peer_id(index),
+            app=settings.app,
+            datagrams=settings.datagrams,
+            drain_timeout_s=settings.drain_timeout_s,
         )
+        return worker.run(worker_settings, sock, slot, report)
 
     return run_worker
 
