@@ -3,8 +3,8 @@
 ``python tests/fuzz/build_targets.py build/fuzz`` leaves ``build/fuzz/fuzz_envelope`` and so on there,
 with ASan and UBSan in them. It needs Cython, the Python headers and clang with its runtime library.
 
-What is fuzzed is nogil, so no interpreter ever runs in a target. But the C file that Cython makes of
-a module has the code of its import as well, whose symbols the linker wants: so libpython is linked.
+The fuzzed code is nogil, so no interpreter ever runs in a target. libpython is linked because the C file
+that Cython makes of a module also has the code of its import.
 PEERD_CLANG names another clang.
 """
 

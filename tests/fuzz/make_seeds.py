@@ -1,7 +1,7 @@
 """Writes the inputs that the fuzzers start from into ``corpus/``: ``python tests/fuzz/make_seeds.py``.
 
-What is named by a hash there was found by fuzzing and kept because it reaches code or counts that no
-other file does (``-merge=1``). A file named ``crash-`` and a word broke something once.
+A file named by a hash was found by fuzzing and kept because it reaches code or counts that no other file
+does (``-merge=1``). A file named ``crash-`` and a word broke something once.
 """
 
 from __future__ import annotations

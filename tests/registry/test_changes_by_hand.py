@@ -145,6 +145,7 @@ def test_a_live_holder_is_a_conflict_until_it_goes(
         eventually(lambda: registry.state is CONNECTED)
         with pytest.raises(PeerConflictError, match="localhost:5009"):
             registration.update(metadata={"a": 1})
+        assert registration.record == SEED
         store.outlive_a_lease(2)
         item = store.get("seedId")
         assert item is not None

@@ -1,4 +1,4 @@
-"""What the tests of faults take for granted: the data of an etcd, and the faults of the proxy."""
+"""The tests of faults rely on these tools: the data of an etcd, and the faults of the proxy."""
 
 from __future__ import annotations
 

@@ -76,6 +76,7 @@ def test_the_form_of_nodes_json() -> None:
         (b'{"url":"other","Url":"h","Port":1}', PeerRecord("h", 1)),
         (b'{"Url":"h","Port":1,"PeerId":"","Protocol":null,"Metadata":null}', PeerRecord("h", 1)),
         (b'{"Url":"h","Port":1,"PartitionKey":""}', PeerRecord("h", 1, partition_key="")),
+        (b'{"Url":"a","Port":1,"Url":"b"}', PeerRecord("b", 1)),
     ],
 )
 def test_records_of_other_writers_are_read(value: bytes, record: PeerRecord) -> None:
@@ -190,10 +191,6 @@ def test_metadata_may_be_nested_as_deeply_as_faasnet_reads() -> None:
     assert PeerRecord.from_json(record.to_json()) == record
     wide = PeerRecord("h", 1, metadata={"n": [[]] * 100})
     assert PeerRecord.from_json(wide.to_json()) == wide
-
-
-def test_the_last_one_of_duplicate_names_counts() -> None:
-    assert PeerRecord.from_json(b'{"Url":"a","Port":1,"Url":"b"}') == PeerRecord("b", 1)
 
 
 def test_a_record_is_a_value() -> None:

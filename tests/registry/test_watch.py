@@ -14,7 +14,7 @@ from harness.command import peerd
 from harness.eventually import eventually
 from harness.store import Store
 from harness.watch_recorder import WatchRecorder
-from peerd.errors import InvalidRecordError, PeerConflictError, RegistryUnavailableError
+from peerd.errors import InvalidRecordError, RegistryUnavailableError
 from peerd.registry import EtcdAccess, Joined, Left, PeerRecord, Registry, Updated, Watch
 from peerd.registry.connection import Members
 from peerd.registry.embedded_etcd import EmbeddedEtcd
@@ -382,16 +382,6 @@ def test_an_update_keeps_the_lease_and_is_in_the_next_listing(registry: Registry
     assert registry.nodes() == []
     with pytest.raises(RuntimeError, match="closed"):
         registration.update(metadata={})
-
-
-def test_an_update_is_refused_if_another_process_has_the_key(
-    registry: Registry, store: Store
-) -> None:
-    registration = registry.register(SEED)
-    store.put("seedId", FAASNETS, store.lease())
-    with pytest.raises(PeerConflictError, match="localhost:5009"):
-        registration.update(metadata={"a": 1})
-    assert registration.record == SEED
 
 
 def test_an_update_of_a_lost_record_is_refused(registry: Registry) -> None:
