@@ -27,16 +27,15 @@ def say(message):
 """
 
 
-def start(supervised: Supervised, *args: str, peers: int = 1) -> Running:
-    (supervised.folder / "talks.py").write_text(APP)
-    return supervised.start("--app=talks:app", *args, peers=peers).wait_ready()
+def start(supervised: Supervised, peers: int = 1) -> Running:
+    return supervised.start(peers=peers, app=APP).wait_ready()
 
 
 def successor(supervised: Supervised, first: Running) -> Running:
     running = supervised.start(
-        "--app=talks:app",
         f"--control={first.control}",
         peers=len(first.ports),
+        app=APP,
         base_port=first.base_port,
         prefix=first.prefix,
     )

@@ -48,10 +48,9 @@ def test_restart_of_a_slot_that_does_not_exist(supervised: Supervised) -> None:
 def test_a_command_that_times_out_does_not_report_a_stopped_supervisor(
     supervised: Supervised,
 ) -> None:
-    (supervised.folder / "slow.py").write_text(PLAIN)
-    running = supervised.start("--app=slow:app", "--stop-timeout=1", peers=1).wait_ready()
+    running = supervised.start("--stop-timeout=1", peers=1, app=PLAIN).wait_ready()
     where = f"--control={running.control}"
-    (supervised.folder / "slow.py").write_text("import time\ntime.sleep(60)\n" + PLAIN)
+    supervised.write_app("import time\ntime.sleep(60)\n" + PLAIN)
     for args in (["reload", "--timeout=0"], ["restart", "0", "--timeout=0.3"]):
         late = peerd(*args, where)
         assert late.returncode == 1
@@ -61,9 +60,8 @@ def test_a_command_that_times_out_does_not_report_a_stopped_supervisor(
 
 
 def test_a_supervisor_that_dies_during_a_command_is_named(supervised: Supervised) -> None:
-    (supervised.folder / "slow.py").write_text(PLAIN)
-    running = supervised.start("--app=slow:app", peers=1).wait_ready()
-    (supervised.folder / "slow.py").write_text("import time\ntime.sleep(60)\n" + PLAIN)
+    running = supervised.start(peers=1, app=PLAIN).wait_ready()
+    supervised.write_app("import time\ntime.sleep(60)\n" + PLAIN)
     before = len(running.tree())
     with subprocess.Popen(
         command("reload", f"--control={running.control}"), stderr=subprocess.PIPE, text=True
@@ -76,10 +74,9 @@ def test_a_supervisor_that_dies_during_a_command_is_named(supervised: Supervised
 
 
 def test_a_worker_for_a_parked_peer_has_no_gap(supervised: Supervised) -> None:
-    (supervised.folder / "dies.py").write_text("import os\nos._exit(3)\n")
-    running = supervised.start("--app=dies:app", "--stop-timeout=1", peers=1)
+    running = supervised.start("--stop-timeout=1", peers=1, app="import os\nos._exit(3)\n")
     eventually(lambda: running.peer(0)["state"] == "crashloop")
-    (supervised.folder / "dies.py").write_text(PLAIN)
+    supervised.write_app(PLAIN)
     shown = peerd("restart", "0", f"--control={running.control}")
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()

@@ -86,8 +86,7 @@ def sleep(message):
 
 
 def test_a_handler_that_does_not_return_is_shown(supervised: Supervised) -> None:
-    (supervised.folder / "busy.py").write_text(BUSY)
-    running = supervised.start("--app=busy:app", "--stop-timeout=1", peers=3).wait_ready()
+    running = supervised.start("--stop-timeout=1", peers=3, app=BUSY).wait_ready()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.sendto(raw_client.pack(b"SLEEP", b"1", b""), ("127.0.0.1", running.ports[1]))
     where = f"--control={running.control}"
@@ -246,11 +245,11 @@ def test_wait(supervised: Supervised, tmp_path: Path) -> None:
     assert out == f"2 peers of supervisor pid {running.pid} ready\n"
 
 
-def test_wait_times_out(supervised: Supervised, tmp_path: Path) -> None:
+def test_wait_times_out(supervised: Supervised) -> None:
     absent = peerd("wait", "--timeout=0.2")
     assert absent.returncode == 3
-    (tmp_path / "slow.py").write_text("import time, peerd\ntime.sleep(30)\napp = peerd.App()\n")
-    running = supervised.start("--app=slow:app", "--stop-timeout=1", peers=1, cwd=tmp_path)
+    slow = "import time, peerd\ntime.sleep(30)\napp = peerd.App()\n"
+    running = supervised.start("--stop-timeout=1", peers=1, app=slow)
     eventually(running.control.exists)
     late = peerd("wait", f"--control={running.control}", "--timeout=0.5")
     assert late.returncode == 1

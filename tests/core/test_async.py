@@ -13,7 +13,6 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -671,13 +670,19 @@ def test_a_timer_of_the_app_runs_through_a_flood() -> None:
     assert peer["rx_messages"] > 1000
 
 
-def test_an_async_app_under_the_supervisor(supervised: Supervised, tmp_path: Path) -> None:
-    (tmp_path / "chat.py").write_text(
-        "import asyncio, peerd\napp = peerd.App()\n"
-        "@app.handler('CHAT')\nasync def chat(message):\n"
-        "    await asyncio.sleep(0.01)\n    return b'hello ' + message.body\n"
-    )
-    running = supervised.start("--app=chat:app", peers=2).wait_registered()
+APP = """
+import asyncio, peerd
+app = peerd.App()
+
+@app.handler("CHAT")
+async def chat(message):
+    await asyncio.sleep(0.01)
+    return b"hello " + message.body
+"""
+
+
+def test_an_async_app_under_the_supervisor(supervised: Supervised) -> None:
+    running = supervised.start(peers=2, app=APP).wait_registered()
     for port in running.ports:
         assert raw_client.request(port, b"CHAT", b"you")[2] == b"hello you"
     send_signal(running.peer(0)["pid"], signal.SIGKILL)

@@ -16,7 +16,7 @@ import pytest
 from harness.eventually import eventually
 from harness.loop_harness import LoopHarness
 from harness.namespaces import Hosts
-from harness.supervised import Supervised
+from harness.supervised import NO_ETCD, Supervised
 from peerd import control, decode, encode
 from peerd.serving.loop_logs import DroppedReplyLog
 
@@ -148,13 +148,12 @@ def test_a_reload_over_a_slow_link_has_no_gap(
     hosts: Hosts, supervised: Supervised, kind: str
 ) -> None:
     hosts.server.run(SLOW)
-    (supervised.folder / "late.py").write_text(ASYNC_APP)
     running = supervised.start(
         "--host=0.0.0.0",
-        *(["--app=late:app"] if kind == "async" else []),
         peers=1,
         base_port=PORT,
-        etcd="http://127.0.0.1:1",
+        app=ASYNC_APP if kind == "async" else None,
+        etcd=NO_ETCD,
         through=["ip", "netns", "exec", hosts.server.name],
     ).wait_ready()
     with ExitStack() as stack:

@@ -14,7 +14,7 @@ import pytest
 from harness.loop_harness import LoopHarness, bound
 from harness.namespaces import Hosts
 from harness.ports import free_ports
-from harness.supervised import Supervised
+from harness.supervised import NO_ETCD, Supervised
 from peerd import (
     App,
     AsyncPeerClient,
@@ -170,10 +170,7 @@ async def echo(message):
 
 
 def test_a_late_answer_leaves_from_there_too_also_after_a_reload(supervised: Supervised) -> None:
-    (supervised.folder / "late.py").write_text(LATE_APP)
-    running = supervised.start(
-        "--app=late:app", "--host=0.0.0.0", peers=1, etcd="http://127.0.0.1:1"
-    ).wait_ready()
+    running = supervised.start("--host=0.0.0.0", peers=1, app=LATE_APP, etcd=NO_ETCD).wait_ready()
     port = running.ports[0]
     with PeerClient() as client:
         for _ in range(2):

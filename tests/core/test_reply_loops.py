@@ -17,7 +17,7 @@ from harness.eventually import eventually
 from harness.forged_datagram import forge_datagram
 from harness.loop_harness import LoopHarness, bound
 from harness.ports import free_ports
-from harness.supervised import Running, Supervised
+from harness.supervised import NO_ETCD, Running, Supervised
 from peerd import App, Message, Peer, control, encode
 from peerd._scoreboard import PeerState, Scoreboard
 from peerd.serving.loop_logs import DroppedReplyLog
@@ -176,8 +176,7 @@ def test_no_rate_is_no_limit() -> None:
 
 
 def start(supervised: Supervised, peers: int) -> Running:
-    (supervised.folder / "late.py").write_text(APPENDING_APP)
-    return supervised.start("--app=late:app", peers=peers, etcd="http://127.0.0.1:1").wait_ready()
+    return supervised.start(peers=peers, app=APPENDING_APP, etcd=NO_ETCD).wait_ready()
 
 
 def test_a_forged_datagram_starts_no_loop_that_survives(supervised: Supervised) -> None:

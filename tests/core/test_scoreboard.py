@@ -92,12 +92,6 @@ def test_the_holder_is_cut_to_its_room() -> None:
     assert slot.holder == ""
 
 
-def test_a_slot_keeps_the_mapping() -> None:
-    slot = Scoreboard(1).slots[0]
-    slot.pid = 7
-    assert slot.pid == 7
-
-
 def test_only_a_scoreboard_makes_slots() -> None:
     with pytest.raises(TypeError, match="Scoreboard"):
         Slot()
