@@ -9,7 +9,7 @@ DECODE_REASONS: Final[tuple[str, ...]]
 
 @final
 class Message:
-    """What a handler receives, and, returned by it, a reply with its own magic code."""
+    """A message that a handler receives; a handler that returns one replies with its magic code."""
 
     def __init__(
         self, magic: str, version: str, body: bytes, sender: tuple[str, int] | None = None

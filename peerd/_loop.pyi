@@ -122,7 +122,7 @@ class DatagramLoop:
         """Undo :meth:`attach`; outside a turn. The spare task ends in the event loop's next iteration."""
 
     def answer(self, message: Message, result: Reply | BaseException) -> None:
-        """What a continued coroutine returned or raised. Queued: :meth:`flush` sends it.
+        """Queue the result of a continued coroutine, or count its error. :meth:`flush` sends the reply.
 
         Raises what is neither an Exception nor CancelledError.
         """

@@ -40,7 +40,7 @@ class Slot:
     def index(self) -> int:
         """The number of the slot, from 0."""
     pid: int
-    """The worker's process id, 0 without a worker. The supervisor writes this and the next seven."""
+    """The process id of the worker, else 0. The supervisor writes this and the next seven."""
     successor_pid: int
     """The process id of the worker's successor during a replacement, else 0."""
     generation: int

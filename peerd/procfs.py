@@ -35,7 +35,7 @@ def read_stat(pid: int) -> ProcessStat | None:
 
 
 def rss_bytes(pid: int) -> int:
-    """Resident memory; 0 for a process that is gone."""
+    """Resident memory; 0 if the process is gone."""
     try:
         with open(f"/proc/{pid}/statm", "rb") as file:
             return int(file.read().split()[1]) * PAGE_BYTES

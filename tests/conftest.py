@@ -45,7 +45,7 @@ class WiderFixtures:
     def pytest_fixture_setup(
         self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
     ) -> Generator[None, object, object]:
-        """Whatever a fixture of a wider scope sets up is no leak of the first test that uses it."""
+        """Do not count what a fixture of a wider scope sets up as a leak of the first test that uses it."""
         guard = request.config.stash.get(_GUARD, None)
         if fixturedef.scope == "function" or guard is None:
             return (yield)
