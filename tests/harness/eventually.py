@@ -11,7 +11,7 @@ T = TypeVar("T")
 _POLL_S = 0.01
 
 
-def eventually(check: Callable[[], T], within_s: float = 60.0) -> T:
+def eventually(check: Callable[[], T | None], within_s: float = 60.0) -> T:
     """Return the first true result of ``check``. Raises its last failure when the time is over."""
     give_up_s = time.monotonic() + within_s
     while True:

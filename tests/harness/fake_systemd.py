@@ -28,7 +28,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 @dataclass(frozen=True)
-class Told:
+class Notification:
     """One message of the service."""
 
     at_s: float
@@ -40,7 +40,7 @@ class FakeSystemd:
     folder: Path
     kind: Literal["path", "abstract"] = "path"
     watchdog_s: float | None = None
-    told: list[Told] = field(default_factory=list)
+    received: list[Notification] = field(default_factory=list)
     store: dict[str, list[socket.socket]] = field(default_factory=dict)
     sockets: dict[str, socket.socket] = field(default_factory=dict)
     """Sockets of .socket units: each start passes them before those of the store."""
@@ -112,12 +112,12 @@ class FakeSystemd:
 
     def values(self, name: str) -> list[str]:
         """Every value that the service has sent for this name, oldest first."""
-        return [told.fields[name] for told in list(self.told) if name in told.fields]
+        return [each.fields[name] for each in list(self.received) if name in each.fields]
 
     def names(self) -> list[str]:
         """The names that the service has sent, in order, without descriptors and pings of the watchdog."""
         names = ("READY", "RELOADING", "STOPPING")
-        return [name for told in list(self.told) for name in names if name in told.fields]
+        return [name for each in list(self.received) for name in names if name in each.fields]
 
     def _read(self) -> None:
         while True:
@@ -130,7 +130,7 @@ class FakeSystemd:
             for _level, _kind, data in ancillary:
                 fds.frombytes(data)
             self._keep(fields, [socket.socket(fileno=fd) for fd in fds])
-            self.told.append(Told(time.monotonic(), fields))
+            self.received.append(Notification(time.monotonic(), fields))
 
     def _keep(self, fields: dict[str, str], sockets: list[socket.socket]) -> None:
         name = fields.get("FDNAME", "stored")

@@ -57,9 +57,7 @@ def serving(running: Running, slot: int, but_not: Collection[int] = ()) -> int:
             ask(running, "restart", slot=slot)
         return peer["pid"] if peer["state"] == "ready" and peer["pid"] not in but_not else None
 
-    found = eventually(pid)
-    assert found is not None
-    return found
+    return eventually(pid)
 
 
 def death_of(running: Running, pid: int) -> dict[str, Any]:
@@ -68,9 +66,7 @@ def death_of(running: Running, pid: int) -> dict[str, Any]:
     def find() -> dict[str, Any] | None:
         return next((each for each in events(running, "died") if each["pid"] == pid), None)
 
-    found = eventually(find)
-    assert found is not None
-    return found
+    return eventually(find)
 
 
 def assert_nothing_is_lost(

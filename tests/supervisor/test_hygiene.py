@@ -80,9 +80,7 @@ def settled(running: Running) -> dict[int, str]:
         time.sleep(0.02)
         return first if first == descriptors(running.pid) else None
 
-    found = eventually(twice)
-    assert found is not None
-    return found
+    return eventually(twice)
 
 
 def test_a_process_holds_its_own_resources_only(supervised: Supervised) -> None:

@@ -10,6 +10,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -207,53 +208,46 @@ def pings(ports: Sequence[int]) -> Iterator[None]:
             with suppress(TimeoutError):
                 raw_client.request(port, b"PING", b"x", 0.05)
 
-    threads = [threading.Thread(target=ping, args=(port,)) for port in ports]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+    with ThreadPoolExecutor(len(ports)) as threads:
+        for port in ports:
+            threads.submit(ping, port)
+        try:
+            yield
+        finally:
+            stop.set()
 
 
 @contextmanager
 def watched(port: int) -> Iterator[list[float]]:
     """Scrape in a thread; yields the seconds that each took. Fails at the end if a counter decreased."""
-    stop, seen, wrong = threading.Event(), list[float](), list[object]()
+    stop, seen = threading.Event(), list[float]()
 
     def watch() -> None:
         before: Samples = {}
-        try:
-            while not stop.is_set():
-                asked_s = time.monotonic()
-                answer = http_get(port, "/metrics")
-                took_s = time.monotonic() - asked_s
-                _, now = parse(answer)
-                assert before.keys() <= now.keys()
-                back = {key: (old, now[key]) for key, old in before.items() if now[key] < old}
-                assert not back
-                before = now
-                seen.append(took_s)
-        except BaseException as error:
-            wrong.append(error)
+        while not stop.is_set():
+            asked_s = time.monotonic()
+            answer = http_get(port, "/metrics")
+            took_s = time.monotonic() - asked_s
+            _, now = parse(answer)
+            assert before.keys() <= now.keys()
+            back = {key: (old, now[key]) for key, old in before.items() if now[key] < old}
+            assert not back
+            before = now
+            seen.append(took_s)
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        stop.set()
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor() as threads:
+        watching = threads.submit(watch)
+        try:
+            yield seen
+        finally:
+            stop.set()
+        watching.result()
 
 
 def test_the_gaps_of_a_reload_are_counted(supervised: Supervised) -> None:
     running, port = start(supervised)
     replaced = ask(running, "reload")["replaced"]
     samples = eventually(partial(scrape_after, port, len(replaced)))
-    assert samples is not None
     assert samples["peerd_registry_state", (("state", "suspended"),)] == 1
     gaps_s = [peer["gap_ms"] / 1e3 for peer in replaced]
     assert samples["peerd_reload_gap_seconds_sum", ()] == pytest.approx(sum(gaps_s))
@@ -289,7 +283,6 @@ def test_a_stopped_worker_makes_it_unready(supervised: Supervised) -> None:
     send_signal(peer["pid"], signal.SIGSTOP)
     try:
         line = eventually(lambda: unready(port))
-        assert line is not None
         assert line.startswith(f"not ready: {peer['peer_id']} (process stopped for ")
         assert line.count("\n") == 1
         assert f"localhost:{running.ports[0]}" not in line

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -139,13 +140,12 @@ def flood(ports: Sequence[int]) -> Iterator[None]:
                     client.sendto(datagram * 60, ("127.0.0.1", port))
                 time.sleep(0.0005)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    with ThreadPoolExecutor() as threads:
+        threads.submit(run)
+        try:
+            yield
+        finally:
+            stop.set()
 
 
 def wait_until(moment_s: float) -> None:

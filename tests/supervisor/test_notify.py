@@ -59,9 +59,9 @@ def test_messages_and_their_order(systemd: FakeSystemd, notifier: Notifier) -> N
     notifier.watchdog()
     notifier.stopping("stopping")
     eventually(lambda: "STOPPING" in systemd.names())
-    reloading = systemd.told[3].fields.pop("MONOTONIC_USEC")
+    reloading = systemd.received[3].fields.pop("MONOTONIC_USEC")
     assert before_us <= int(reloading) <= time.monotonic_ns() // 1000
-    assert [told.fields for told in systemd.told] == [
+    assert [each.fields for each in systemd.received] == [
         {"STATUS": "7/8 ready"},
         {"READY": "1", "STATUS": "8/8 ready"},
         {"STATUS": "8/8 ready, 1 scaling"},
@@ -79,7 +79,7 @@ def test_a_stored_socket_is_the_same_socket(systemd: FakeSystemd, notifier: Noti
     notifier.store(name, sock)
     notifier.store(name, sock)  # as the next start does
     eventually(lambda: len(systemd.values("FDSTORE")) == 2)
-    assert systemd.told[0].fields == {"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}
+    assert systemd.received[0].fields == {"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.sendto(b"waits", address)
     sock.close()

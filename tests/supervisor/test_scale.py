@@ -84,8 +84,8 @@ def test_new_peers_serve_on_the_ports_behind_the_last(supervised: Supervised) ->
     assert status["supervisor"]["configured_peers"] == 2
     assert [peer["slot"] for peer in status["peers"]] == [0, 1, 2, 3]
     assert title(running) == f"peerd: supervisor of ports {base} to {base + 3}"
-    (told,) = events(running, "scaled")
-    assert (told["before"], told["peers"]) == (2, 4)
+    (event,) = events(running, "scaled")
+    assert (event["before"], event["peers"]) == (2, 4)
     assert "scaled from 2 to 4 peers" in running.err
     # They are restarted and logged like any other.
     send_signal(after[3], signal.SIGKILL)
@@ -236,8 +236,8 @@ def test_an_app_that_has_become_broken_leaves_the_old_peers(supervised: Supervis
     assert all(answers(port) for port in running.ports)
     assert is_free(running.base_port + 2)
     assert is_free(running.base_port + 3)
-    (told,) = events(running, "not scaled")
-    assert "Traceback" not in told["why"]
+    (event,) = events(running, "not scaled")
+    assert "Traceback" not in event["why"]
     supervised.write_app(PLAIN)
     assert scale(running, 4)["peers"] == 4
 

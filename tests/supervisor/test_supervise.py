@@ -171,18 +171,6 @@ def test_nohup_is_respected(supervised: Supervised) -> None:
     assert running.stop() == 0
 
 
-def test_a_killed_workers_record_goes_and_comes_back(supervised: Supervised) -> None:
-    """The successor imports its app only after the gap was observed."""
-    app = "import os, time, peerd\nwhile os.path.exists('hold'): time.sleep(0.01)\napp = peerd.App()\n"
-    running = supervised.start(peers=2, app=app).wait_registered()
-    hold = supervised.folder / "hold"
-    hold.touch()
-    send_signal(running.peer(1)["pid"], signal.SIGKILL)
-    eventually(lambda: len(records(running)) == 1)
-    hold.unlink()
-    eventually(lambda: len(records(running)) == 2)
-
-
 def test_watchers_learn_of_a_dead_worker_within_milliseconds(supervised: Supervised) -> None:
     running = supervised.start(peers=2).wait_registered()
     with Registry(running.etcd, running.prefix) as registry, registry.watch() as watch:

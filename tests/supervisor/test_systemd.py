@@ -80,7 +80,7 @@ class Service:
         return kept == {f"peer-{port}": 1 for port in self.ports[:peers]}
 
     def ping_age_s(self) -> float:
-        pings = [told.at_s for told in list(self.systemd.told) if "WATCHDOG" in told.fields]
+        pings = [each.at_s for each in list(self.systemd.received) if "WATCHDOG" in each.fields]
         return time.monotonic() - pings[-1]
 
 
