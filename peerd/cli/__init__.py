@@ -134,20 +134,12 @@ class LazyGroup(click.Group):
         """The names and summaries from the table; click would import every command for its summary."""
         from click.shell_completion import CompletionItem
 
-        return [
-            *(
-                CompletionItem(name, help=summary)
-                for name, (_, summary) in COMMANDS.items()
-                if name.startswith(incomplete)
-            ),
-            *click.Command.shell_complete(self, ctx, incomplete),
-        ]
+        names = [name for name in COMMANDS if name.startswith(incomplete)]
+        found = [CompletionItem(name, help=COMMANDS[name][1]) for name in names]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
 
-@click.group(
-    cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="peerd", message="%(prog)s %(version)s")
 def cli() -> None:
     """UDP peers that stay up, are found through etcd and keep pace with the kernel.

@@ -14,18 +14,11 @@ HEALTHY = (None, "ok", "idle")
 
 COLOURS = {
     "ready": "green",
-    "starting": "yellow",
-    "stopping": "yellow",
     "stopped": "dim",
-    "starved": "yellow",
-    "late": "red",
-    "full": "red",
-    "unread": "red",
-    "backoff": "red",
-    "crashloop": "bold red",
-    "stuck": "bold red",
+    **dict.fromkeys(("starting", "stopping", "starved"), "yellow"),
+    **dict.fromkeys(("late", "full", "unread", "backoff"), "red"),
+    **dict.fromkeys(("crashloop", "stuck"), "bold red"),
 }
-
 
 # Why a worker died, if its exit code or signal does not say it.
 CAUSES = {"oom": "OOM", "stuck": "stuck", "late": "late"}

@@ -25,8 +25,6 @@ Since = Callable[[Arguments], list[dict[str, object]]]
 
 @dataclass(frozen=True, kw_only=True)
 class ControlCommands:
-    """Acts on the parts of the supervisor."""
-
     loop: Loop
     peers: PeerView
     status: StatusReport
@@ -52,12 +50,10 @@ class ControlCommands:
         }
 
     def _reload(self, _arguments: Arguments) -> Promise[Result]:
-        """Replace all workers, one at a time; stop at the first that fails."""
         self._refuse_while_stopping()
         return self.reloads.reload()
 
     def _restart(self, arguments: Arguments) -> Promise[Result]:
-        """Replace the worker of one slot, or start it if it is parked."""
         self._refuse_while_stopping()
         answer = Promise[Result](self.loop)
         self._peer_at(arguments.get("slot")).replace().then(
@@ -66,7 +62,6 @@ class ControlCommands:
         return answer
 
     def _scale(self, arguments: Arguments) -> Promise[Result]:
-        """Run this number of peers, on the ports from the first one on."""
         self._refuse_while_stopping()
         peers = arguments.get("peers")
         if type(peers) is not int:

@@ -65,7 +65,6 @@ class Metrics:
         journal: Journal,
         resources: Resources,
     ) -> None:
-        """``peers`` may grow and shrink."""
         self._board = board
         self._status = status
         self._resources = resources

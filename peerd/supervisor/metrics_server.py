@@ -110,11 +110,6 @@ def _response(status: HTTPStatus, body: bytes, *headers: str) -> Response:
     """Plain text, unless a header says otherwise."""
     if not any(header.startswith("Content-Type:") for header in headers):
         headers = (f"Content-Type: {PLAIN_TEXT}", *headers)
-    lines = [
-        f"HTTP/1.1 {status.value} {status.phrase}",
-        *headers,
-        f"Content-Length: {len(body)}",
-        "Cache-Control: no-store",
-        "Connection: close",
-    ]
-    return "".join(f"{line}\r\n" for line in (*lines, "")).encode(), body
+    first, length = f"HTTP/1.1 {status.value} {status.phrase}", f"Content-Length: {len(body)}"
+    lines = (first, *headers, length, "Cache-Control: no-store", "Connection: close", "")
+    return "".join(f"{line}\r\n" for line in lines).encode(), body

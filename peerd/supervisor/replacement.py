@@ -126,14 +126,11 @@ class Replacement:
             self._kill_successor("stop")
 
     def on_report(self) -> None:
-        """The successor has reported something."""
         if self.successor is None or not self.successor.is_prepared or self.successor.killed_for:
             return
         worker = self._peer.worker
-        if worker is not None and is_stopped(worker.pid):
-            self._handle(ReplacementEvent.PREPARED_BUT_STOPPED)
-        else:
-            self._handle(ReplacementEvent.PREPARED)
+        is_held = worker is not None and is_stopped(worker.pid)
+        self._handle(_Event.PREPARED_BUT_STOPPED if is_held else _Event.PREPARED)
 
     def on_worker_exit(self, exit_: WorkerExit) -> None:
         if not (exit_.is_hand_over or exit_.worker.killed_for == "stop"):
@@ -177,22 +174,19 @@ class Replacement:
         successor.allow_serving()
 
     def _succeed(self) -> None:
-        peer, now_s = self._peer, time.monotonic()
-        gap_s = now_s - (self._unread_since_s or now_s)
-        done = WorkerReplaced(
-            slot=peer.slot.index,
-            peer_id=peer.peer_id,
-            old_pid=self._old_pid,
-            pid=peer.slot.pid,
-            gap_ms=round(gap_s * 1e3, 3),
+        now_s = time.monotonic()
+        gap_ms = round((now_s - (self._unread_since_s or now_s)) * 1e3, 3)
+        slot, peer_id = self._peer.slot, self._peer.peer_id
+        self._replacements.on_replaced(
+            WorkerReplaced(
+                slot=slot.index, peer_id=peer_id, old_pid=self._old_pid, pid=slot.pid, gap_ms=gap_ms
+            )
         )
-        self._replacements.on_replaced(done)
 
     def _fail(self) -> None:
-        successor, self.successor = self.successor, None
+        successor, self.successor, slot = self.successor, None, self._peer.slot
         assert successor is not None
         end = successor.wait()
-        slot = self._peer.slot
         slot.add_log_dropped(successor.lines_dropped)
         slot.successor_pid = 0
         why = successor.failure or f"the successor ended before it was ready: {end}"
@@ -264,9 +258,8 @@ class Replacements:
     def on_replaced(self, done: WorkerReplaced) -> None:
         promise, self.current = self._promise, None
         assert promise is not None
-        self._peer.restarts.was_parked = (
-            False  # it was requested, by a user who may have mended the app
-        )
+        # It was requested, by a user who may have mended the app.
+        self._peer.restarts.was_parked = False
         self._peer.last_gap_ms = done.gap_ms
         self._environment.journal.publish(done)
         promise.resolve(done)

@@ -170,7 +170,6 @@ class SupervisedPeer:
         return worker
 
     def adopt(self, worker: Worker) -> None:
-        """Make it the worker."""
         self.restarts.cancel()
         self.worker = worker
         self.slot.pid = worker.pid
