@@ -9,7 +9,6 @@ parsed nor routed again. That is a tenth cheaper per message.
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.object cimport Py_EQ, Py_NE
 from cpython.unicode cimport PyUnicode_DecodeASCII
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcmp, memcpy
@@ -97,17 +96,17 @@ cdef class Message:
             _loads = orjson.loads
         return _loads(self.body)
 
-    def __richcmp__(self, other, int op):
-        if op not in (Py_EQ, Py_NE) or not isinstance(other, Message):
+    def __eq__(self, other):
+        cdef Message that
+        if not isinstance(other, Message):
             return NotImplemented
-        cdef Message that = other
-        equal = (
+        that = other
+        return (
             self.magic == that.magic
             and self.version == that.version
             and self.body == that.body
             and self.sender == that.sender
         )
-        return equal if op == Py_EQ else not equal
 
     def __hash__(self):
         return hash((self.magic, self.version, self.body, self.sender))
