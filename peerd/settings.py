@@ -107,18 +107,12 @@ class EtcdAccess:
 
     def __post_init__(self) -> None:
         if (self.user is None) != (self.password is None):
-            raise SettingsError(
-                "etcd needs a user and a password together: --etcd-user, and --etcd-password-file or "
-                "PEERD_ETCD_PASSWORD",
-                "etcd-user",
-                "etcd-password-file",
-            )
+            flags = "--etcd-user, and --etcd-password-file or PEERD_ETCD_PASSWORD"
+            text = f"etcd needs a user and a password together: {flags}"
+            raise SettingsError(text, "etcd-user", "etcd-password-file")
         if (self.cert_file is None) != (self.key_file is None):
-            raise SettingsError(
-                "etcd needs a client certificate and its key together: --etcd-cert, --etcd-key",
-                "etcd-cert",
-                "etcd-key",
-            )
+            text = "etcd needs a client certificate and its key together: --etcd-cert, --etcd-key"
+            raise SettingsError(text, "etcd-cert", "etcd-key")
         files = {"etcd-ca": self.ca_file, "etcd-cert": self.cert_file, "etcd-key": self.key_file}
         for flag, file in files.items():
             try:
@@ -154,12 +148,8 @@ class RegistrySettings:
     def __post_init__(self) -> None:
         has_tls = EtcdEndpoints.of(self.endpoint).tls
         if not has_tls and (self.access.ca_file or self.access.cert_file):
-            raise SettingsError(
-                f"certificates need an https endpoint, but --etcd is {self.endpoint}",
-                "etcd",
-                "etcd-ca",
-                "etcd-cert",
-            )
+            text = f"certificates need an https endpoint, but --etcd is {self.endpoint}"
+            raise SettingsError(text, "etcd", "etcd-ca", "etcd-cert")
         size = len(self.prefix.encode(errors="replace"))
         is_prefix = self.prefix.isprintable() and 1 <= size <= MAX_PREFIX_BYTES
         if not is_prefix or self.prefix.endswith("/"):

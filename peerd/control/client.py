@@ -15,6 +15,8 @@ CHUNK_BYTES = 64 * 1024
 
 PROBE_TIMEOUT_S = 1.0
 
+HOW_TO_REACH_ONE = "start one with 'peerd supervise', or name its socket with --control"
+
 
 def request(
     path: Path, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float = 5.0
@@ -36,10 +38,7 @@ def request(
             while not answer.endswith(b"\n") and (chunk := client.recv(CHUNK_BYTES)):
                 answer += chunk
         except (FileNotFoundError, ConnectionRefusedError):
-            raise NotRunningError(
-                f"no supervisor answers at {path}: start one with 'peerd supervise', "
-                "or name its socket with --control"
-            ) from None
+            raise NotRunningError(f"no supervisor answers at {path}: {HOW_TO_REACH_ONE}") from None
         except PermissionError:
             raise ControlError(
                 f"{path} belongs to another user: run this as that user, or as root"
@@ -76,10 +75,8 @@ def find_running() -> Path:
     """
     found = [path for path in sorted(directory().glob("*.sock")) if has_listener(path)]
     if not found:
-        raise NotRunningError(
-            f"no supervisor is running (no socket in {directory()} answers): "
-            "start one with 'peerd supervise', or name its socket with --control"
-        )
+        where = f"no socket in {directory()} answers"
+        raise NotRunningError(f"no supervisor is running ({where}): {HOW_TO_REACH_ONE}")
     if len(found) > 1:
         names = ", ".join(str(path) for path in found)
         raise ControlError(f"several supervisors are running: choose one with --control: {names}")
