@@ -122,14 +122,7 @@ class EtcdProcess:
 
     def stop(self) -> None:
         """SIGSTOP: connections stay open, and the kernel accepts new ones, but etcd does not answer."""
-        os.kill(self.pid, signal.SIGSTOP)
-        # A thread that is running on a CPU may answer until it handles the signal.
-        eventually(lambda: set(self._states_of_threads()) == {"T"})
-
-    def _states_of_threads(self) -> Iterator[str]:
-        for thread in Path(f"/proc/{self.pid}/task").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                yield (thread / "stat").read_text().rpartition(")")[2].split()[0]
+        stop_process(self.pid)
 
     def cont(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
@@ -187,3 +180,15 @@ class EtcdProcess:
             *tls_flags,
             *self.flags,  # the last one counts
         ]
+
+
+def stop_process(pid: int) -> None:
+    """SIGSTOP; returns once no thread runs: one that is on a CPU goes on until it handles the signal."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def states() -> Iterator[str]:
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                yield (thread / "stat").read_text().rpartition(")")[2].split()[0]
+
+    eventually(lambda: set(states()) == {"T"})

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from harness.etcd_process import stop_process
 from harness.eventually import eventually
 from harness.store import Store
 from peerd.address import Address, EtcdEndpoints
@@ -356,7 +357,7 @@ def test_a_registration_that_was_not_answered_can_be_repeated(prefix: str) -> No
 
         def stop_etcd(lease_id: int) -> None:
             leases.append(lease_id)
-            os.kill(etcd.pid, signal.SIGSTOP)
+            stop_process(etcd.pid)
 
         with pytest.raises(RegistryUnavailableError, match=r"no answer within 0\.5 s"):
             registry.register(SEED, on_lease=stop_etcd)
