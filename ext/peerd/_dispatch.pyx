@@ -12,13 +12,7 @@ from peerd._coroutines cimport SUSPENDED, Coroutines
 from peerd._envelope cimport Codec, Message
 from peerd.destination cimport Destination
 from peerd._scoreboard cimport (
-    HANDLER_ERRORS,
-    MAX_WAITING_NAME_BYTES,
-    MAX_WAITING_ROWS,
-    RX_BYTES,
-    RX_MAX_WAITING,
-    RX_MESSAGES,
-    Waiting,
+    HANDLER_ERRORS, MAX_WAITING_NAME_BYTES, MAX_WAITING_ROWS, RX_BYTES, RX_MAX_WAITING, RX_MESSAGES, Waiting,
 )
 from peerd.outbox cimport Outbox, count_handled
 

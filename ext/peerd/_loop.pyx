@@ -49,17 +49,8 @@ cimport peerd.linux_udp as linux
 from peerd._dispatch cimport Dispatcher
 from peerd._envelope cimport Message
 from peerd._scoreboard cimport (
-    BATCH_BUCKETS,
-    ICMP_ERRORS,
-    LINGERS,
-    RX_DATAGRAMS,
-    RX_OWN,
-    RX_TRUNCATED,
-    TURN_BUCKETS,
-    TURNS,
-    Scoreboard,
-    Slot,
-    SlotData,
+    BATCH_BUCKETS, ICMP_ERRORS, LINGERS, RX_DATAGRAMS, RX_OWN, RX_TRUNCATED, TURN_BUCKETS, TURNS, Scoreboard,
+    Slot, SlotData,
 )
 from peerd.destination cimport Destination, read_local, report_local_addresses
 from peerd.flight cimport RX_BATCH

@@ -8,15 +8,7 @@ one tries again a few times before it believes it.
 """
 
 from libc.errno cimport (
-    EACCES,
-    ECONNREFUSED,
-    EHOSTDOWN,
-    EHOSTUNREACH,
-    EMSGSIZE,
-    ENETUNREACH,
-    ENOPROTOOPT,
-    EOPNOTSUPP,
-    EPROTO,
+    EACCES, ECONNREFUSED, EHOSTDOWN, EHOSTUNREACH, EMSGSIZE, ENETUNREACH, ENOPROTOOPT, EOPNOTSUPP, EPROTO,
 )
 
 cdef extern from "<errno.h>" nogil:

@@ -13,16 +13,8 @@ from peerd._scoreboard cimport HANDLED, RX_DATAGRAMS, SlotData
 from peerd.destination cimport Destination
 from peerd.loop_guard cimport Guard, guard_close
 from peerd.transmit cimport (
-    DROP_FULL,
-    DROP_TOO_BIG,
-    MAX_DATAGRAM_BYTES,
-    Transmitter,
-    count_drops,
-    drop_queued,
-    transmit,
-    transmit_room,
-    transmitter_close,
-    transmitter_open,
+    DROP_FULL, DROP_TOO_BIG, MAX_DATAGRAM_BYTES, Transmitter, count_drops, drop_queued, transmit,
+    transmit_room, transmitter_close, transmitter_open,
 )
 
 cdef struct Outbox:

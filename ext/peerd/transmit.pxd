@@ -21,40 +21,15 @@ Drops are counted by reason. Of each reason, the address and errno of one drop a
 Nothing here touches Python.
 """
 
-from libc.errno cimport (
-    EAGAIN,
-    EINTR,
-    EINVAL,
-    EIO,
-    EMSGSIZE,
-    ENOBUFS,
-    ENOMEM,
-    errno,
-)
+from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENOMEM, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
 cimport peerd.linux_udp as linux
-from peerd._scoreboard cimport (
-    HANDLED,
-    TX_BYTES,
-    TX_DROPPED_FULL,
-    TX_GSO_REFUSED,
-    TX_MESSAGES,
-)
+from peerd._scoreboard cimport HANDLED, TX_BYTES, TX_DROPPED_FULL, TX_GSO_REFUSED, TX_MESSAGES
 from peerd.deferred cimport (
-    MAX_ATTEMPTS,
-    MAX_DEFERRED_ADDRESSES,
-    RETRY_INTERVAL_NS,
-    Deferred,
-    Entry,
-    datagrams_done,
-    defer,
-    deferred_clear,
-    deferred_close,
-    deferred_open,
-    entry_of,
-    new_entry,
+    MAX_ATTEMPTS, MAX_DEFERRED_ADDRESSES, RETRY_INTERVAL_NS, Deferred, Entry, datagrams_done, defer,
+    deferred_clear, deferred_close, deferred_open, entry_of, new_entry,
 )
 from peerd.destination cimport LOCAL_CONTROL_BYTES, Destination, has_local, write_local
 from peerd.flight cimport TX_WINDOW, UNTOUCHED, Flight, store_barrier

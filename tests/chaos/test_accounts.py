@@ -1,7 +1,5 @@
 """The account of returned numbers, and the schedule of a seed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from hypothesis import example, given

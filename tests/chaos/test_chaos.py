@@ -1,7 +1,5 @@
 """``peerd chaos`` passes, repeats its schedule, and finds disturbances that are not its own."""
 
-from __future__ import annotations
-
 import re
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The checks of a chaos run find each way to break a guarantee, and the printed command repeats a run."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from collections.abc import Sequence

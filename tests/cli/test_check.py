@@ -1,7 +1,5 @@
 """peerd check, and the sources of the settings of peerd supervise."""
 
-from __future__ import annotations
-
 import os
 import socket
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The commands that talk to peers and etcd, run as a shell would."""
 
-from __future__ import annotations
-
 import re
 
 import orjson

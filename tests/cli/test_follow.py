@@ -1,7 +1,5 @@
 """peerd events -f and peerd logs -f continue with the next supervisor, and end when their reader does."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Iterator

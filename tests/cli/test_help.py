@@ -1,7 +1,5 @@
 """The help of every command, and what it must not import so that it stays quick."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

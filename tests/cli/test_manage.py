@@ -1,7 +1,5 @@
 """peerd reload, restart and scale, run as a shell would. Other tests check that they lose no datagram."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import time

@@ -1,7 +1,5 @@
 """peerd status and peerd wait on a running supervisor, in terminals and in pipes."""
 
-from __future__ import annotations
-
 import signal
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """The output of peerd status for a report, at common widths of terminals."""
 
-from __future__ import annotations
-
 import io
 from typing import Any, Literal
 

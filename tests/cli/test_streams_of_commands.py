@@ -1,7 +1,5 @@
 """Standard output that is closed, or whose reader ends early."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """The unit that ``peerd systemd-unit`` prints, and the options that it rejects."""
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Both clients, the asynchronous one on two event loops, against real and scripted peers."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import inspect

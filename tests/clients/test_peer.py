@@ -1,7 +1,5 @@
 """The Peer class: one peer in the calling process."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

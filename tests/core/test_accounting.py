@@ -4,8 +4,6 @@ The sends are ordinary ones, so that what the kernel drops is one datagram each 
 datagrams (UDP_SEGMENT, UDP_GRO) it counts a whole buffer as one drop.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import random

@@ -1,7 +1,5 @@
 """Coroutine handlers, in a supervised worker and in the test's event loop."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import contextvars

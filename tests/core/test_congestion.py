@@ -1,7 +1,5 @@
 """A reply that cannot leave costs the clients behind other links neither a reply nor time."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import socket

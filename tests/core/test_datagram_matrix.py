@@ -5,8 +5,6 @@ helper asserts everything. A send of the client is one UDP_SEGMENT send, so with
 hands it over joined; and the client asks for UDP_GRO itself, so it sees whether replies left joined.
 """
 
-from __future__ import annotations
-
 import socket
 import struct
 import time

@@ -5,8 +5,6 @@ faults.c in front of the two calls. So each case is the same every time, and wha
 between is real. At its end the peer reports its counters.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import json

@@ -4,8 +4,6 @@ The ICMP errors are real: of ports that were closed, and, where the test may ope
 every type and code that a host or router can send about a UDP datagram.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import socket

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from peerd.linux import is_kernel_with_broken_gso, is_kernel_without_gro

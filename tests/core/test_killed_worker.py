@@ -5,8 +5,6 @@ socket's queue, minus replies received. In two of three rounds the kill happens 
 sendmmsg, or between one of them and the counters (flight.pxd).
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

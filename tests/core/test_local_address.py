@@ -1,7 +1,5 @@
 """A wildcard peer answers from the address that was asked (ext/peerd/destination.pxd)."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import struct

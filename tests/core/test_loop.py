@@ -1,7 +1,5 @@
 """The datagram loop over real sockets, turn by turn or in a thread."""
 
-from __future__ import annotations
-
 import gc
 import os
 import signal

@@ -5,8 +5,6 @@ sockets, in runs (UDP_SEGMENT) and alone, with and without offload, many or few 
 the replies, their order and every counter must equal the model's.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """No datagram makes two peers, or one, answer each other's answers for ever (ext/peerd/loop_guard.pxd)."""
 
-from __future__ import annotations
-
 import logging
 import os
 import random

@@ -1,7 +1,5 @@
 """For any bytes: a Message or a DecodeError, and the same as the reference decoder's."""
 
-from __future__ import annotations
-
 import struct
 
 from hypothesis import given

@@ -1,7 +1,5 @@
 """What README.md and docs/ point to exists: tests, files and sections. The README is short."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -12,8 +12,6 @@ A comment before a block changes that: ``<!-- not run: REASON -->``, or ``<!-- e
 that is stopped once it has printed a line.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -20,25 +20,14 @@ from libc.string cimport memcpy, memset
 
 cimport peerd.linux_udp as linux
 from peerd._scoreboard cimport (
-    COUNTER_COUNT,
-    TX_BYTES,
-    TX_DROPPED_CONGESTED,
-    TX_DROPPED_FULL,
-    TX_DROPPED_REFUSED,
-    TX_DROPPED_TOO_BIG,
+    COUNTER_COUNT, TX_BYTES, TX_DROPPED_CONGESTED, TX_DROPPED_FULL, TX_DROPPED_REFUSED, TX_DROPPED_TOO_BIG,
     TX_MESSAGES,
 )
 from peerd.destination cimport Destination
 from peerd.deferred cimport RETRY_INTERVAL_NS, deferred_clear
 from peerd.flight cimport Flight
 from peerd.transmit cimport (
-    MAX_DATAGRAM_BYTES,
-    TX_RETRIES,
-    TX_SEGMENTS,
-    Transmitter,
-    drop_queued,
-    transmit,
-    transmit_room,
+    MAX_DATAGRAM_BYTES, TX_RETRIES, TX_SEGMENTS, Transmitter, drop_queued, transmit, transmit_room,
     transmitter_open,
 )
 

@@ -1,7 +1,5 @@
 """The layers of ARCHITECTURE.md: a module imports only from its own layer and those above it."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """``make run``, from the terminal's point of view."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The sdist builds a wheel, and both have the right files."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tarfile

@@ -1,7 +1,5 @@
 """What help() shows of the public names, and whether a program can import every type that they use."""
 
-from __future__ import annotations
-
 import inspect
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """An etcd with access control: logins whose tokens expire, TLS, and the message for each wrong setting."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Records that an administrator, or another program, removes or overwrites while their leases live."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from pathlib import Path

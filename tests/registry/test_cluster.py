@@ -1,7 +1,5 @@
 """A cluster of three members, of which the connected one fails, first as a follower, then as the leader."""
 
-from __future__ import annotations
-
 import logging
 import os
 import time

@@ -1,7 +1,5 @@
 """Real etcd processes: found, started, killed, and ended with their block or their parent."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

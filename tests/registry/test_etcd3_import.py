@@ -1,7 +1,5 @@
 """The descriptors read from etcd3's files are those that Python's own parser finds."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The tests of faults rely on these tools: the data of an etcd, and the faults of the proxy."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A value is a record that FaasNet can read and a terminal can show, or InvalidRecordError."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import pickle

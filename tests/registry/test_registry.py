@@ -1,7 +1,5 @@
 """The registry against a real etcd that is killed, stopped and wiped under it."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -1,7 +1,5 @@
 """Watching and caching peers in a real etcd that stays up; test_watch_faults.py has one that fails."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import subprocess

@@ -4,8 +4,6 @@ As long as etcd has the history, the watch reports every event, once, in order. 
 (compacted, wiped), the watch reports exactly the difference. It never raises and never ends.
 """
 
-from __future__ import annotations
-
 import gc
 import threading
 import time

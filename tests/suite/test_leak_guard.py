@@ -1,7 +1,5 @@
 """The guard that fails a test which leaves something behind, in a pytest of its own with two workers."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The tests pass however they are started."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tempfile

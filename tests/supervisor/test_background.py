@@ -1,7 +1,5 @@
 """A supervisor in the background of a terminal that stops background processes that write (stty tostop)."""
 
-from __future__ import annotations
-
 import signal
 
 import psutil

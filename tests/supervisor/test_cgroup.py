@@ -1,7 +1,5 @@
 """Control groups as files: of a machine, of a container, and malformed ones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Workers that die repeatedly: how often they are started, and whether the other peers are affected."""
 
-from __future__ import annotations
-
 import os
 import time
 from functools import partial

@@ -1,7 +1,5 @@
 """The death certificate: how a worker ended, what was lost, its last lines, and what happens next."""
 
-from __future__ import annotations
-
 import itertools
 import signal
 from functools import partial

@@ -1,7 +1,5 @@
 """Each documented exit code, from a real run."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Descriptors and processes: what is held, and what happens when none is left; hostile clients."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -3,8 +3,6 @@
 The time passed to ``judge`` is made up: two calls are half a second apart, or an hour.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

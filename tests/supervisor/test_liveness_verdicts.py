@@ -1,7 +1,5 @@
 """Verdicts on workers without progress; only those in a handler that does not return are killed."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """Lines that workers print and log: attribution, format, and that no process waits for a reader."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import threading

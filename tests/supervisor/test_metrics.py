@@ -1,7 +1,5 @@
 """``--metrics``: metrics and health checks, over real connections."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

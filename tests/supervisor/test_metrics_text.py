@@ -1,7 +1,5 @@
 """The text of the metrics and the server that sends it, without a supervisor around them."""
 
-from __future__ import annotations
-
 import selectors
 import socket
 from collections.abc import Iterator

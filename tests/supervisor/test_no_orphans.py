@@ -4,8 +4,6 @@ The supervisor runs in its own session, so all its descendants are found in /pro
 those that the test could not count before the kill.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -1,7 +1,5 @@
 """sd_notify and the sockets that systemd passes, with a real notify socket and real descriptors."""
 
-from __future__ import annotations
-
 import logging
 import os
 import resource

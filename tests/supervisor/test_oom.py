@@ -1,7 +1,5 @@
 """A worker that the kernel's OOM killer ended is distinguished from one killed by a user."""
 
-from __future__ import annotations
-
 import signal
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``--pin auto``: each worker gets one of the CPUs that the supervisor may use."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections import Counter

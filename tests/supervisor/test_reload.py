@@ -1,7 +1,5 @@
 """Workers that are replaced while they serve: nothing is lost, doubled or reordered."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import socket

@@ -1,7 +1,5 @@
 """More peers and fewer while they serve: ``scale``, SIGTTIN, SIGTTOU."""
 
-from __future__ import annotations
-
 import contextlib
 import resource
 import signal

@@ -1,7 +1,5 @@
 """Stopping a supervisor at bad moments: repeated signals, during a start or a reload, on a terminal."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

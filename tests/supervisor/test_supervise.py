@@ -1,7 +1,5 @@
 """The whole system as a user runs it: the command, real signals, a real etcd, a client without peerd."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """Calls that the supervisor's code must not contain."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``peerd supervise`` under a service manager: notifications, and sockets kept across restarts."""
 
-from __future__ import annotations
-
 import signal
 import socket
 import sys

@@ -1,7 +1,5 @@
 """A peer that does not read its socket: not ready, without a record, and replaced after the stuck timeout."""
 
-from __future__ import annotations
-
 import socket
 import time
 from functools import partial

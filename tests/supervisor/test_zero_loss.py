@@ -3,8 +3,6 @@
 PEERD_LONG_TESTS=1 runs them at full size: 20,000 datagrams/s over 8 peers.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal
