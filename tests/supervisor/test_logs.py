@@ -197,8 +197,9 @@ def test_output_that_bypasses_python_is_logged(supervised: Supervised) -> None:
 
 def test_a_crash_in_c_shows_where_python_was(supervised: Supervised) -> None:
     running = start(supervised)
+    (pid,) = pids(running)
     raw_client.send(running.ports[0], b"ABORT")
-    died = death_of(running, pids(running)[0])
+    died = death_of(running, pid)
     assert died["how"] == "killed by SIGABRT"
     text = "\n".join(died["last_lines"])
     assert "Fatal Python error: Aborted" in text
